@@ -1,0 +1,287 @@
+"""What the compiler makes of every kernel, for GPUs that need not be there.
+
+    python -m benchmarks.aot [--target sm_90 ...] [--json FILE]
+
+The launchers run as they would on the device, on small CPU tensors and under a driver that only
+names a target; each launch is compiled instead of started. So block sizes, specialisation and
+flags are those of production. Registers, spills, load widths and instructions per element are
+read from the machine code. Not for a process in which Triton interprets.
+"""
+
+import argparse
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from grpo_fused import Clip
+from grpo_fused.kernels import launch, launchers
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class OfflineDriver:
+    """The part of a Triton driver that compiling needs: it names the target."""
+
+    def __init__(self, target):
+        self.target = target
+        self.utils = self
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # the key under which compiled variants are cached
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_properties(self, device):
+        return {"multiprocessor_count": 132}
+
+
+@dataclass
+class Figures:
+    """One compiled variant. Instructions are per element of a row, None without such a loop."""
+
+    target: str
+    kernel: str
+    dtype: str
+    flags: str
+    registers: int
+    spills: int
+    load_bits: int
+    store_bits: int
+    statistics: float | None
+    gradient: float | None
+    exchanges: int  # shuffles and barriers inside the statistics loop
+
+
+def compile_launches(target, run):
+    """Call `run()`, and return [(kernel name, compiled)] of what it would have launched."""
+    compiled = []
+
+    def compile_only(function, programs, *args, **options):
+        variant = function.warmup(*args, grid=(programs,), **options)
+        compiled.append((function.__name__, variant))
+
+    start = launch.launch
+    launch.launch = compile_only
+    launch.device_of.cache_clear()
+    triton.runtime.driver.set_active(OfflineDriver(TARGETS[target]))
+    try:
+        run()
+    finally:
+        launch.launch = start
+        launch.device_of.cache_clear()
+    return compiled
+
+
+def launch_fused_loss(
+    dtype, V, B=2, T=3, *, gradient=True, entropy=False, scale=1.0, temperature=1.0, beta=0.1
+):
+    """Launch the fused loss on (B, T + 1, V) zeros with every optional input present."""
+    objective = Clip(0.2, 0.2 * scale)
+    logits = torch.zeros(B, T + 1, V, dtype=dtype)
+    tokens = torch.zeros(B, T)
+    launchers.fused_loss(
+        logits,
+        tokens.long(),
+        tokens,
+        tokens,
+        tokens,
+        tokens,
+        temperature,
+        beta,
+        scale,
+        objective.name(),
+        objective.knobs(),
+        torch.zeros(7, B, T),
+        tokens,
+        tokens if entropy else None,
+        None,
+        None,
+        None,
+        logits if gradient else None,
+    )
+
+
+def launch_logprob(dtype, V, B=2, T=3, *, gradient=False, entropy=False):
+    """Launch the log-probabilities, or their gradient, on (B, T, V) zeros."""
+    logits = torch.zeros(B, T, V, dtype=dtype)
+    tokens = torch.zeros(B, T)
+    optional = tokens if entropy else None
+    active = tokens.bool()
+    if gradient:
+        launchers.logprob_bwd(
+            *(logits, tokens.long(), active, 1.0, tokens, optional, tokens, tokens),
+            *(tokens, optional, logits),
+        )
+    else:
+        launchers.logprob_fwd(logits, tokens.long(), active, 1.0, tokens, optional, tokens, tokens)
+
+
+CASES = {
+    "statistics": launch_logprob,
+    "statistics, entropy": functools.partial(launch_logprob, entropy=True),
+    "gradient": functools.partial(launch_logprob, gradient=True),
+    "gradient, entropy": functools.partial(launch_logprob, gradient=True, entropy=True),
+    "loss + gradient": launch_fused_loss,
+    "loss + gradient, entropy": functools.partial(launch_fused_loss, entropy=True),
+    "loss": functools.partial(launch_fused_loss, gradient=False),
+    "rescale": lambda dtype, V: launchers.rescale(torch.zeros(2, 3, V, dtype=dtype), 1.0, 1.0),
+}
+
+
+def measure(target, dtype, V=151_936, cases=CASES):
+    """Figures of every case for one target and dtype ("bf16", "fp16", "fp32")."""
+    figures = []
+    for flags, run in cases.items():
+        ((kernel, compiled),) = compile_launches(target, lambda: run(DTYPES[dtype], V))  # noqa: B023
+        read = _read_amd if target.startswith("gfx") else _read_nvidia
+        figures.append(Figures(target, kernel, dtype, flags, **read(compiled, dtype)))
+    return figures
+
+
+def _read_amd(compiled, dtype):
+    code = compiled.asm["amdgcn"]
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code).group(1)),
+        "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code).group(1)),
+        "load_bits": 32 * max(_amd_widths(code, "load")),
+        "store_bits": 32 * max(_amd_widths(code, "store")),
+        "statistics": None,
+        "gradient": None,
+        "exchanges": 0,
+    }
+
+
+def _amd_widths(code, kind):
+    return [int(n or 1) for n in re.findall(rf"(?:global|buffer)_{kind}_dword(?:x(\d))?\b", code)]
+
+
+def _read_nvidia(compiled, dtype):
+    instructions, labels = _disassemble(compiled.asm["cubin"])
+    itemsize = DTYPES[dtype].itemsize
+    statistics, gradient, exchanges = [], [], 0
+    for body in _inner_loops(instructions, labels):
+        elements = sum(_bits(op) for op in body if op.startswith("LDG")) / (8 * itemsize)
+        if not any(op.startswith("MUFU.EX2") for op in body) or not elements:
+            continue
+        if any(op.startswith("STG") for op in body):
+            gradient.append(len(body) / elements)
+        else:
+            statistics.append(len(body) / elements)
+            exchanges += sum(op.startswith(("SHFL", "BAR")) for op in body)
+    return {
+        "registers": _registers(compiled.asm["cubin"]),
+        "spills": sum(op.startswith(("LDL", "STL")) for op in instructions),
+        "load_bits": max(_bits(op) for op in instructions if op.startswith("LDG")),
+        "store_bits": max(_bits(op) for op in instructions if op.startswith("STG")),
+        "statistics": max(statistics, default=None),
+        "gradient": max(gradient, default=None),
+        "exchanges": exchanges,
+    }
+
+
+def _tool(name, cubin, *options):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [NVIDIA_TOOLS / name, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _registers(cubin):
+    return int(re.search(r"REG:(\d+)", _tool("cuobjdump", cubin, "-res-usage")).group(1))
+
+
+def _disassemble(cubin):
+    """([opcode, ...], {label: index}); a branch is kept whole, to find its target."""
+    instructions, labels = [], {}
+    for line in _tool("nvdisasm", cubin, "-c").splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*(\S.*?) *;", line):
+            text = found.group(1)
+            instructions.append(text if text.startswith("BRA") else text.split()[0])
+    return instructions, labels
+
+
+def _inner_loops(instructions, labels):
+    """Bodies of the loops that contain no other loop."""
+    loops = []
+    for end, text in enumerate(instructions):
+        target = re.search(r"\((\.L_\w+)\)", text) if text.startswith("BRA") else None
+        if target and labels.get(target.group(1), end + 1) < end:
+            loops.append((labels[target.group(1)], end))
+    return [
+        instructions[start : end + 1]
+        for start, end in loops
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
+    ]
+
+
+def _bits(opcode):
+    """Width of a global load or store: LDG.E.EF.128 -> 128."""
+    widths = [int(w) for w in re.findall(r"\.U?(8|16|64|128)\b", opcode)]
+    return widths[-1] if widths else 32
+
+
+def render(figures):
+    """The figures as a Markdown table."""
+    columns = ("target", "dtype", "kernel", "registers", "spills", "load / store bits")
+    columns += ("instructions per element: statistics, gradient",)
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    for f in figures:
+        loops = ", ".join("-" if n is None else f"{n:.2f}" for n in (f.statistics, f.gradient))
+        lines.append(
+            f"| {f.target} | {f.dtype} | {f.flags} | {f.registers} | {f.spills} "
+            f"| {f.load_bits} / {f.store_bits} | {loops} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args(argv)
+    if launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set; compiling needs a process without it")
+    figures = [
+        figure
+        for target in options.target
+        for dtype in options.dtype
+        for figure in measure(target, dtype, options.vocabulary)
+    ]
+    print(f"Triton {triton.__version__}, V = {options.vocabulary}")
+    print(render(figures))
+    if options.json:
+        rows = {"triton": triton.__version__, "figures": [asdict(f) for f in figures]}
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The two autograd Functions: allocate, launch, save, return."""
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from grpo_fused import reference
+from grpo_fused.kernels.objective import HAS_TRITON
+from grpo_fused.metrics import TERMS
+
+LAUNCHERS = {"torch": reference}
+if HAS_TRITON:
+    import grpo_fused.kernels.launchers
+
+    LAUNCHERS["triton"] = grpo_fused.kernels.launchers
+
+
+class LossOptions(NamedTuple):
+    """What the fused loss is called with besides tensors and scales."""
+
+    objective: str
+    knobs: list[float]
+    compute_entropy: bool
+    # float16 has so little range that a gradient made before the loss scale is known would flush
+    # to zero: it is made in backward, from statistics.
+    deferred: bool
+    inplace: bool
+    implementation: str
+
+
+class LogProbOptions(NamedTuple):
+    """What the log-probabilities are called with besides tensors and the temperature."""
+
+    compute_entropy: bool
+    inplace: bool
+    implementation: str
+
+
+def _gradient_memory(logits, options):
+    if options.inplace:
+        return logits
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _note_overwritten(logits, dlogits):
+    """Tell autograd that a launcher wrote over the logits; the ops do so by themselves."""
+    if dlogits is logits and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(logits)
+
+
+def _spend(ctx, what):
+    """Refuse to hand out, a second time, a gradient buffer that others may have written into."""
+    if torch.compiler.is_compiling():
+        return
+    if ctx.spent:
+        raise RuntimeError(
+            f"second backward through {what}: its gradient lives in one buffer that the first "
+            "backward gave away. Call the function again, or sum the losses before one backward."
+        )
+    ctx.spent = True
+
+
+def run_fused_loss(logits, tokens, scales, options, dlogits=None):
+    """Launch the fused loss: (terms (7, B, T), logps, entropies, statistics).
+
+    Args:
+        logits: (B, L, V).
+        tokens: (ids, weights, advantages, old_logps, ref_logps), each (B, T), the last two or None.
+        scales: (temperature, beta, grad_scale), floats or 0-d tensors.
+        options: LossOptions.
+        dlogits: (B, L, V) to write the gradient into, or None.
+    """
+    ids, weights = tokens[:2]
+    terms = torch.empty(len(TERMS), *ids.shape, device=logits.device)
+    logps, *optional = torch.empty(5, *ids.shape, device=logits.device)
+    wanted = (options.compute_entropy, *[options.deferred] * 3)
+    entropies, *statistics = (t if w else None for t, w in zip(optional, wanted, strict=True))
+    LAUNCHERS[options.implementation].fused_loss(
+        *(logits, *tokens, *scales, options.objective, options.knobs),
+        *(terms, logps, entropies, *statistics, dlogits),
+    )
+    return terms, logps, entropies, statistics
+
+
+def run_logprob(logits, tokens, temperature, options, gradient=False):
+    """Launch the log-probabilities: (logps, entropies, maxima, totals), the last two or None."""
+    logps, *optional = torch.empty(4, *tokens[0].shape, device=logits.device)
+    wanted = (options.compute_entropy, gradient, gradient)
+    optional = [t if w else None for t, w in zip(optional, wanted, strict=True)]
+    LAUNCHERS[options.implementation].logprob_fwd(logits, *tokens, temperature, logps, *optional)
+    return logps, *optional
+
+
+class FusedLoss(torch.autograd.Function):
+    """Loss whose gradient in the logits is made in forward, or in backward if deferred."""
+
+    @staticmethod
+    def forward(ctx, logits, tokens, scales, options):
+        dlogits = None if options.deferred else _gradient_memory(logits, options)
+        terms, logps, entropies, statistics = run_fused_loss(
+            logits, tokens, scales, options, dlogits
+        )
+        _note_overwritten(logits, dlogits)
+        ctx.options, ctx.spent = options, False
+        ctx.temperature, _, ctx.grad_scale = scales
+        if options.deferred:
+            ids, weights = tokens[:2]
+            ctx.save_for_backward(logits, ids, weights, logps, *statistics)
+        else:
+            ctx.save_for_backward(dlogits)
+        sums = terms.sum((1, 2))
+        constants = (terms, sums, logps, entropies)
+        ctx.mark_non_differentiable(*(t for t in constants if t is not None))
+        return sums[0].clone(), terms, sums, logps, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, *_):
+        _spend(ctx, "grpo_loss")
+        launchers = LAUNCHERS[ctx.options.implementation]
+        if not ctx.options.deferred:
+            (dlogits,) = ctx.saved_tensors
+            dlogits = dlogits.detach()
+            launchers.rescale(dlogits, grad_output, ctx.grad_scale)
+            return dlogits, None, None, None
+        logits, ids, weights, logps, maxima, totals, dlogps = ctx.saved_tensors
+        dlogits = _gradient_memory(logits, ctx.options)
+        launchers.logprob_bwd(
+            *(logits, ids, weights, ctx.temperature, logps, None, maxima, totals),
+            *(dlogps * (grad_output / ctx.grad_scale), None, dlogits),
+        )
+        _note_overwritten(logits, dlogits)
+        return dlogits.detach(), None, None, None
+
+
+class LogProb(torch.autograd.Function):
+    """Log-probabilities and entropies, differentiable with any upstream gradients."""
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature, options):
+        logps, entropies, maxima, totals = run_logprob(logits, tokens, temperature, options, True)
+        ctx.options, ctx.temperature, ctx.spent = options, temperature, False
+        ctx.save_for_backward(logits, *tokens, logps, entropies, maxima, totals)
+        ctx.set_materialize_grads(False)
+        return logps, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogps, dentropies):
+        options = ctx.options
+        if options.inplace:
+            _spend(ctx, "selective_log_softmax(inplace=True)")
+        logits, ids, active, logps, entropies, maxima, totals = ctx.saved_tensors
+        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
+        dentropies = None if dentropies is None else dentropies.contiguous()
+        dlogits = _gradient_memory(logits, options)
+        LAUNCHERS[options.implementation].logprob_bwd(
+            *(logits, ids, active, ctx.temperature, logps, entropies, maxima, totals),
+            *(dlogps, dentropies, dlogits),
+        )
+        _note_overwritten(logits, dlogits)
+        return dlogits.detach(), None, None, None

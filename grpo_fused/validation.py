@@ -1,0 +1,133 @@
+"""Argument checks: a ValueError that names the argument, what came and what is wanted.
+
+Nothing here reads a value on an accelerator: shapes, dtypes, devices and Python numbers are checked
+everywhere, ids and 0-d tensors on the CPU only.
+"""
+
+import functools
+import math
+
+import torch
+
+from grpo_fused.kernels.objective import HAS_TRITON
+from grpo_fused.objectives import Objective
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+
+
+def check_logits(logits, ids, ids_name, inplace):
+    """Shapes and dtypes of logits (B, T, V) or (B, T + 1, V) and ids (B, T)."""
+    if logits.dtype not in FLOATS:
+        raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{ids_name} must be integers, got {ids.dtype}")
+    shape, wanted = tuple(logits.shape), tuple(ids.shape)
+    fits = logits.dim() == 3 and ids.dim() == 2 and shape[0] == wanted[0]
+    if not (fits and shape[1] in (wanted[1], wanted[1] + 1) and shape[2] > 0):
+        raise ValueError(
+            f"logits must be (B, T, V) or (B, T + 1, V) for {ids_name} (B, T), "
+            f"got logits {shape} and {ids_name} {wanted}"
+        )
+    if logits.stride(2) != 1 and logits.shape[2] > 1:
+        raise ValueError(
+            f"logits must be contiguous in the last dimension, got strides {logits.stride()}"
+        )
+    if inplace and logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "inplace=True on logits that are a leaf: a parameter's values would be lost; pass the "
+            "output of an operation, or inplace=False"
+        )
+    if inplace and any(
+        n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)
+    ):
+        raise ValueError("inplace=True on expanded logits: several rows share the same memory")
+
+
+def check_tokens(logits, ids, ids_name, tensors):
+    """Tensors that go with ids (B, T): their shapes, dtypes and device."""
+    wanted = tuple(ids.shape)
+    for name, tensor in {ids_name: ids, **tensors}.items():
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape)
+        if shape != wanted and not (name == "advantages" and shape == wanted[:1]):
+            choice = f"{wanted[:1]} or {wanted}" if name == "advantages" else f"{wanted}"
+            raise ValueError(f"{name} must have shape {choice} as {ids_name} has, got {shape}")
+        if name in ("advantages", "old_logps", "ref_logps") and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device}, logits are on {logits.device}")
+
+
+def check_ids(logits, ids, ids_name, mask):
+    """Active ids lie in the vocabulary; checked on the CPU only, where reading them is free."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    V = logits.shape[2]
+    outside = (ids < 0) | (ids >= V)
+    if mask is not None:
+        outside &= mask != 0
+    if outside.any():
+        found = ids[outside][0].item()
+        raise ValueError(f"{ids_name} must lie in [0, {V}) where the mask is nonzero, got {found}")
+
+
+def check_scale(name, value, logits, positive=False, nonzero=False):
+    """A number, returned as a float, or a 0-d tensor on the device of the logits."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got {tuple(value.shape)}")
+        if value.device != logits.device:
+            raise ValueError(f"{name} is on {value.device}, logits are on {logits.device}")
+        value = value.detach()
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return value
+    elif not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got {value!r}")
+    number = float(value)
+    if not abs(number) < math.inf or (positive and number <= 0) or (nonzero and number == 0):
+        bound = " > 0" if positive else " != 0" if nonzero else ""
+        raise ValueError(f"{name} must be a finite number{bound}, got {number}")
+    return value if isinstance(value, torch.Tensor) else number
+
+
+def check_objective(objective):
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective must be an Objective such as Clip(), got {objective!r}")
+    return objective
+
+
+@functools.cache
+def triton_serves(device_type):
+    """Whether Triton has a driver for devices of this type."""
+    if not HAS_TRITON or device_type == "cpu":
+        return False
+    from triton.backends import backends
+    from triton.runtime import driver
+
+    if not any(backend.driver.is_active() for backend in backends.values()):
+        return False
+    return driver.active.get_active_torch_device().type == device_type
+
+
+def choose_implementation(implementation, logits):
+    """Resolve "auto"; refuse "triton" where it cannot serve."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
+        )
+    serves = triton_serves(logits.device.type)
+    if implementation == "auto":
+        return "triton" if serves else "torch"
+    if implementation == "triton" and not serves:
+        if not HAS_TRITON:
+            raise ValueError('implementation="triton", but Triton is not installed')
+        from grpo_fused.kernels.launch import INTERPRETED
+
+        if not INTERPRETED:
+            raise ValueError(
+                f'implementation="triton" needs a device with a Triton driver, got logits on '
+                f'{logits.device}; use "torch", or set TRITON_INTERPRET=1 before the first import'
+            )
+    return implementation

@@ -1,0 +1,136 @@
+"""How a kernel is launched: block sizes by (V, dtype, architecture), programs by device.
+
+Block sizes decide in which order a row's columns are added up, so they never depend on the number
+of rows: a row's result is the same, bit for bit, whatever batch it came in. Rows only choose how
+many programs share them.
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def kernel(function):
+    """`triton.jit` for kernels: only constexprs, types and None make a new variant.
+
+    Not the value 1, not a multiple of 16, not the alignment of a pointer: what changes from batch
+    to batch must not compile again.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    values = [p.name for p in parameters if p.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=values, do_not_specialize_on_alignment=values)
+
+
+class Device(NamedTuple):
+    """What block sizes depend on: "sm_90", "gfx942", ... or "interpreter"."""
+
+    architecture: str
+    warp_size: int
+    multiprocessors: int
+
+
+class Tiling(NamedTuple):
+    """A block is unroll x (warps * warp_size) x vector columns, vector columns being one load."""
+
+    warps: int
+    unroll: int
+    programs_per_multiprocessor: int
+
+
+@functools.cache
+def device_of(index):
+    """Facts about the current CUDA or ROCm device, `index` being its number (the cache's key)."""
+    if INTERPRETED:
+        return Device("interpreter", warp_size=32, multiprocessors=1)
+    driver = triton.runtime.driver.active
+    target = driver.get_current_target()
+    architecture = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+    properties = driver.utils.get_device_properties(index or 0)
+    return Device(architecture, target.warp_size, properties["multiprocessor_count"])
+
+
+def tiling(V, itemsize, device):
+    """Block sizes for rows of V columns. Predicted by offline compilation, not measured yet.
+
+    Four loads in flight a thread need 48 registers and no spill on sm_80, sm_90 and sm_100. A row
+    that the gradient reads again must still be in L2 (H200: 60 MB in two halves): long rows get
+    one program of 16 warps per multiprocessor (132 rows of 304 KB are 40 MB), short ones two of 8.
+    """
+    if device.architecture == "interpreter":
+        return Tiling(warps=1, unroll=2, programs_per_multiprocessor=2)
+    if V * itemsize > 128 * 1024:
+        return Tiling(warps=16, unroll=4, programs_per_multiprocessor=1)
+    return Tiling(warps=8, unroll=4, programs_per_multiprocessor=2)
+
+
+def vector_width(*matrices):
+    """Columns per load or store, 128 bits at most, for which every row of all is aligned."""
+    itemsize = matrices[0].element_size()
+    steps = [step for m in matrices for step in (m.data_ptr() // itemsize, *m.stride()[:2])]
+    return math.gcd(16 // itemsize, *steps)
+
+
+def on_device(tensor):
+    """Context in which kernels are launched on the device that holds `tensor`."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def launch(function, programs, *args, **options):
+    """Launch a one-dimensional grid. The only place that does, so that offline compilation
+    can stand in for it.
+    """
+    function[(programs,)](*args, **options)
+
+
+def launch_rows(function, matrices, *args, persistent=False, **constexprs):
+    """Launch a kernel over rows: one program a row, or a grid that fills the device once.
+
+    Args:
+        function: kernel whose first parameters are, for every matrix, its pointer and two strides,
+            then rows (B * L), positions (L) and V; then come `args`.
+        matrices: the logits (B, L, V), then matrices of their shape and dtype, or None.
+        persistent: whether the kernel loops over rows in steps of the number of programs.
+        constexprs: the kernel's flags; block sizes are added here.
+    """
+    logits = matrices[0]
+    sequences, positions, V = logits.shape
+    rows = sequences * positions
+    if rows == 0:
+        return
+    with on_device(logits):
+        device = device_of(logits.device.index)
+        tile = tiling(V, logits.element_size(), device)
+        programs = rows
+        if persistent:
+            programs = min(rows, device.multiprocessors * tile.programs_per_multiprocessor)
+        vector = vector_width(*(m for m in matrices if m is not None))
+        launch(
+            function,
+            programs,
+            *(
+                part
+                for m in matrices
+                for part in ((None, 0, 0) if m is None else (m, *m.stride()[:2]))
+            ),
+            rows,
+            positions,
+            V,
+            *args,
+            THREADS=tile.warps * device.warp_size,
+            UNROLL=tile.unroll,
+            VECTOR=vector,
+            COLUMNS=math.gcd(V, vector),
+            num_warps=tile.warps,
+            enable_fp_fusion=True,
+            **constexprs,
+        )

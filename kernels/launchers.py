@@ -1,0 +1,7 @@
+"""What the rest of the package launches; `grpo_fused.reference` has the same four functions."""
+
+from .fused_loss import fused_loss
+from .logprob import logprob_bwd, logprob_fwd
+from .rescale import rescale
+
+__all__ = ["fused_loss", "logprob_bwd", "logprob_fwd", "rescale"]

@@ -1,0 +1,183 @@
+"""Log-probability and entropy of one token per row of logits, and their gradient."""
+
+import triton
+import triton.language as tl
+
+from .launch import kernel, launch_rows
+from .library import launcher
+from .online_softmax import (
+    LN2,
+    LOG2E,
+    locate,
+    read_target,
+    row_gradient,
+    row_pointer,
+    row_statistics,
+    scalar,
+)
+
+
+@triton.jit
+def is_active(active_ptr, token):
+    """Whether the mask, if there is one, lets the token count."""
+    if active_ptr is None:
+        return True
+    else:
+        return tl.load(active_ptr + token) != 0
+
+
+@kernel
+def _logprob_fwd_kernel(
+    logits_ptr,
+    stride_sequence: tl.int64,
+    stride_position: tl.int64,
+    rows: tl.int32,
+    positions: tl.int32,
+    V: tl.int32,
+    tokens: tl.int32,
+    ids_ptr,
+    active_ptr,
+    temperature,
+    logps_ptr,
+    entropies_ptr,
+    maxima_ptr,
+    totals_ptr,
+    THREADS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    sequence, position, token = locate(tl.program_id(0), positions, tokens)
+    if position < tokens:
+        active = is_active(active_ptr, token)
+        logp = 0.0
+        entropy = 0.0
+        maximum = 0.0
+        total = 1.0
+        if active:
+            x_ptr = row_pointer(
+                logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR
+            )
+            scale = LOG2E / scalar(temperature)
+            target, known, x = read_target(x_ptr, ids_ptr, token, V, active)
+            maximum, total, weighted = row_statistics(
+                x_ptr,
+                V,
+                scale,
+                THREADS,
+                UNROLL,
+                VECTOR,
+                COLUMNS,
+                entropies_ptr is not None,
+                "evict_first",
+            )
+            logp = LN2 * (tl.fma(x, scale, -maximum) - tl.log2(total))
+            entropy = LN2 * (tl.log2(total) - weighted / total)
+        tl.store(logps_ptr + token, logp)
+        if entropies_ptr is not None:
+            tl.store(entropies_ptr + token, entropy)
+        if maxima_ptr is not None:
+            tl.store(maxima_ptr + token, maximum)
+            tl.store(totals_ptr + token, total)
+
+
+@kernel
+def _logprob_bwd_kernel(
+    logits_ptr,
+    stride_sequence: tl.int64,
+    stride_position: tl.int64,
+    dlogits_ptr,
+    dlogits_stride_sequence: tl.int64,
+    dlogits_stride_position: tl.int64,
+    rows: tl.int32,
+    positions: tl.int32,
+    V: tl.int32,
+    tokens: tl.int32,
+    ids_ptr,
+    active_ptr,
+    temperature,
+    logps_ptr,
+    entropies_ptr,
+    maxima_ptr,
+    totals_ptr,
+    dlogps_ptr,
+    dentropies_ptr,
+    THREADS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    BLOCK: tl.constexpr = THREADS * UNROLL * VECTOR
+    sequence, position, token = locate(tl.program_id(0), positions, tokens)
+    dx_ptr = row_pointer(
+        dlogits_ptr,
+        sequence,
+        position,
+        dlogits_stride_sequence,
+        dlogits_stride_position,
+        VECTOR,
+    )
+    x_ptr = row_pointer(logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR)
+    active = position < tokens
+    if active:
+        active = is_active(active_ptr, token)
+    target, known, _ = read_target(x_ptr, ids_ptr, token, V, active)
+    entropy = 0.0
+    dentropy = 0.0
+    if dentropies_ptr is not None:
+        entropy = tl.load(entropies_ptr + token, active, 0.0)
+        dentropy = tl.load(dentropies_ptr + token, active, 0.0)
+    dlogp = tl.load(dlogps_ptr + token, active, 0.0)
+    row_gradient(
+        x_ptr,
+        dx_ptr,
+        V,
+        target,
+        known,
+        scalar(temperature),
+        tl.load(maxima_ptr + token, active, 0.0),
+        tl.load(totals_ptr + token, active, 1.0),
+        tl.load(logps_ptr + token, active, 0.0),
+        entropy,
+        tl.where(active & (known == 0), float("nan"), dlogp),
+        dentropy,
+        BLOCK,
+        VECTOR,
+        COLUMNS,
+        dentropies_ptr is not None,
+    )
+
+
+@launcher(
+    "Tensor logits, Tensor ids, Tensor? active, Tensor temperature, Tensor(a!) logps, "
+    "Tensor(b!)? entropies, Tensor(c!)? maxima, Tensor(d!)? totals"
+)
+def logprob_fwd(logits, ids, active, temperature, logps, entropies, maxima, totals):
+    """Write logps, entropies (B, T) and the statistics (B, T) that the gradient starts from."""
+    outputs = (logps, entropies, maxima, totals)
+    launch_rows(_logprob_fwd_kernel, (logits,), ids.shape[1], ids, active, temperature, *outputs)
+
+
+@launcher(
+    "Tensor logits, Tensor ids, Tensor? active, Tensor temperature, Tensor logps, "
+    "Tensor? entropies, Tensor maxima, Tensor totals, Tensor dlogps, Tensor? dentropies, "
+    "Tensor(a!) dlogits"
+)
+def logprob_bwd(
+    logits, ids, active, temperature, logps, entropies, maxima, totals, dlogps, dentropies, dlogits
+):
+    """Write dlogits (B, L, V), which may be logits itself, from dlogps and dentropies (B, T)."""
+    launch_rows(
+        _logprob_bwd_kernel,
+        (logits, dlogits),
+        ids.shape[1],
+        ids,
+        active,
+        temperature,
+        logps,
+        entropies,
+        maxima,
+        totals,
+        dlogps,
+        dentropies,
+    )

@@ -1,0 +1,55 @@
+"""The scalar arithmetic of one token on the device, and the table of objectives kernels can run.
+
+An objective is a jit function `per_token(logp, log_ratio, advantage, *knobs)` that returns
+(loss, d loss / d logp, clipped), clipped being -1, 0 or +1. A kernel receives it as a constexpr;
+a torch.library op cannot carry a function, so ops carry its name and OBJECTIVES resolves it.
+"""
+
+import importlib.util
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON:
+    import triton.language as tl
+    from triton import jit
+else:  # macOS, Windows: objectives can still be declared, the torch implementation runs them
+    tl = None
+
+    def jit(function):
+        return function
+
+
+OBJECTIVES = {}  # name -> jit function per_token, filled as objective classes are defined
+
+
+@jit
+def exp(x):
+    """e^x to one rounding: 2^x alone would carry the rounding of x log2(e), 7e-6 at x = 80."""
+    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    part = tl.fma(x, 1.4426950216293335, -whole)
+    part = tl.fma(x, 1.92596298909109e-8, part)
+    return tl.exp2(part) * tl.exp2(whole)
+
+
+@jit
+def clamped_exp(x):
+    """(e^clamp(x, -80, 80), its derivative): the derivative is 0 outside the clamp."""
+    value = exp(tl.minimum(tl.maximum(x, -80.0), 80.0))
+    return value, tl.where(tl.abs(x) <= 80.0, value, 0.0)
+
+
+@jit
+def k3(difference):
+    """Schulman's k3 estimator e^d - d - 1 of d = ref - logp, and its derivative in logp, 1 - e^d.
+
+    Near 0 the three terms cancel; the series keeps every digit of a small divergence.
+    """
+    value, derivative = clamped_exp(difference)
+    d = difference
+    series = 1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7 * (1 + d / 8)))))
+    near = tl.abs(d) < 0.25
+    slope_series = 1 + d / 2 * series
+    return (
+        tl.where(near, d * d / 2 * series, value - d - 1.0),
+        tl.where(near, -d * slope_series, 1.0 - derivative),
+    )
