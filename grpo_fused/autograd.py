@@ -61,6 +61,11 @@ def _spend(ctx, what):
     ctx.spent = True
 
 
+def _outputs(ids):
+    # Each of its own memory: views of one buffer, written by an op, come out wrong when compiled.
+    return torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
+
+
 def run_fused_loss(logits, tokens, scales, options, dlogits=None):
     """Launch the fused loss: (terms (7, B, T), logps, entropies, statistics).
 
@@ -71,11 +76,11 @@ def run_fused_loss(logits, tokens, scales, options, dlogits=None):
         options: LossOptions.
         dlogits: (B, L, V) to write the gradient into, or None.
     """
-    ids, weights = tokens[:2]
+    ids = tokens[0]
     terms = torch.empty(len(TERMS), *ids.shape, device=logits.device)
-    logps, *optional = torch.empty(5, *ids.shape, device=logits.device)
-    wanted = (options.compute_entropy, *[options.deferred] * 3)
-    entropies, *statistics = (t if w else None for t, w in zip(optional, wanted, strict=True))
+    logps = _outputs(ids)
+    entropies = _outputs(ids) if options.compute_entropy else None
+    statistics = [_outputs(ids) if options.deferred else None for _ in range(3)]
     LAUNCHERS[options.implementation].fused_loss(
         *(logits, *tokens, *scales, options.objective, options.knobs),
         *(terms, logps, entropies, *statistics, dlogits),
@@ -85,11 +90,10 @@ def run_fused_loss(logits, tokens, scales, options, dlogits=None):
 
 def run_logprob(logits, tokens, temperature, options, gradient=False):
     """Launch the log-probabilities: (logps, entropies, maxima, totals), the last two or None."""
-    logps, *optional = torch.empty(4, *tokens[0].shape, device=logits.device)
-    wanted = (options.compute_entropy, gradient, gradient)
-    optional = [t if w else None for t, w in zip(optional, wanted, strict=True)]
-    LAUNCHERS[options.implementation].logprob_fwd(logits, *tokens, temperature, logps, *optional)
-    return logps, *optional
+    wanted = (True, options.compute_entropy, gradient, gradient)
+    outputs = [_outputs(tokens[0]) if want else None for want in wanted]
+    LAUNCHERS[options.implementation].logprob_fwd(logits, *tokens, temperature, *outputs)
+    return outputs
 
 
 class FusedLoss(torch.autograd.Function):

@@ -142,7 +142,7 @@ def grpo_loss(
     tokens = (
         completion_ids.contiguous(),
         weights.contiguous(),
-        advantages.detach().view(len(advantages), -1).expand(completion_ids.shape),
+        (advantages if advantages.dim() == 2 else advantages[:, None]).expand_as(completion_ids),
         _constant(old_logps),
         _constant(ref_logps),
     )

@@ -77,7 +77,7 @@ def _tokens(outputs, rows, positions):
     """Write rows, one value per row of logits, into the (B, T) outputs of their tokens."""
     for output, values in zip(outputs, rows, strict=True):
         if output is not None:
-            output.copy_(values.view(-1, positions)[:, : output.shape[1]])
+            output.copy_(values.view(len(output), positions)[:, : output.shape[1]])
 
 
 class _Scratch:
@@ -132,7 +132,7 @@ def _statistics(x, target, known, temperature, out, scratch):
     total = exponentials.sum(1)
     entropy = None
     if scratch is not None:
-        entropy = total.log() - scratch.mul_(exponentials).sum(1) / total
+        entropy = (total.log() - scratch.mul_(exponentials).sum(1) / total).clamp(min=0.0)
     return _Statistics(exponentials, maximum, total, chosen - total.log(), entropy)
 
 

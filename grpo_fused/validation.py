@@ -98,9 +98,14 @@ def check_objective(objective):
     return objective
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def triton_serves(device_type):
     """Whether Triton has a driver for devices of this type."""
+    return _has_driver(device_type)
+
+
+@functools.cache
+def _has_driver(device_type):
     if not HAS_TRITON or device_type == "cpu":
         return False
     from triton.backends import backends

@@ -7,10 +7,11 @@ from .launch import kernel, launch_rows
 from .library import launcher
 from .objective import OBJECTIVES, clamped_exp, k3
 from .online_softmax import (
-    LN2,
     LOG2E,
     locate,
+    log_probability,
     read_target,
+    row_entropy,
     row_gradient,
     row_pointer,
     row_statistics,
@@ -30,10 +31,9 @@ def _token_loss(
     OBJECTIVE: tl.constexpr,
 ):
     """(loss, its derivative in logp, KL, -1 / 0 / +1 if clipped, ratio) of a token, unweighted."""
-    log_ratio = 0.0
+    log_ratio = tl.full((), 0.0, tl.float32)
     if old_logps_ptr is not None:
         log_ratio = logp - tl.load(old_logps_ptr + token)
-    log_ratio = tl.to_tensor(log_ratio)
     loss, dlogp, clipped = OBJECTIVE(logp, log_ratio, advantage, *knobs)
     kl = 0.0
     if ref_logps_ptr is not None:
@@ -111,9 +111,9 @@ def _fused_loss_kernel(
                 entropies_ptr is not None,
                 "evict_last",
             )
-            logp = LN2 * (tl.fma(x, scale, -maximum) - tl.log2(total))
+            logp = log_probability(x, scale, maximum, total)
             if entropies_ptr is not None:
-                entropy = LN2 * (tl.log2(total) - weighted / total)
+                entropy = row_entropy(total, weighted)
             advantage = tl.load(
                 advantages_ptr
                 + sequence.to(tl.int64) * advantages_stride_sequence

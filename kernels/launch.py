@@ -65,7 +65,7 @@ def tiling(V, itemsize, device):
     one program of 16 warps per multiprocessor (132 rows of 304 KB are 40 MB), short ones two of 8.
     """
     if device.architecture == "interpreter":
-        return Tiling(warps=1, unroll=2, programs_per_multiprocessor=2)
+        return Tiling(warps=1, unroll=4, programs_per_multiprocessor=2)
     if V * itemsize > 128 * 1024:
         return Tiling(warps=16, unroll=4, programs_per_multiprocessor=1)
     return Tiling(warps=8, unroll=4, programs_per_multiprocessor=2)

@@ -6,10 +6,11 @@ import triton.language as tl
 from .launch import kernel, launch_rows
 from .library import launcher
 from .online_softmax import (
-    LN2,
     LOG2E,
     locate,
+    log_probability,
     read_target,
+    row_entropy,
     row_gradient,
     row_pointer,
     row_statistics,
@@ -71,8 +72,8 @@ def _logprob_fwd_kernel(
                 entropies_ptr is not None,
                 "evict_first",
             )
-            logp = LN2 * (tl.fma(x, scale, -maximum) - tl.log2(total))
-            entropy = LN2 * (tl.log2(total) - weighted / total)
+            logp = log_probability(x, scale, maximum, total)
+            entropy = row_entropy(total, weighted)
         tl.store(logps_ptr + token, logp)
         if entropies_ptr is not None:
             tl.store(entropies_ptr + token, entropy)

@@ -46,8 +46,9 @@ def k3(difference):
     """
     value, derivative = clamped_exp(difference)
     d = difference
-    series = 1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7 * (1 + d / 8)))))
-    near = tl.abs(d) < 0.25
+    series = 1 + d / 8 * (1 + d / 9 * (1 + d / 10 * (1 + d / 11 * (1 + d / 12))))
+    series = 1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7 * series))))
+    near = tl.abs(d) < 1.0
     slope_series = 1 + d / 2 * series
     return (
         tl.where(near, d * d / 2 * series, value - d - 1.0),

@@ -28,10 +28,11 @@ FLOOR = tl.constexpr(-1.0e4)
 @triton.jit
 def scalar(value):
     """A number given by value, or by pointer as a 0-d tensor."""
-    value = tl.to_tensor(value)
-    if value.dtype.is_ptr():
-        value = tl.load(value)
-    return value.to(tl.float32)
+    if hasattr(value, "dtype"):  # the interpreter hands numbers over as they are
+        if value.dtype.is_ptr():
+            value = tl.load(value)
+        value = value.to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -136,6 +137,20 @@ def row_statistics(
     shrink = tl.exp2(shift)
     weighted = tl.sum(tl.fma(shift, total, weighted) * shrink, axis=0)
     return row_maximum, tl.sum(total * shrink, axis=0), weighted
+
+
+@triton.jit
+def log_probability(x, scale, maximum, total):
+    """Of a column with logit x; never above 0, though z of the maximum itself is a rounding."""
+    logp = LN2 * (tl.fma(x, scale, -maximum) - tl.log2(total))
+    return tl.where(logp > 0.0, 0.0, logp)
+
+
+@triton.jit
+def row_entropy(total, weighted):
+    """Of the whole row, never below 0."""
+    entropy = LN2 * (tl.log2(total) - weighted / total)
+    return tl.where(entropy < 0.0, 0.0, entropy)
 
 
 @triton.jit

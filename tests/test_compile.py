@@ -1,0 +1,146 @@
+"""torch.compile(fullgraph=True) equals eager, and every op passes opcheck."""
+
+import pytest
+import torch
+from batches import make_batch, relative_error
+
+import grpo_fused.autograd as autograd
+from grpo_fused import Clip, grpo_loss, selective_log_softmax
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(hidden, weight, batch_tensors, options):
+    """Both public functions over the outputs of a linear layer."""
+    ids, mask, advantages, old_logps, ref_logps = batch_tensors
+    out = grpo_loss(
+        (hidden @ weight) * 1.5,
+        ids,
+        mask,
+        advantages,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        compute_entropy=True,
+        **options,
+    )
+    logps, entropies = selective_log_softmax(
+        hidden @ weight,
+        ids,
+        mask,
+        compute_entropy=True,
+        inplace=options["inplace"],
+        implementation=options["implementation"],
+    )
+    loss = 2.0 * out.loss + (0.1 * logps - 0.2 * entropies).sum()
+    return loss, out.sums, out.metrics["kl"], out.logps
+
+
+def run(function, T, device, options):
+    """(loss, sums, kl, logps, gradients) of `function`, a policy step after the old policy."""
+    batch = make_batch(T=T, extra=0, device=device, seed=T)
+    generator = torch.Generator().manual_seed(T)
+    hidden = torch.randn(4, T, 8, generator=generator).to(device).requires_grad_(True)
+    weight = torch.randn(8, 97, generator=generator).to(device).requires_grad_(True)
+    logps = ((hidden @ weight).detach() * 1.5 / options["temperature"]).log_softmax(-1)
+    chosen = logps.gather(-1, batch.ids.clamp(min=0)[..., None])[..., 0]
+    noise = 0.3 * torch.randn(2, 4, T, generator=generator).to(device)
+    tensors = (batch.ids, batch.mask, batch.advantages, *(chosen + noise))
+    loss, *others = function(hidden, weight, tensors, options)
+    loss.backward()
+    return loss.detach(), *others, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+def test_compiled_equals_eager(inplace, implementation, device):
+    """Over several lengths, so that dynamic shapes are traced too (Liger#1366: fp64 floats)."""
+    compiled = torch.compile(step, fullgraph=True)
+    for T, beta, grad_scale in ((6, 0.1, 2.0), (7, 0.1, 2.0), (9, 0.1, 2.0)):
+        options = {
+            "beta": beta,
+            "grad_scale": grad_scale,
+            "temperature": 0.8,
+            "inplace": inplace,
+            "implementation": implementation,
+        }
+        want = run(step, T, device, options)
+        got = run(compiled, T, device, options)
+        for a, b in zip(got, want, strict=True):
+            assert relative_error(a, b) < 2e-6
+
+
+def test_schedules_as_tensors_do_not_recompile(implementation, device):
+    compiled = torch.compile(step, fullgraph=True)
+    counter = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    for k in range(10):  # Dynamo gives up at the ninth graph
+        options = {
+            "beta": torch.tensor(0.01 * k, device=device),
+            "temperature": torch.tensor(0.5 + 0.1 * k, device=device),
+            "grad_scale": torch.tensor(1.0 + k, device=device),
+            "inplace": False,
+            "implementation": implementation,
+        }
+        got = run(compiled, 6, device, options)
+        graphs.append(counter["unique_graphs"])
+    assert graphs[0] == graphs[-1]
+    want = run(step, 6, device, options)
+    assert relative_error(got[-1], want[-1]) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_compiled_training_step_of_a_half_precision_head(dtype, implementation, device):
+    """float16 makes its gradient in backward: the other branch of the Function."""
+    batch = make_batch(extra=0, dtype=dtype, device=device)
+
+    def loss_of(logits):
+        return grpo_loss(
+            logits * 1,
+            batch.ids,
+            batch.mask,
+            batch.advantages,
+            old_logps=batch.old_logps,
+            inplace=True,
+            implementation=implementation,
+        ).loss
+
+    grads = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True)):
+        logits = batch.leaf()
+        (function(logits) * 4.0).backward()
+        grads.append(logits.grad)
+    assert relative_error(grads[1], grads[0]) < 1e-6
+
+
+def op_arguments(name, batch, device):
+    tokens = torch.rand(4, 6, device=device)
+    outputs = [torch.zeros(4, 6, device=device) for _ in range(4)]
+    scalar = torch.ones((), device=device)
+    active = batch.mask != 0
+    dlogits = torch.zeros_like(batch.logits)
+    clip = Clip()
+    return {
+        "fused_loss": (
+            *(batch.logits, batch.ids, tokens, tokens.clone(), -tokens, -2 * tokens),
+            *(scalar, scalar.clone(), scalar.clone(), clip.name(), clip.knobs()),
+            *(torch.zeros(7, 4, 6, device=device), *outputs, tokens.clone(), dlogits),
+        ),
+        "logprob_fwd": (batch.logits, batch.ids, active, scalar, *outputs),
+        "logprob_bwd": (
+            *(batch.logits, batch.ids, active, scalar, -tokens, tokens, tokens.clone()),
+            *(1 + tokens, tokens.clone(), tokens.clone(), dlogits),
+        ),
+        "rescale": (dlogits + 1, scalar, 2 * scalar),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["fused_loss", "logprob_fwd", "logprob_bwd", "rescale"])
+def test_opcheck(name, implementation, device):
+    batch = make_batch(mask=torch.ones(4, 6), device=device)
+    batch.logits = batch.logits.nan_to_num()
+    op = getattr(autograd.LAUNCHERS[implementation], name).op
+    torch.library.opcheck(op, op_arguments(name, batch, device))

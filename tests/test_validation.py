@@ -1,0 +1,164 @@
+"""Bad input is refused before anything runs, by a ValueError that names the argument."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from batches import make_batch
+
+import grpo_fused.kernels.launch as launch
+import grpo_fused.validation as validation
+from grpo_fused import grpo_loss, selective_log_softmax
+
+NEVER = object()
+
+
+def arguments(device="cpu", **changes):
+    batch = make_batch(B=2, T=3, V=11, mask=torch.ones(2, 3), device=device)
+    given = {
+        "logits": batch.logits,
+        "completion_ids": batch.ids,
+        "completion_mask": batch.mask,
+        "advantages": batch.advantages,
+    }
+    return given | {k: v(given) if callable(v) else v for k, v in changes.items()}
+
+
+BAD = {
+    "unknown loss": (dict(loss_type="grop"), "loss_type must be one of grpo, .* got 'grop'"),
+    "unknown rule": (dict(normalizer="mean"), "normalizer must be one of"),
+    "no objective": (dict(objective=0.2), "objective must be an Objective"),
+    "integer logits": (dict(logits=lambda a: a["logits"].long()), "logits must be float32"),
+    "float64 logits": (dict(logits=lambda a: a["logits"].double()), "logits must be float32"),
+    "2-D logits": (dict(logits=lambda a: a["logits"][0]), "logits must be"),
+    "T+2 positions": (
+        dict(logits=lambda a: torch.cat([a["logits"], a["logits"][:, :1]], 1)),
+        "logits must be",
+    ),
+    "other B": (dict(logits=lambda a: a["logits"][:1]), "logits must be"),
+    "no vocabulary": (dict(logits=lambda a: a["logits"][..., :0]), "logits must be"),
+    "strided vocabulary": (dict(logits=lambda a: a["logits"][..., ::2]), "contiguous"),
+    "float ids": (dict(completion_ids=lambda a: a["completion_ids"].float()), "completion_ids"),
+    "bool ids": (dict(completion_ids=lambda a: a["completion_ids"] > 0), "completion_ids"),
+    "id too large": (
+        dict(completion_ids=lambda a: a["completion_ids"] + 11),
+        r"completion_ids must lie in \[0, 11\)",
+    ),
+    "negative id": (
+        dict(completion_ids=lambda a: a["completion_ids"] * 0 - 100),
+        r"completion_ids must lie in .* got -100",
+    ),
+    "mask shape": (dict(completion_mask=torch.ones(2, 4)), "completion_mask must have shape"),
+    "mask (B,)": (dict(completion_mask=torch.ones(2)), "completion_mask must have shape"),
+    "advantages shape": (dict(advantages=torch.ones(3)), "advantages must have shape"),
+    "advantages (B, 1)": (dict(advantages=torch.ones(2, 1)), "advantages must have shape"),
+    "integer advantages": (dict(advantages=torch.ones(2).long()), "advantages must be floating"),
+    "old_logps shape": (dict(old_logps=torch.ones(2)), "old_logps must have shape"),
+    "integer old_logps": (dict(old_logps=torch.ones(2, 3).int()), "old_logps must be floating"),
+    "ref_logps shape": (dict(ref_logps=torch.ones(2, 4), beta=1.0), "ref_logps must have shape"),
+    "beta alone": (dict(beta=0.1), "ref_logps is needed"),
+    "beta tensor alone": (dict(beta=torch.tensor(0.1)), "ref_logps is needed"),
+    "beta NaN": (dict(beta=float("nan"), ref_logps=torch.ones(2, 3)), "beta must be a finite"),
+    "beta (1,)": (dict(beta=torch.ones(1), ref_logps=torch.ones(2, 3)), "beta must be a number or"),
+    "temperature 0": (dict(temperature=0.0), "temperature must be a finite number > 0, got 0.0"),
+    "temperature < 0": (dict(temperature=torch.tensor(-1.0)), "temperature must be"),
+    "temperature text": (dict(temperature="hot"), "temperature must be a number"),
+    "grad_scale 0": (dict(grad_scale=0), "grad_scale must be a finite number != 0"),
+    "grad_scale inf": (dict(grad_scale=float("inf")), "grad_scale"),
+    "items": (dict(num_items_in_batch=-3), "num_items_in_batch"),
+    "sequences": (dict(num_sequences_in_batch=0, loss_type="grpo"), "num_sequences_in_batch"),
+    "length": (dict(max_completion_length=0, loss_type="dr_grpo"), "max_completion_length"),
+    "implementation": (dict(implementation="cuda"), "implementation must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(case):
+    changes, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(**arguments(**changes))
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(ValueError, match="old_logps is on meta, logits are on cpu"):
+        grpo_loss(**arguments(old_logps=torch.ones(2, 3, device="meta")))
+
+
+def test_log_probabilities_check_theirs():
+    logits, ids = torch.randn(2, 3, 11), torch.zeros(2, 3, dtype=torch.long)
+    for bad, message in (
+        (dict(ids=ids[:1]), "logits must be"),
+        (dict(ids=ids + 11), r"ids must lie in \[0, 11\)"),
+        (dict(mask=torch.ones(2)), "mask must have shape"),
+        (dict(temperature=-1), "temperature"),
+        (dict(implementation="eager"), "implementation"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            selective_log_softmax(**({"logits": logits, "ids": ids} | bad))
+
+
+def test_nothing_is_launched_or_allocated_before_the_checks(monkeypatch):
+    monkeypatch.setattr("grpo_fused.loss.token_weights", NEVER)
+    with pytest.raises(ValueError, match="advantages"):
+        grpo_loss(**arguments(advantages=torch.ones(5)))
+
+
+def test_arguments_of_later_releases_are_absent():
+    """Never accepted and ignored."""
+    for name in ("importance_sampling_ratio", "cu_seqlens", "entropy_coef", "policy_mask"):
+        with pytest.raises(TypeError, match=name):
+            grpo_loss(**arguments(), **{name: None})
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        grpo_loss(**arguments(), implementation="triton")
+
+
+def test_triton_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(validation, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match="not installed"):
+        grpo_loss(**arguments(), implementation="triton")
+
+
+def test_without_triton_the_package_imports_and_torch_serves():
+    """macOS, Windows: nothing but the kernels needs Triton."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, grpo_fused
+logits = torch.randn(2, 3, 7, requires_grad=True)
+ids = torch.zeros(2, 3, dtype=torch.long)
+grpo_fused.grpo_loss(logits, ids, None, torch.ones(2)).loss.backward()
+assert torch.isfinite(logits.grad).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_auto_follows_the_device_not_the_installation():
+    """TRL 1.15.0 took CPU tensors to Triton because it could be imported."""
+    cpu = torch.zeros(1)
+    assert validation.choose_implementation("auto", cpu) == "torch"
+    if torch.cuda.is_available():
+        assert validation.choose_implementation("auto", cpu.cuda()) == "triton"
+
+
+def test_unknown_ids_where_reading_them_would_wait(implementation, device, monkeypatch):
+    """On a device they make NaN in their own row, and read nothing outside of it."""
+    if implementation == "torch" and device == "cuda":
+        pytest.skip("checked with the kernels")
+    monkeypatch.setattr(validation, "check_ids", lambda *args: None)
+    given = arguments(device)
+    given["completion_ids"] = given["completion_ids"].clone()
+    given["completion_ids"][0, 1] = 2**40
+    given["completion_ids"][1, 2] = -1
+    logits = given.pop("logits").requires_grad_(True)
+    out = grpo_loss(logits, **given, implementation=implementation)
+    out.loss.backward()
+    unknown = torch.tensor([[False, True, False], [False, False, True]], device=device)
+    assert torch.isnan(out.loss)
+    assert torch.equal(torch.isnan(out.logps), unknown)
+    assert torch.equal(torch.isnan(logits.grad[:, :3]).any(-1), unknown)
+    assert torch.equal(torch.isnan(logits.grad[:, :3]).all(-1), unknown)
