@@ -150,7 +150,7 @@ def grpo_loss(
         objective.name(),
         objective.knobs(),
         bool(compute_entropy),
-        deferred=logits.dtype == torch.float16 and scales[2] == 1.0,
+        deferred=logits.dtype == torch.float16 and _is_one(grad_scale),
         inplace=inplace,
         implementation=implementation,
     )
@@ -222,6 +222,10 @@ def selective_log_softmax(
     if flat:
         logps, entropies = (None if t is None else t.squeeze(0) for t in (logps, entropies))
     return logps, entropies
+
+
+def _is_one(scale):
+    return not isinstance(scale, torch.Tensor) and scale == 1.0
 
 
 def _constant(values):

@@ -143,7 +143,7 @@ LOSSES = {
     "bnpo": Loss(
         Clip(),
         "token-mean-local",
-        "GRPO averaged over the tokens at hand, as in TRL",
+        "TRL",
         "https://huggingface.co/docs/trl/grpo_trainer",
         "loss_type bnpo",
     ),
@@ -157,7 +157,7 @@ LOSSES = {
     "dr_grpo": Loss(
         Clip(),
         "seq-mean-token-sum-norm",
-        "Understanding R1-Zero-Like Training (Dr. GRPO)",
+        "Dr. GRPO",
         "https://arxiv.org/abs/2503.20783",
         "section 3.2",
     ),

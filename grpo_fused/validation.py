@@ -33,15 +33,21 @@ def check_logits(logits, ids, ids_name, inplace):
         raise ValueError(
             f"logits must be contiguous in the last dimension, got strides {logits.stride()}"
         )
-    if inplace and logits.is_leaf and logits.requires_grad:
+    if inplace and logits.requires_grad and _holds_values_of_a_leaf(logits):
         raise ValueError(
-            "inplace=True on logits that are a leaf: a parameter's values would be lost; pass the "
-            "output of an operation, or inplace=False"
+            "inplace=True on logits that are a leaf or a view of one: its values would be lost; "
+            "pass the output of an operation, or inplace=False"
         )
     if inplace and any(
         n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)
     ):
         raise ValueError("inplace=True on expanded logits: several rows share the same memory")
+
+
+def _holds_values_of_a_leaf(logits):
+    if logits.is_leaf or torch.compiler.is_compiling():
+        return logits.is_leaf
+    return logits._base is not None and logits._base.is_leaf
 
 
 def check_tokens(logits, ids, ids_name, tensors):

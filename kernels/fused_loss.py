@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .launch import kernel, launch_rows
+from .launch import gradient_arguments, kernel, launch_rows, vector_width
 from .library import launcher
 from .objective import OBJECTIVES, clamped_exp, k3
 from .online_softmax import (
@@ -48,12 +48,12 @@ def _fused_loss_kernel(
     logits_ptr,
     stride_sequence: tl.int64,
     stride_position: tl.int64,
-    dlogits_ptr,
-    dlogits_stride_sequence: tl.int64,
-    dlogits_stride_position: tl.int64,
     rows: tl.int32,
     positions: tl.int32,
     V: tl.int32,
+    dlogits_ptr,
+    dlogits_stride_sequence: tl.int64,
+    dlogits_stride_position: tl.int64,
     tokens: tl.int32,
     ids_ptr,
     weights_ptr,
@@ -77,6 +77,7 @@ def _fused_loss_kernel(
     THREADS: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
+    DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = THREADS * UNROLL * VECTOR
@@ -149,7 +150,7 @@ def _fused_loss_kernel(
                     position,
                     dlogits_stride_sequence,
                     dlogits_stride_position,
-                    VECTOR,
+                    DLOGITS_VECTOR,
                 ),
                 V,
                 target,
@@ -210,7 +211,8 @@ def fused_loss(
     """
     launch_rows(
         _fused_loss_kernel,
-        (logits, dlogits),
+        logits,
+        *gradient_arguments(dlogits),
         ids.shape[1],
         ids,
         weights,
@@ -230,5 +232,6 @@ def fused_loss(
         totals,
         dlogps,
         persistent=True,
+        DLOGITS_VECTOR=1 if dlogits is None else vector_width(dlogits),
         OBJECTIVE=OBJECTIVES[objective],
     )

@@ -71,11 +71,10 @@ def tiling(V, itemsize, device):
     return Tiling(warps=8, unroll=4, programs_per_multiprocessor=2)
 
 
-def vector_width(*matrices):
-    """Columns per load or store, 128 bits at most, for which every row of all is aligned."""
-    itemsize = matrices[0].element_size()
-    steps = [step for m in matrices for step in (m.data_ptr() // itemsize, *m.stride()[:2])]
-    return math.gcd(16 // itemsize, *steps)
+def vector_width(matrix):
+    """Columns per load or store, 128 bits at most, for which every row of a matrix is aligned."""
+    itemsize = matrix.element_size()
+    return math.gcd(16 // itemsize, matrix.data_ptr() // itemsize, *matrix.stride()[:2])
 
 
 def on_device(tensor):
@@ -92,17 +91,16 @@ def launch(function, programs, *args, **options):
     function[(programs,)](*args, **options)
 
 
-def launch_rows(function, matrices, *args, persistent=False, **constexprs):
+def launch_rows(function, logits, *args, persistent=False, **constexprs):
     """Launch a kernel over rows: one program a row, or a grid that fills the device once.
 
     Args:
-        function: kernel whose first parameters are, for every matrix, its pointer and two strides,
-            then rows (B * L), positions (L) and V; then come `args`.
-        matrices: the logits (B, L, V), then matrices of their shape and dtype, or None.
+        function: kernel whose parameters are logits_ptr and its strides per sequence and position,
+            rows (B * L), positions (L), V; then `args`; then the constexprs of the blocks.
+        logits: (B, L, V).
         persistent: whether the kernel loops over rows in steps of the number of programs.
-        constexprs: the kernel's flags; block sizes are added here.
+        constexprs: the kernel's own flags.
     """
-    logits = matrices[0]
     sequences, positions, V = logits.shape
     rows = sequences * positions
     if rows == 0:
@@ -113,18 +111,12 @@ def launch_rows(function, matrices, *args, persistent=False, **constexprs):
         programs = rows
         if persistent:
             programs = min(rows, device.multiprocessors * tile.programs_per_multiprocessor)
-        vector = vector_width(*(m for m in matrices if m is not None))
+        vector = vector_width(logits)
         launch(
             function,
             programs,
-            *(
-                part
-                for m in matrices
-                for part in ((None, 0, 0) if m is None else (m, *m.stride()[:2]))
-            ),
-            rows,
-            positions,
-            V,
+            *(logits, *logits.stride()[:2]),
+            *(rows, positions, V),
             *args,
             THREADS=tile.warps * device.warp_size,
             UNROLL=tile.unroll,
@@ -134,3 +126,8 @@ def launch_rows(function, matrices, *args, persistent=False, **constexprs):
             enable_fp_fusion=True,
             **constexprs,
         )
+
+
+def gradient_arguments(dlogits):
+    """Pointer and strides of the gradient (B, L, V), or of none."""
+    return (None, 0, 0) if dlogits is None else (dlogits, *dlogits.stride()[:2])

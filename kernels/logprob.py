@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .launch import kernel, launch_rows
+from .launch import gradient_arguments, kernel, launch_rows, vector_width
 from .library import launcher
 from .online_softmax import (
     LOG2E,
@@ -87,12 +87,12 @@ def _logprob_bwd_kernel(
     logits_ptr,
     stride_sequence: tl.int64,
     stride_position: tl.int64,
-    dlogits_ptr,
-    dlogits_stride_sequence: tl.int64,
-    dlogits_stride_position: tl.int64,
     rows: tl.int32,
     positions: tl.int32,
     V: tl.int32,
+    dlogits_ptr,
+    dlogits_stride_sequence: tl.int64,
+    dlogits_stride_position: tl.int64,
     tokens: tl.int32,
     ids_ptr,
     active_ptr,
@@ -106,6 +106,7 @@ def _logprob_bwd_kernel(
     THREADS: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
+    DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = THREADS * UNROLL * VECTOR
@@ -116,7 +117,7 @@ def _logprob_bwd_kernel(
         position,
         dlogits_stride_sequence,
         dlogits_stride_position,
-        VECTOR,
+        DLOGITS_VECTOR,
     )
     x_ptr = row_pointer(logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR)
     active = position < tokens
@@ -156,7 +157,7 @@ def _logprob_bwd_kernel(
 def logprob_fwd(logits, ids, active, temperature, logps, entropies, maxima, totals):
     """Write logps, entropies (B, T) and the statistics (B, T) that the gradient starts from."""
     outputs = (logps, entropies, maxima, totals)
-    launch_rows(_logprob_fwd_kernel, (logits,), ids.shape[1], ids, active, temperature, *outputs)
+    launch_rows(_logprob_fwd_kernel, logits, ids.shape[1], ids, active, temperature, *outputs)
 
 
 @launcher(
@@ -170,7 +171,8 @@ def logprob_bwd(
     """Write dlogits (B, L, V), which may be logits itself, from dlogps and dentropies (B, T)."""
     launch_rows(
         _logprob_bwd_kernel,
-        (logits, dlogits),
+        logits,
+        *gradient_arguments(dlogits),
         ids.shape[1],
         ids,
         active,
@@ -181,4 +183,5 @@ def logprob_bwd(
         totals,
         dlogps,
         dentropies,
+        DLOGITS_VECTOR=vector_width(dlogits),
     )

@@ -52,4 +52,4 @@ def _rescale_kernel(
 @launcher("Tensor(a!) dlogits, Tensor grad_output, Tensor grad_scale")
 def rescale(dlogits, grad_output, grad_scale):
     """Turn dlogits (B, L, V), made for the upstream gradient grad_scale, into grad_output's."""
-    launch_rows(_rescale_kernel, (dlogits,), grad_output, grad_scale, persistent=True)
+    launch_rows(_rescale_kernel, dlogits, grad_output, grad_scale, persistent=True)

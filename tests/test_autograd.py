@@ -136,6 +136,8 @@ def test_in_place_refuses_leaves_and_shared_rows(implementation, device):
     ):
         with pytest.raises(ValueError, match="leaf"):
             function(batch.leaf())
+        with pytest.raises(ValueError, match="view of one"):
+            function(batch.leaf().view_as(batch.logits))
         with pytest.raises(ValueError, match="expanded"):
             function((batch.leaf()[:1] * 1).expand(4, -1, -1))
 

@@ -79,10 +79,16 @@ def test_more_than_two_to_the_31_elements():
     assert relative_error(logits.grad[:, -4:], grad) < 4e-3
 
 
-def test_no_wait_for_the_device():
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
+@pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_no_wait_for_the_device(dtype, as_tensors, implementation):
     """Forward and backward never read a value back."""
-    batch = make_batch(device="cuda", dtype=torch.bfloat16)
+    batch = make_batch(device="cuda", dtype=dtype)
     logits = batch.leaf()
+    scales = {"beta": 0.1, "temperature": 0.9, "grad_scale": 1.0}
+    if as_tensors:
+        scales = {name: torch.tensor(value, device="cuda") for name, value in scales.items()}
 
     def step():
         out = grpo_loss(
@@ -92,12 +98,17 @@ def test_no_wait_for_the_device():
             batch.advantages,
             old_logps=batch.old_logps,
             ref_logps=batch.ref_logps,
-            beta=0.1,
             compute_entropy=True,
             inplace=True,
+            num_items_in_batch=batch.mask.sum(),
+            implementation=implementation,
+            **scales,
         )
         (out.loss * 0.5).backward()
-        selective_log_softmax(logits, batch.ids, batch.mask)[0].sum().backward()
+        logps, _ = selective_log_softmax(
+            logits, batch.ids, batch.mask, implementation=implementation
+        )
+        logps.sum().backward()
 
     step()
     torch.cuda.synchronize()

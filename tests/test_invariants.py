@@ -69,3 +69,26 @@ def test_loss_and_log_probabilities_are_one_arithmetic(implementation, device):
     )
     _, loss_logps, loss_entropies = results(batch, slice(None), implementation)
     assert torch.equal(logps, loss_logps) and torch.equal(entropies, loss_entropies)
+
+
+def test_statistics_do_not_depend_on_where_the_gradient_goes(implementation, device):
+    """Padded rows of an odd vocabulary are aligned; their fresh gradient is not."""
+    batch = make_batch(V=1537, device=device)
+    padded = torch.zeros(4, 7, 1544, device=device)
+    padded[..., :1537] = batch.logits
+    padded.requires_grad_(True)
+    results = []
+    for inplace in (None, False, True):
+        out = grpo_loss(
+            (padded.detach() if inplace is None else padded * 1)[..., :1537],
+            batch.ids,
+            batch.mask,
+            batch.advantages,
+            inplace=bool(inplace),
+            implementation=implementation,
+        )
+        grad = None if inplace is None else torch.autograd.grad(out.loss, padded)[0]
+        results.append((out.logps, grad))
+    (without, _), (fresh, fresh_grad), (inplace, inplace_grad) = results
+    assert torch.equal(without, fresh) and torch.equal(without, inplace)
+    assert torch.equal(fresh_grad, inplace_grad)
