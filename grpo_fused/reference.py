@@ -152,13 +152,7 @@ def _store(outputs, block, values, masked):
             output[block] = value if masked is None else value.masked_fill(masked, 0.0)
 
 
-@launcher(
-    "Tensor logits, Tensor ids, Tensor weights, Tensor advantages, Tensor? old_logps, "
-    "Tensor? ref_logps, Tensor temperature, Tensor beta, Tensor grad_scale, str objective, "
-    "float[] knobs, Tensor(a!) terms, Tensor(b!) logps, Tensor(c!)? entropies, "
-    "Tensor(d!)? maxima, Tensor(e!)? totals, Tensor(f!)? dlogps, Tensor(g!)? dlogits",
-    suffix="_torch",
-)
+@launcher
 def fused_loss(
     logits,
     ids,
@@ -218,11 +212,7 @@ def fused_loss(
     _tokens(outputs, rows, positions)
 
 
-@launcher(
-    "Tensor logits, Tensor ids, Tensor? active, Tensor temperature, Tensor(a!) logps, "
-    "Tensor(b!)? entropies, Tensor(c!)? maxima, Tensor(d!)? totals",
-    suffix="_torch",
-)
+@launcher
 def logprob_fwd(logits, ids, active, temperature, logps, entropies, maxima, totals):
     """As `grpo_fused.kernels.logprob.logprob_fwd`."""
     positions, V = logits.shape[1:]
@@ -239,12 +229,7 @@ def logprob_fwd(logits, ids, active, temperature, logps, entropies, maxima, tota
     _tokens(outputs, rows, positions)
 
 
-@launcher(
-    "Tensor logits, Tensor ids, Tensor? active, Tensor temperature, Tensor logps, "
-    "Tensor? entropies, Tensor maxima, Tensor totals, Tensor dlogps, Tensor? dentropies, "
-    "Tensor(a!) dlogits",
-    suffix="_torch",
-)
+@launcher
 def logprob_bwd(
     logits, ids, active, temperature, logps, entropies, maxima, totals, dlogps, dentropies, dlogits
 ):
@@ -277,7 +262,7 @@ def logprob_bwd(
         _write_gradient(gradient, dx, target, dtarget, masked)
 
 
-@launcher("Tensor(a!) dlogits, Tensor grad_output, Tensor grad_scale", suffix="_torch")
+@launcher
 def rescale(dlogits, grad_output, grad_scale):
     """As `grpo_fused.kernels.rescale.rescale`; waits for nothing but a number on the CPU."""
     factor = grad_output / grad_scale

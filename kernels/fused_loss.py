@@ -169,12 +169,7 @@ def _fused_loss_kernel(
             )
 
 
-@launcher(
-    "Tensor logits, Tensor ids, Tensor weights, Tensor advantages, Tensor? old_logps, "
-    "Tensor? ref_logps, Tensor temperature, Tensor beta, Tensor grad_scale, str objective, "
-    "float[] knobs, Tensor(a!) terms, Tensor(b!) logps, Tensor(c!)? entropies, "
-    "Tensor(d!)? maxima, Tensor(e!)? totals, Tensor(f!)? dlogps, Tensor(g!)? dlogits"
-)
+@launcher
 def fused_loss(
     logits,
     ids,

@@ -10,42 +10,61 @@ import re
 
 import torch
 
+# What every implementation's launchers take, in the notation of torch.library: `(a!)` marks an
+# output. `Tensor temperature, beta, grad_scale` are also Python floats in eager calls.
+SIGNATURES = {
+    "logprob_fwd": (
+        "Tensor logits, Tensor ids, Tensor? active, Tensor temperature, "
+        "Tensor(a!) logps, Tensor(b!)? entropies, Tensor(c!)? maxima, Tensor(d!)? totals"
+    ),
+    "logprob_bwd": (
+        "Tensor logits, Tensor ids, Tensor? active, Tensor temperature, "
+        "Tensor logps, Tensor? entropies, Tensor maxima, Tensor totals, "
+        "Tensor dlogps, Tensor? dentropies, Tensor(a!) dlogits"
+    ),
+    "fused_loss": (
+        "Tensor logits, Tensor ids, Tensor weights, Tensor advantages, "
+        "Tensor? old_logps, Tensor? ref_logps, "
+        "Tensor temperature, Tensor beta, Tensor grad_scale, str objective, float[] knobs, "
+        "Tensor(a!) terms, Tensor(b!) logps, Tensor(c!)? entropies, "
+        "Tensor(d!)? maxima, Tensor(e!)? totals, Tensor(f!)? dlogps, Tensor(g!)? dlogits"
+    ),
+    "rescale": "Tensor(a!) dlogits, Tensor grad_output, Tensor grad_scale",
+}
 
-def launcher(signature, suffix=""):
-    """Register `grpo_fused::<name><suffix>` with this schema; `(a!)` marks an output.
 
-    Arguments that the schema calls `Tensor` but that eager callers may give as Python floats
-    (temperature, beta, grad_scale) become 0-d tensors on the way into the op, so that a new value
-    is new data and not a new graph.
+def launcher(function):
+    """Register a function named in SIGNATURES as `grpo_fused::<name>`, `..._torch` in reference.
+
+    Floats become 0-d tensors on the way into the op, so that a new value is new data and not a new
+    graph.
     """
+    signature = SIGNATURES[function.__name__]
     parameters = [parameter.strip() for parameter in signature.split(",")]
-    outputs = [p.split()[-1] for p in parameters if "!" in p]
+    outputs = [parameter.split()[-1] for parameter in parameters if "!" in parameter]
     is_tensor = [re.match(r"Tensor\b(?!\?)", parameter) is not None for parameter in parameters]
+    suffix = "_torch" if function.__module__.endswith(".reference") else ""
+    op = torch.library.custom_op(
+        f"grpo_fused::{function.__name__}{suffix}",
+        function,
+        mutates_args=outputs,
+        schema=f"({signature}) -> ()",
+    )
+    op.register_fake(lambda *args: None)
 
-    def decorate(function):
-        op = torch.library.custom_op(
-            f"grpo_fused::{function.__name__}{suffix}",
-            function,
-            mutates_args=outputs,
-            schema=f"({signature}) -> ()",
-        )
-        op.register_fake(lambda *args: None)
-
-        @functools.wraps(function)
-        def call(*args):
-            if not torch.compiler.is_compiling():
-                return function(*args)
-            device = args[0].device
-            return op(
-                *(
-                    torch.full((), value, device=device)
-                    if tensor and isinstance(value, float)
-                    else value
-                    for value, tensor in zip(args, is_tensor, strict=True)
-                )
+    @functools.wraps(function)
+    def call(*args):
+        if not torch.compiler.is_compiling():
+            return function(*args)
+        device = args[0].device
+        return op(
+            *(
+                torch.full((), value, device=device)
+                if tensor and isinstance(value, float)
+                else value
+                for value, tensor in zip(args, is_tensor, strict=True)
             )
+        )
 
-        call.op = op
-        return call
-
-    return decorate
+    call.op = op
+    return call

@@ -150,21 +150,14 @@ def _logprob_bwd_kernel(
     )
 
 
-@launcher(
-    "Tensor logits, Tensor ids, Tensor? active, Tensor temperature, Tensor(a!) logps, "
-    "Tensor(b!)? entropies, Tensor(c!)? maxima, Tensor(d!)? totals"
-)
+@launcher
 def logprob_fwd(logits, ids, active, temperature, logps, entropies, maxima, totals):
     """Write logps, entropies (B, T) and the statistics (B, T) that the gradient starts from."""
     outputs = (logps, entropies, maxima, totals)
     launch_rows(_logprob_fwd_kernel, logits, ids.shape[1], ids, active, temperature, *outputs)
 
 
-@launcher(
-    "Tensor logits, Tensor ids, Tensor? active, Tensor temperature, Tensor logps, "
-    "Tensor? entropies, Tensor maxima, Tensor totals, Tensor dlogps, Tensor? dentropies, "
-    "Tensor(a!) dlogits"
-)
+@launcher
 def logprob_bwd(
     logits, ids, active, temperature, logps, entropies, maxima, totals, dlogps, dentropies, dlogits
 ):

@@ -49,7 +49,7 @@ def _rescale_kernel(
                 tl.store(x_ptr + columns, x.to(dtype), columns < remaining)
 
 
-@launcher("Tensor(a!) dlogits, Tensor grad_output, Tensor grad_scale")
+@launcher
 def rescale(dlogits, grad_output, grad_scale):
     """Turn dlogits (B, L, V), made for the upstream gradient grad_scale, into grad_output's."""
     launch_rows(_rescale_kernel, dlogits, grad_output, grad_scale, persistent=True)
