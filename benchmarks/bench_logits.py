@@ -1,0 +1,174 @@
+"""The loss and the log-probabilities over given logits, against eager PyTorch and torch.compile.
+
+    pytest benchmarks --benchmark-json benchmarks/results/cpu.json
+
+Every case is held to float64 on fresh data before it is timed.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from benchmarks import measure, providers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GRADIENT_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # a bfloat16 gradient is rounded once: 2e-3
+LOGPS_ERROR = 1e-5  # results are float32 whatever the logits
+CPU_LENGTHS = (256, 128, 64, 32)
+CPU_V = 32_000
+CUDA_LENGTHS = (1024,) * 8
+CUDA_V = (32_000, 128_256, 151_936, 262_144)
+ROUNDS = 15
+
+
+def make_batch(lengths, V, dtype, device, seed):
+    """(logits, ids, mask, advantages, old_logps); the policy has moved by a tenth of a nat."""
+    generator = torch.Generator(device).manual_seed(seed)
+    B, T = len(lengths), max(lengths)
+    options = {"generator": generator, "device": device}
+    logits = torch.randn(B, T, V, dtype=DTYPES[dtype], **options).mul_(2)
+    ids = torch.randint(V, (B, T), **options)
+    mask = (torch.arange(T) < torch.tensor(lengths)[:, None]).long().to(device)
+    advantages = torch.randn(B, **options)
+    old_logps = providers.exact_logps(logits, ids)[0].float() + 0.1 * torch.randn(B, T, **options)
+    return logits, ids, mask, advantages, old_logps
+
+
+def gradient_error(provider, batch):
+    """Relative norm error of the provider's gradient; the logits may be spent afterwards."""
+    source = batch[0].clone()
+    logits = batch[0].requires_grad_()
+    provider(logits, *batch[1:]).backward()
+    return measure.relative_error(logits.grad, providers.exact_gradients(source, *batch[1:]))
+
+
+def logps_error(provider, batch, entropy):
+    """The larger of the errors of the log-probabilities and of the entropies, where active."""
+    logits, ids, mask = batch[:3]
+    got, want = provider(logits, ids, mask, entropy), providers.exact_logps(logits, ids)
+    active = mask != 0
+    pairs = [(g, w) for g, w in zip(got, want, strict=True) if g is not None]
+    return max(measure.relative_error([g[active]], [w[active]]) for g, w in pairs)
+
+
+def peaks(steps, prepare, device):
+    """(steps that ran, {name: figures}): peak memory, or that there was not enough."""
+    ran, figures = {}, {}
+    for name, step in steps.items():
+        prepare()
+        try:
+            figures[name] = {"peak_bytes": measure.peak_bytes(step, device)}
+            ran[name] = step
+        except torch.OutOfMemoryError:
+            figures[name] = "out of memory"
+            prepare()
+            torch.cuda.empty_cache()
+    return ran, figures
+
+
+def record(benchmark, case, batch, device, steps, prepare, *, writes):
+    """Measure the steps, the first of them ours, and put the figures into `extra_info`."""
+    logits, mask = batch[0], batch[2]
+    measure.check_peak_bytes(device)
+    ours = next(iter(steps))
+    steps, figures = peaks(steps, prepare, device)
+    assert ours in steps, f"{ours}: {figures[ours]}"
+    floors = {} if device == "cpu" else measure.floors(logits)
+    times = measure.interleave(benchmark, steps | floors, prepare, device, ROUNDS)
+    for name in steps:
+        figures[name] |= {"ms": 1e3 * times[name][0], "spread": times[name][1]}
+    seconds = times[ours][0]
+    active = mask.count_nonzero().item()
+    traffic = logits.nbytes * (active / mask.numel() + writes)
+    info = measure.environment(device) | {
+        "case": case,
+        "shape": list(logits.shape),
+        "active_rows": active,
+        "bytes": round(traffic),
+        "GB/s": traffic / seconds / 1e9,
+        "peak_bytes": figures[ours]["peak_bytes"],
+        "providers": figures,
+    }
+    if "eager" in steps:
+        info["ratio_time_over_eager"] = figures[ours]["ms"] / figures["eager"]["ms"]
+        info["ratio_memory_over_eager"] = info["peak_bytes"] / figures["eager"]["peak_bytes"]
+    if floors:
+        info |= {
+            "device_ms": 1e3 * seconds,
+            "read GB/s": logits.nbytes / times["read"][0] / 1e9,
+            "copy GB/s": 2 * logits.nbytes / times["copy"][0] / 1e9,
+            "time_over_floor": seconds / times["copy" if writes else "read"][0],
+        }
+    benchmark.extra_info.update(info)
+
+
+def time_losses(benchmark, case, lengths, V, dtype, device, losses):
+    """Loss and gradient over a leaf: one read of the active rows, one write of all."""
+    make = functools.partial(make_batch, lengths, V, dtype, device)
+    assert gradient_error(next(iter(losses.values())), make(seed=1)) < GRADIENT_ERROR[dtype]
+    batch = make(seed=0)
+    logits = batch[0].requires_grad_()
+    source = logits.detach().clone()
+
+    def prepare():
+        logits.grad = None
+        if device != "cpu":  # a step in place has written over them
+            logits.detach().copy_(source)
+
+    steps = {n: lambda loss=loss: loss(*batch).backward() for n, loss in losses.items()}
+    record(benchmark, case, batch, device, steps, prepare, writes=1)
+
+
+def time_logps(benchmark, case, lengths, V, dtype, device, entropy):
+    """Log-probabilities without a gradient: one read of the active rows."""
+    make = functools.partial(make_batch, lengths, V, dtype, device)
+    assert logps_error(providers.fused_logps, make(seed=1), entropy) < LOGPS_ERROR
+    batch = make(seed=0)
+    steps = {
+        "fused": lambda: providers.fused_logps(*batch[:3], entropy),
+        "eager": lambda: providers.eager_logps(*batch[:3], entropy),
+    }
+    with torch.no_grad():
+        record(benchmark, case, batch, device, steps, lambda: None, writes=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_loss_cpu(benchmark, dtype):
+    losses = {"fused": providers.fused, "eager": providers.eager}
+    case = f"loss and gradient, {dtype}"
+    time_losses(benchmark, case, CPU_LENGTHS, CPU_V, dtype, "cpu", losses)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_logps_cpu(benchmark, dtype):
+    case = f"log-probabilities and entropies, {dtype}"
+    time_logps(benchmark, case, CPU_LENGTHS, CPU_V, dtype, "cpu", entropy=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("V", CUDA_V)
+@pytest.mark.parametrize("inplace", [True, False], ids=["inplace", "fresh"])
+def bench_loss_cuda(benchmark, inplace, V):
+    need_memory(V)
+    name = "fused_inplace" if inplace else "fused"
+    case = f"loss and gradient{' in place' if inplace else ''}, bfloat16"
+    losses = {n: getattr(providers, n) for n in (name, "eager", "compiled")}
+    time_losses(benchmark, case, CUDA_LENGTHS, V, "bfloat16", "cuda", losses)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("V", CUDA_V)
+@pytest.mark.parametrize("entropy", [False, True], ids=["logps", "entropy"])
+def bench_logps_cuda(benchmark, entropy, V):
+    need_memory(V)
+    case = f"log-probabilities{' and entropies' if entropy else ''}, bfloat16"
+    time_logps(benchmark, case, CUDA_LENGTHS, V, "bfloat16", "cuda", entropy)
+
+
+def need_memory(V):
+    """Skip where ours alone, its floors and the float64 truth do not fit."""
+    torch.cuda.empty_cache()
+    needed = 8 * 2 * sum(CUDA_LENGTHS) * V
+    if torch.cuda.get_device_properties().total_memory < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of device memory")

@@ -1,0 +1,166 @@
+"""Time, peak memory and error of steps; a step is a function without arguments."""
+
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from grpo_fused.kernels.objective import HAS_TRITON, jit, tl
+
+FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
+FLUSHES = 8  # longer on the device than a step takes to launch
+WORDS_PER_PROGRAM = 8192
+
+
+def environment(device):
+    """Device, versions, threads and commit, for `extra_info`."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    folder = Path(__file__).parent
+    commit = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout.strip()
+    return {
+        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if HAS_TRITON else None,
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+    }
+
+
+def peak_bytes(step, device):
+    """Most memory that `step` held at a time, beyond what was there before it."""
+    if device == "cpu":
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            step()
+        events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def check_peak_bytes(device):
+    """Hold `peak_bytes` to a step of which it is known: 48 MiB kept, 64 and then 32 on top."""
+
+    def step():
+        kept = torch.empty(48 << 20, dtype=torch.uint8, device=device)
+        for size in (64 << 20, 32 << 20):
+            torch.empty(size, dtype=torch.uint8, device=device)
+        del kept
+
+    measured, held = peak_bytes(step, device), 112 << 20
+    slack = 0 if device == "cpu" else 1 << 20  # what CUDA's allocator leaves at the end of a block
+    assert held <= measured <= held + slack, f"peak_bytes measured {measured}, held were {held}"
+
+
+def _device_seconds(step, flush):
+    """Seconds of `step` on the GPU, caches cold.
+
+    The host is not waited for: what it launches queues up behind the flushes.
+    """
+    for _ in range(FLUSHES):
+        flush.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _wall_seconds(step):
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def interleave(benchmark, steps, prepare, device, rounds, warmup_rounds=2):
+    """Time steps {name: step} in turns, A, B, A, B, ..., so that drift hits them alike.
+
+    pytest-benchmark times the first, the others run in its setup. On a GPU the first runs there
+    too, for its device time: the fixture then has the wall time from an idle device.
+
+    Args:
+        prepare: called before every step, not timed.
+
+    Returns:
+        {name: (median in seconds, interquartile range over median)}.
+    """
+    first = next(iter(steps))
+    seconds = {name: [] for name in steps}
+    flush = None
+    if device != "cpu":
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def run(name):
+        prepare()
+        step = steps[name]
+        seconds[name].append(
+            _wall_seconds(step) if device == "cpu" else _device_seconds(step, flush)
+        )
+
+    def setup():
+        for name in steps:
+            if name != first or device != "cpu":
+                run(name)
+        prepare()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    def target():
+        if device == "cpu":
+            seconds[first].append(_wall_seconds(steps[first]))
+        else:
+            steps[first]()
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(target, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
+    return {name: _summary(times[-rounds:]) for name, times in seconds.items()}
+
+
+def _summary(times):
+    median = statistics.median(times)
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return median, (high - low) / median
+
+
+def relative_error(got, want):
+    """Norm of the difference over the norm of `want`, both sequences of tensors."""
+    difference = total = 0.0
+    for g, w in zip(got, want, strict=True):
+        difference += (g.double() - w).square().sum().item()
+        total += w.square().sum().item()
+    return (difference / total) ** 0.5
+
+
+@jit
+def _read_kernel(words_ptr, sums_ptr, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    words = tl.load(words_ptr + program * BLOCK + tl.arange(0, BLOCK))
+    tl.store(sums_ptr + program, tl.sum(words, axis=0))
+
+
+def floors(logits):
+    """Steps that only read, and only copy, memory of the size of the logits, on a GPU."""
+    words = logits.detach().view(torch.int32).flatten()
+    copy = torch.empty_like(words)
+    programs, rest = divmod(words.numel(), WORDS_PER_PROGRAM)
+    assert rest == 0, f"{words.numel()} words are not cut into blocks of {WORDS_PER_PROGRAM}"
+    sums = torch.empty(programs, dtype=torch.int32, device=logits.device)
+
+    def read():
+        _read_kernel[(programs,)](words, sums, BLOCK=WORDS_PER_PROGRAM, num_warps=8)
+
+    return {"read": read, "copy": lambda: copy.copy_(words)}

@@ -1,0 +1,95 @@
+"""Markdown tables from committed results.
+
+    python -m benchmarks.report benchmarks/results/*.json
+
+CPU cases stand next to eager, GPU cases next to the floor: the time of a read or a copy alone.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def table(columns, rows):
+    """Rows of strings as a Markdown table; the first column is text, the others are numbers."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def figure(info, name, key, form, scale=1.0):
+    """A provider's figure, the reason why there is none, or - where it took no part."""
+    figures = info["providers"].get(name, "-")
+    return figures if isinstance(figures, str) else form.format(figures[key] * scale)
+
+
+def against_eager(infos):
+    """Time and peak memory next to eager's."""
+    columns = ["case", "eager ms", "fused ms", "ratio", "eager MB", "fused MB", "ratio"]
+    rows = [
+        [
+            info["case"],
+            figure(info, "eager", "ms", "{:.0f}"),
+            figure(info, "fused", "ms", "{:.0f}"),
+            f"{info['ratio_time_over_eager']:.3f}",
+            figure(info, "eager", "peak_bytes", "{:.0f}", 1e-6),
+            figure(info, "fused", "peak_bytes", "{:.0f}", 1e-6),
+            f"{info['ratio_memory_over_eager']:.3f}",
+        ]
+        for info in infos
+    ]
+    return table(columns, rows)
+
+
+def against_floor(infos):
+    """Device time next to the time in which the same bytes are only read or copied."""
+    columns = ["case", "V", "ms", "GB/s", "time / floor", "peak MB", "eager ms", "compiled ms"]
+    rows = [
+        [
+            info["case"],
+            str(info["shape"][2]),
+            f"{info['device_ms']:.3f}",
+            f"{info['GB/s']:.0f}",
+            f"{info['time_over_floor']:.2f}",
+            f"{info['peak_bytes'] / 1e6:.0f}",
+            figure(info, "eager", "ms", "{:.2f}"),
+            figure(info, "compiled", "ms", "{:.2f}"),
+        ]
+        for info in infos
+    ]
+    return table(columns, rows)
+
+
+def render(results):
+    """The tables of one file of results: CPU cases, then those of the GPU."""
+    infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+    parts = []
+    for on_cpu, make in ((True, against_eager), (False, against_floor)):
+        chosen = [info for info in infos if (info["device"] == "cpu") == on_cpu]
+        if chosen:
+            parts += [heading(results, chosen[0]), make(chosen)]
+    return "\n\n".join(parts)
+
+
+def heading(results, info):
+    cpu = results["machine_info"]["cpu"]["brand_raw"]
+    device = f"{cpu}, {info['threads']} threads" if info["device"] == "cpu" else info["device"]
+    shape = "B = {}, T = {}".format(*info["shape"])
+    if info["device"] == "cpu":
+        shape += f", V = {info['shape'][2]}"
+    return (
+        f"{device}; torch {info['torch']}, Triton {info['triton']}, Python {info['python']}; "
+        f"{shape}, {info['active_rows']} active rows; commit {info['commit']}"
+    )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("results", nargs="+", type=Path, help="JSON of pytest-benchmark")
+    options = parser.parse_args(argv)
+    print("\n\n".join(render(json.loads(path.read_text())) for path in options.results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
