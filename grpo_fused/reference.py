@@ -1,6 +1,6 @@
 """The four launchers in plain torch: the default on CPU and wherever Triton is not.
 
-Rows are taken in blocks that fit a core's caches, so no temporary is as large as the logits; the
+Rows are taken in blocks of a few megabytes, so no temporary is as large as the logits; the
 exponentials are computed once and turned into the gradient in place. Statistics are relative to
 the row's maximum, as in the kernels, here in base e.
 """
