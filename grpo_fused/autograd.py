@@ -61,6 +61,20 @@ def _spend(ctx, what):
     ctx.spent = True
 
 
+def _save(ctx, tensors, scales):
+    """Save tensors, and scales that are numbers or tensors: a changed tensor is then noticed."""
+    ctx.numbers = tuple(None if isinstance(s, torch.Tensor) else s for s in scales)
+    ctx.save_for_backward(*tensors, *(s if isinstance(s, torch.Tensor) else None for s in scales))
+
+
+def _saved(ctx):
+    """(tensors, scales) as they were saved."""
+    saved = ctx.saved_tensors  # once: checkpointing unpacks them once
+    count = len(saved) - len(ctx.numbers)
+    scales = zip(ctx.numbers, saved[count:], strict=True)
+    return saved[:count], [tensor if number is None else number for number, tensor in scales]
+
+
 def _outputs(ids):
     # Each of its own memory: views of one buffer, written by an op, come out wrong when compiled.
     return torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
@@ -77,7 +91,7 @@ def run_fused_loss(logits, tokens, scales, options, dlogits=None):
         dlogits: (B, L, V) to write the gradient into, or None.
     """
     ids = tokens[0]
-    terms = torch.empty(len(TERMS), *ids.shape, device=logits.device)
+    terms = torch.empty(len(TERMS), *ids.shape, dtype=torch.float32, device=logits.device)
     logps = _outputs(ids)
     entropies = _outputs(ids) if options.compute_entropy else None
     statistics = [_outputs(ids) if options.deferred else None for _ in range(3)]
@@ -107,12 +121,9 @@ class FusedLoss(torch.autograd.Function):
         )
         _note_overwritten(logits, dlogits)
         ctx.options, ctx.spent = options, False
-        ctx.temperature, _, ctx.grad_scale = scales
-        if options.deferred:
-            ids, weights = tokens[:2]
-            ctx.save_for_backward(logits, ids, weights, logps, *statistics)
-        else:
-            ctx.save_for_backward(dlogits)
+        temperature, _, grad_scale = scales
+        saved = (logits, *tokens[:2], logps, *statistics) if options.deferred else (dlogits,)
+        _save(ctx, saved, (temperature, grad_scale))
         sums = terms.sum((1, 2))
         constants = (terms, sums, logps, entropies)
         ctx.mark_non_differentiable(*(t for t in constants if t is not None))
@@ -123,16 +134,16 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx, grad_output, *_):
         _spend(ctx, "grpo_loss")
         launchers = LAUNCHERS[ctx.options.implementation]
+        saved, (temperature, grad_scale) = _saved(ctx)
         if not ctx.options.deferred:
-            (dlogits,) = ctx.saved_tensors
-            dlogits = dlogits.detach()
-            launchers.rescale(dlogits, grad_output, ctx.grad_scale)
+            dlogits = saved[0].detach()
+            launchers.rescale(dlogits, grad_output, grad_scale)
             return dlogits, None, None, None
-        logits, ids, weights, logps, maxima, totals, dlogps = ctx.saved_tensors
+        logits, ids, weights, logps, maxima, totals, dlogps = saved
         dlogits = _gradient_memory(logits, ctx.options)
         launchers.logprob_bwd(
-            *(logits, ids, weights, ctx.temperature, logps, None, maxima, totals),
-            *(dlogps * (grad_output / ctx.grad_scale), None, dlogits),
+            *(logits, ids, weights, temperature, logps, None, maxima, totals),
+            *(dlogps * (grad_output / grad_scale), None, dlogits),
         )
         _note_overwritten(logits, dlogits)
         return dlogits.detach(), None, None, None
@@ -144,8 +155,8 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, tokens, temperature, options):
         logps, entropies, maxima, totals = run_logprob(logits, tokens, temperature, options, True)
-        ctx.options, ctx.temperature, ctx.spent = options, temperature, False
-        ctx.save_for_backward(logits, *tokens, logps, entropies, maxima, totals)
+        ctx.options, ctx.spent = options, False
+        _save(ctx, (logits, *tokens, logps, entropies, maxima, totals), (temperature,))
         ctx.set_materialize_grads(False)
         return logps, entropies
 
@@ -155,12 +166,12 @@ class LogProb(torch.autograd.Function):
         options = ctx.options
         if options.inplace:
             _spend(ctx, "selective_log_softmax(inplace=True)")
-        logits, ids, active, logps, entropies, maxima, totals = ctx.saved_tensors
+        (logits, ids, active, logps, entropies, maxima, totals), (temperature,) = _saved(ctx)
         dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
         dentropies = None if dentropies is None else dentropies.contiguous()
         dlogits = _gradient_memory(logits, options)
         LAUNCHERS[options.implementation].logprob_bwd(
-            *(logits, ids, active, ctx.temperature, logps, entropies, maxima, totals),
+            *(logits, ids, active, temperature, logps, entropies, maxima, totals),
             *(dlogps, dentropies, dlogits),
         )
         _note_overwritten(logits, dlogits)

@@ -70,7 +70,8 @@ def grpo_loss(
     Args:
         logits: (B, T, V) or (B, T + 1, V) float32, bfloat16 or float16, last dimension contiguous,
             raw: temperature is applied here. Of T + 1 positions the last is ignored and its
-            gradient is zero: pass `model(..., logits_to_keep=T + 1).logits` whole.
+            gradient is zero: pass `model(..., logits_to_keep=T + 1).logits` whole. Fills below
+            -1e9 have probability 0; a row that is below -1e9 as a whole, or above 1e9, is NaN.
         completion_ids: (B, T) integer. Any value is allowed where the mask is 0, -100 included. On
             a GPU an active id outside [0, V) makes its row's results NaN (no wait to check it).
         completion_mask: (B, T) bool, integer or float, nonzero = active; None = all active. What
@@ -99,7 +100,8 @@ def grpo_loss(
 
     Returns:
         LossOutput. Without an active token the loss is a differentiable 0. A target whose logit is
-        -inf has logp -inf: on policy its loss is -A, off policy its ratio is e^-80.
+        -inf has logp -inf: on policy its loss is -A, off policy its ratio is e^-80, and with a KL
+        penalty the loss is -inf. NaN in an active token is NaN in the loss and in its row.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, named in the message;
@@ -112,7 +114,8 @@ def grpo_loss(
     if loss_type not in LOSSES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}, got {loss_type!r}")
     row = LOSSES[loss_type]
-    objective = validation.check_objective(objective or row.objective)
+    objective = row.objective if objective is None else objective
+    validation.check_objective(objective)
     validation.check_logits(logits, completion_ids, "completion_ids", inplace)
     tokens = {
         "completion_mask": completion_mask,
@@ -134,7 +137,7 @@ def grpo_loss(
     mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
     weights = token_weights(
         mask,
-        normalizer or row.normalizer,
+        row.normalizer if normalizer is None else normalizer,
         num_items_in_batch=num_items_in_batch,
         num_sequences_in_batch=num_sequences_in_batch,
         max_completion_length=max_completion_length,
@@ -142,7 +145,7 @@ def grpo_loss(
     tokens = (
         completion_ids.contiguous(),
         weights.contiguous(),
-        (advantages if advantages.dim() == 2 else advantages[:, None]).expand_as(completion_ids),
+        _per_token(advantages.detach()).expand_as(completion_ids),
         _constant(old_logps),
         _constant(ref_logps),
     )
@@ -206,6 +209,8 @@ def selective_log_softmax(
     """
     flat = logits.dim() == 2
     if flat:
+        if len(logits) != len(ids):
+            raise ValueError(f"logits must be (N, V) for ids (N,), got {len(logits)}, {len(ids)}")
         logits, ids, mask = (None if t is None else t.unsqueeze(0) for t in (logits, ids, mask))
     validation.check_logits(logits, ids, "ids", inplace)
     validation.check_tokens(logits, ids, "ids", {"mask": mask})
@@ -226,6 +231,10 @@ def selective_log_softmax(
 
 def _is_one(scale):
     return not isinstance(scale, torch.Tensor) and scale == 1.0
+
+
+def _per_token(advantages):
+    return advantages if advantages.dim() == 2 else advantages[:, None]
 
 
 def _constant(values):

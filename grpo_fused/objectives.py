@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from grpo_fused.kernels.objective import OBJECTIVES, jit, tl
+from grpo_fused.kernels.objective import OBJECTIVES, greater, jit, lesser, tl
 from grpo_fused.kernels.objective import clamped_exp as jit_clamped_exp
 
 
@@ -109,8 +109,8 @@ class Clip(Objective):
         low = 1.0 - epsilon_low
         high = 1.0 + epsilon_high
         ratio, dratio = jit_clamped_exp(log_ratio)
-        free = tl.minimum(ratio, delta)
-        bounded = tl.minimum(tl.maximum(ratio, low), high)
+        free = lesser(ratio, delta)
+        bounded = lesser(greater(ratio, low), high)
         used = tl.where(free * advantage <= bounded * advantage, free, bounded)
         below = (ratio < low) & (advantage < 0)
         above = (ratio > high) & (advantage > 0)

@@ -89,7 +89,7 @@ class _Scratch:
 
     def __call__(self, name, shape):
         if name not in self.buffers or len(self.buffers[name]) < shape[0]:
-            self.buffers[name] = torch.empty(shape, device=self.device)
+            self.buffers[name] = torch.empty(shape, dtype=torch.float32, device=self.device)
         return self.buffers[name][: shape[0]]
 
 
@@ -145,6 +145,11 @@ def _write_gradient(gradient, dlogits, target, dtarget, masked):
         dlogits.copy_(gradient)
 
 
+def _is_zero(scale, like):
+    """Whether a number or 0-d tensor is 0, as a tensor: nothing waits for it."""
+    return torch.as_tensor(scale, device=like.device) == 0.0
+
+
 def _store(outputs, block, values, masked):
     """Write values (n,), masked ones as 0, into the block of every output that is wanted."""
     for output, value in zip(outputs, values, strict=True):
@@ -195,9 +200,11 @@ def fused_loss(
         kl = torch.zeros_like(weight)
         if ref_logps is not None:
             kl, dkl = k3(ref_logps[block] - row.logp)
-            loss, dlogp = loss + beta * kl, dlogp + beta * dkl
+            if isinstance(beta, torch.Tensor) or beta != 0.0:
+                loss = loss + (beta * kl).masked_fill(_is_zero(beta, kl), 0.0)
+                dlogp = dlogp + beta * dkl
         loss = (weight * loss).masked_fill(~known, torch.nan)
-        dlogp = (weight * dlogp * grad_scale).masked_fill(~known, torch.nan)
+        dlogp = (weight * dlogp * grad_scale).masked_fill(loss.isnan(), torch.nan)
         values = (
             *(loss, torch.ones_like(weight), kl),
             torch.zeros_like(weight) if row.entropy is None else row.entropy,

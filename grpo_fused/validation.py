@@ -18,6 +18,9 @@ IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 def check_logits(logits, ids, ids_name, inplace):
     """Shapes and dtypes of logits (B, T, V) or (B, T + 1, V) and ids (B, T)."""
+    for name, tensor in (("logits", logits), (ids_name, ids)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if logits.dtype not in FLOATS:
         raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -54,8 +57,10 @@ def check_tokens(logits, ids, ids_name, tensors):
     """Tensors that go with ids (B, T): their shapes, dtypes and device."""
     wanted = tuple(ids.shape)
     for name, tensor in {ids_name: ids, **tensors}.items():
-        if tensor is None:
+        if tensor is None and name != "advantages":
             continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {tensor!r}")
         shape = tuple(tensor.shape)
         if shape != wanted and not (name == "advantages" and shape == wanted[:1]):
             choice = f"{wanted[:1]} or {wanted}" if name == "advantages" else f"{wanted}"
@@ -101,7 +106,6 @@ def check_scale(name, value, logits, positive=False, nonzero=False):
 def check_objective(objective):
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must be an Objective such as Clip(), got {objective!r}")
-    return objective
 
 
 @torch.compiler.assume_constant_result

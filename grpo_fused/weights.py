@@ -57,10 +57,9 @@ def token_weights(
     if mask.dim() != 2:
         raise ValueError(f"mask must be (B, T), got shape {tuple(mask.shape)}")
     sequences, length = mask.shape
-    _check_divisor("num_sequences_in_batch", num_sequences_in_batch)
-    _check_divisor("max_completion_length", max_completion_length)
-    if isinstance(num_items_in_batch, (int, float)) and not num_items_in_batch >= 0:
-        raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}")
+    _check_divisor("num_items_in_batch", num_items_in_batch, mask, at_least=0)
+    _check_divisor("num_sequences_in_batch", num_sequences_in_batch, mask)
+    _check_divisor("max_completion_length", max_completion_length, mask)
     sequences = sequences if num_sequences_in_batch is None else num_sequences_in_batch
     length = length if max_completion_length is None else max_completion_length
     active = (mask != 0).float()
@@ -77,9 +76,21 @@ def token_weights(
     return active
 
 
-def _check_divisor(name, value):
-    if isinstance(value, (int, float)) and not value > 0:
-        raise ValueError(f"{name} must be > 0, got {value}")
+def _check_divisor(name, value, mask, at_least=None):
+    """None, a number or a 0-d tensor; its value is looked at unless that waits for a device."""
+    if value is None:
+        return
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0 or value.device not in (mask.device, torch.device("cpu")):
+            found = f"shape {tuple(value.shape)} on {value.device}"
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got {found}")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+    elif not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got {value!r}")
+    if not (value > 0 if at_least is None else value >= at_least):
+        bound = "> 0" if at_least is None else f">= {at_least}"
+        raise ValueError(f"{name} must be {bound}, got {value}")
 
 
 def _at_least_one(count):

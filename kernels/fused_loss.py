@@ -38,8 +38,9 @@ def _token_loss(
     kl = 0.0
     if ref_logps_ptr is not None:
         kl, dkl = k3(tl.load(ref_logps_ptr + token) - logp)
-        loss += scalar(beta) * kl
-        dlogp += scalar(beta) * dkl
+        beta = scalar(beta)
+        loss += tl.where(beta == 0.0, 0.0, beta * kl)  # an infinite KL without weight is no loss
+        dlogp += beta * dkl
     return loss, dlogp, kl, clipped, clamped_exp(log_ratio)[0]
 
 
@@ -124,7 +125,7 @@ def _fused_loss_kernel(
                 logp, token, advantage, old_logps_ptr, ref_logps_ptr, beta, knobs, OBJECTIVE
             )
             loss = tl.where(known, weight * loss, float("nan"))
-            dlogp = tl.where(known, weight * dlogp * scalar(grad_scale), float("nan"))
+            dlogp = tl.where(loss == loss, weight * dlogp * scalar(grad_scale), float("nan"))
         if position < tokens:
             tl.store(logps_ptr + token, logp)
             if entropies_ptr is not None:

@@ -1,4 +1,4 @@
-"""How a kernel is launched: block sizes by (V, dtype, architecture), programs by device.
+"""How a kernel is launched: block sizes by V, dtype, device and alignment, programs by device.
 
 Block sizes decide in which order a row's columns are added up, so they never depend on the number
 of rows: a row's result is the same, bit for bit, whatever batch it came in. Rows only choose how

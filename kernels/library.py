@@ -59,7 +59,7 @@ def launcher(function):
         device = args[0].device
         return op(
             *(
-                torch.full((), value, device=device)
+                torch.full((), value, dtype=torch.float32, device=device)
                 if tensor and isinstance(value, float)
                 else value
                 for value, tensor in zip(args, is_tensor, strict=True)

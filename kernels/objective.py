@@ -32,9 +32,21 @@ def exp(x):
 
 
 @jit
+def lesser(a, b):
+    """Minimum that is NaN if either is, as in torch."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def greater(a, b):
+    """Maximum that is NaN if either is, as in torch."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def clamped_exp(x):
     """(e^clamp(x, -80, 80), its derivative): the derivative is 0 outside the clamp."""
-    value = exp(tl.minimum(tl.maximum(x, -80.0), 80.0))
+    value = exp(lesser(greater(x, -80.0), 80.0))
     return value, tl.where(tl.abs(x) <= 80.0, value, 0.0)
 
 

@@ -19,8 +19,10 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-# Finite, so that a block of -inf leaves 2^(-inf - START) = 0 and not NaN; below every scaled logit.
-START = tl.constexpr(-3.0e38)
+# Below every logit that counts. Finite, so that a block of -inf leaves 2^(-inf - START) = 0 and not
+# NaN; no lower, because the rounding of a maximum of -1e10 is 512 and 2^512 is inf: vocabularies
+# masked with -1e10, -1e30 or the least float are below START and have probability 0.
+START = tl.constexpr(-1.0e9)
 # 2^z is exactly 0 below this, and 0 * FLOOR is 0 where 0 * -inf would be NaN.
 FLOOR = tl.constexpr(-1.0e4)
 

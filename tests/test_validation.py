@@ -66,6 +66,14 @@ BAD = {
     "temperature text": (dict(temperature="hot"), "temperature must be a number"),
     "grad_scale 0": (dict(grad_scale=0), "grad_scale must be a finite number != 0"),
     "grad_scale inf": (dict(grad_scale=float("inf")), "grad_scale"),
+    "advantages None": (dict(advantages=None), "advantages must be a tensor"),
+    "ids in a list": (dict(completion_ids=[[1, 2, 3]] * 2), "completion_ids must be a tensor"),
+    "objective 0": (dict(objective=0), "objective must be an Objective"),
+    "empty rule": (dict(normalizer=""), "normalizer must be one of"),
+    "scale elsewhere": (dict(temperature=torch.ones((), device="meta")), "temperature is on meta"),
+    "items (T,)": (dict(num_items_in_batch=torch.ones(3)), "num_items_in_batch must be a number"),
+    "items tensor": (dict(num_items_in_batch=torch.tensor(-3)), "num_items_in_batch must be >= 0"),
+    "items text": (dict(num_items_in_batch="6"), "num_items_in_batch must be a number"),
     "items": (dict(num_items_in_batch=-3), "num_items_in_batch"),
     "sequences": (dict(num_sequences_in_batch=0, loss_type="grpo"), "num_sequences_in_batch"),
     "length": (dict(max_completion_length=0, loss_type="dr_grpo"), "max_completion_length"),
@@ -89,6 +97,7 @@ def test_log_probabilities_check_theirs():
     logits, ids = torch.randn(2, 3, 11), torch.zeros(2, 3, dtype=torch.long)
     for bad, message in (
         (dict(ids=ids[:1]), "logits must be"),
+        (dict(logits=logits[0], ids=ids[0, :2]), "logits must be"),
         (dict(ids=ids + 11), r"ids must lie in \[0, 11\)"),
         (dict(mask=torch.ones(2)), "mask must have shape"),
         (dict(temperature=-1), "temperature"),
