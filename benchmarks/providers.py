@@ -4,9 +4,9 @@ A loss is `(logits, ids, mask, advantages, old_logps) -> ()`, differentiable in 
 the ratio clipped to 1 +- 0.2, averaged over the tokens of a sequence, then over sequences. Shapes
 are (B, T, V), (B, T), (B, T) int64, (B,) and (B, T) float32.
 
-`eager` is what TRL's trainer runs where none of its kernels serve: logits divided by the
-temperature, `selective_log_softmax` and `entropy_from_logits` of `trl/trainer/utils.py`, the loss
-of `GRPOTrainer._compute_loss`.
+`eager` is what TRL 1.16 runs where none of its kernels serve, at temperature 1, at which it does
+not divide the logits: `selective_log_softmax` and `entropy_from_logits` of `trl/trainer/utils.py`,
+the loss of `GRPOTrainer._compute_loss`.
 """
 
 import functools
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from grpo_fused import grpo_loss, selective_log_softmax
 
 EPSILON = 0.2
-TEMPERATURE = 1.0
 
 
 def fused(logits, ids, mask, advantages, old_logps):
@@ -54,7 +53,7 @@ def surrogate(logps, mask, advantages, old_logps):
 
 
 def eager(logits, ids, mask, advantages, old_logps):
-    return surrogate(_eager_logps(logits / TEMPERATURE, ids), mask, advantages, old_logps)
+    return surrogate(_eager_logps(logits, ids), mask, advantages, old_logps)
 
 
 def compiled(logits, ids, mask, advantages, old_logps):
@@ -78,7 +77,6 @@ def fused_logps(logits, ids, mask, entropy):
 
 
 def eager_logps(logits, ids, mask, entropy):
-    logits = logits / TEMPERATURE
     return _eager_logps(logits, ids), _eager_entropies(logits) if entropy else None
 
 
