@@ -145,11 +145,6 @@ def _write_gradient(gradient, dlogits, target, dtarget, masked):
         dlogits.copy_(gradient)
 
 
-def _is_zero(scale, like):
-    """Whether a number or 0-d tensor is 0, as a tensor: nothing waits for it."""
-    return torch.as_tensor(scale, device=like.device) == 0.0
-
-
 def _store(outputs, block, values, masked):
     """Write values (n,), masked ones as 0, into the block of every output that is wanted."""
     for output, value in zip(outputs, values, strict=True):
@@ -200,9 +195,12 @@ def fused_loss(
         kl = torch.zeros_like(weight)
         if ref_logps is not None:
             kl, dkl = k3(ref_logps[block] - row.logp)
-            if isinstance(beta, torch.Tensor) or beta != 0.0:
-                loss = loss + (beta * kl).masked_fill(_is_zero(beta, kl), 0.0)
-                dlogp = dlogp + beta * dkl
+            penalty = beta * kl
+            if isinstance(beta, torch.Tensor):
+                penalty = penalty.masked_fill(beta == 0.0, 0.0)
+            elif beta == 0.0:
+                penalty = torch.zeros_like(kl)  # an infinite KL without weight is no loss
+            loss, dlogp = loss + penalty, dlogp + beta * dkl
         loss = (weight * loss).masked_fill(~known, torch.nan)
         dlogp = (weight * dlogp * grad_scale).masked_fill(loss.isnan(), torch.nan)
         values = (

@@ -64,3 +64,40 @@ def test_temporaries_are_blocks(function, inplace, dtype, monkeypatch):
             torch.autograd.grad((logps + entropies).sum(), logits)
     gradient = [] if inplace else [logits.nbytes]
     assert storages.larger_than(BLOCK) == gradient
+
+
+@pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_no_value_is_read_or_sent_off_the_cpu(dtype, as_tensors, monkeypatch):
+    """On the meta device there are no values to read; a tensor made of a number would be a copy
+    from the host, and a wait."""
+    scales = {"beta": 0.1, "temperature": 0.9, "grad_scale": 1.0}
+    if as_tensors:
+        scales = {name: torch.tensor(value, device="meta") for name, value in scales.items()}
+    tokens = torch.zeros(2, 3, device="meta")
+    logits = torch.zeros(2, 4, 11, dtype=dtype, device="meta", requires_grad=True)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a tensor was made from a host value")
+
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, refuse)
+    for inplace in (False, True):
+        out = grpo_loss(
+            logits * 1,
+            tokens.long(),
+            tokens,
+            tokens,
+            old_logps=tokens,
+            ref_logps=tokens,
+            compute_entropy=True,
+            inplace=inplace,
+            num_items_in_batch=tokens.sum(),
+            **scales,
+        )
+        out.loss.backward()
+        logps, entropies = selective_log_softmax(
+            logits, tokens.long(), tokens, compute_entropy=True
+        )
+        (logps.sum() + entropies.sum()).backward()
+    assert logits.grad.shape == logits.shape and out.logps.shape == (2, 3)
