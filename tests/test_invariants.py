@@ -7,7 +7,7 @@ from batches import make_batch
 from grpo_fused import grpo_loss, selective_log_softmax
 
 
-def results(batch, rows, implementation, dtype_scale=1.0):
+def results(batch, rows, implementation):
     logits = batch.logits[rows].detach().clone().requires_grad_(True)
     out = grpo_loss(
         logits,
