@@ -61,8 +61,9 @@ def tiling(V, itemsize, device):
     """Block sizes for rows of V columns. Predicted by offline compilation, not measured yet.
 
     Four loads in flight a thread keep the statistics within 64 registers, without spills, on sm_80,
-    sm_90 and sm_100 (`python -m benchmarks.aot`). A row that the gradient reads again must still be in L2 (H200: 60 MB in two halves): long rows get
-    one program of 16 warps per multiprocessor (132 rows of 304 KB are 40 MB), short ones two of 8.
+    sm_90 and sm_100 (`python -m benchmarks.aot`). A row that the gradient reads again must still be
+    in L2 (H200: 60 MB in two halves): long rows get one program of 16 warps per multiprocessor (132
+    rows of 304 KB are 40 MB), short ones two of 8.
     """
     if device.architecture == "interpreter":
         return Tiling(warps=1, unroll=4, programs_per_multiprocessor=2)
