@@ -96,47 +96,54 @@ def compile_launches(target, run):
 
 
 def launch_fused_loss(
-    dtype, V, B=2, T=3, *, gradient=True, entropy=False, scale=1.0, temperature=1.0, beta=0.1
+    dtype,
+    V,
+    B=2,
+    T=3,
+    *,
+    gradient=True,
+    entropy=False,
+    bonus=False,
+    softcap=None,
+    scale=1.0,
+    temperature=1.0,
+    beta=0.1,
+    divergence="k3",
+    bias_correction=True,
 ):
-    """Launch the fused loss on (B, T + 1, V) zeros with every optional input present."""
-    objective = Clip(0.2, 0.2 * scale)
+    """Launch the fused loss on (B, T + 1, V) zeros with every optional input of a token present."""
+    objective = Clip(0.2, 0.2 * scale, 4.0 * scale)
     logits = torch.zeros(B, T + 1, V, dtype=dtype)
     tokens = torch.zeros(B, T)
     launchers.fused_loss(
-        logits,
-        tokens.long(),
-        tokens,
-        tokens,
-        tokens,
-        tokens,
-        temperature,
-        beta,
-        scale,
-        objective.name(),
-        objective.knobs(),
-        torch.zeros(7, B, T),
-        tokens,
-        tokens if entropy else None,
-        None,
-        None,
-        None,
+        *(logits, tokens.long(), tokens.bool(), tokens[:, 0].contiguous()),
+        *(tokens, tokens, tokens, tokens.bool()),
+        *(tokens[:, 0].long(), scale, 7.0 * scale, 1.0),
+        *((tokens.sum().long(), 0.01 * scale) if bonus else (None, None)),
+        *(temperature, scale, softcap, beta, scale),
+        *(objective.name(), objective.knobs(), divergence, bias_correction),
+        *(torch.zeros(4, B, T), tokens, tokens if entropy or bonus else None),
         logits if gradient else None,
     )
 
 
-def launch_logprob(dtype, V, B=2, T=3, *, gradient=False, entropy=False):
+def launch_logprob(dtype, V, B=2, T=3, *, gradient=False, entropy=False, softcap=None):
     """Launch the log-probabilities, or their gradient, on (B, T, V) zeros."""
     logits = torch.zeros(B, T, V, dtype=dtype)
     tokens = torch.zeros(B, T)
     optional = tokens if entropy else None
-    active = tokens.bool()
+    inputs = (logits, tokens.long(), tokens.bool(), 1.0, 1.0, softcap)
+    statistics = (tokens, optional, tokens, tokens)
     if gradient:
-        launchers.logprob_bwd(
-            *(logits, tokens.long(), active, 1.0, tokens, optional, tokens, tokens),
-            *(tokens, optional, logits),
-        )
+        launchers.logprob_bwd(*inputs, *statistics, tokens, optional, logits)
     else:
-        launchers.logprob_fwd(logits, tokens.long(), active, 1.0, tokens, optional, tokens, tokens)
+        launchers.logprob_fwd(*inputs, *statistics)
+
+
+def launch_reduce(dtype, V):
+    """Launch the reduction of what the tokens of a batch report."""
+    terms = torch.zeros(4, 2, 3)
+    launchers.reduce(terms, terms[0].bool(), terms[0], *(torch.zeros(n) for n in (1, 8, 7)))
 
 
 CASES = {
@@ -146,8 +153,11 @@ CASES = {
     "gradient, entropy": functools.partial(launch_logprob, gradient=True, entropy=True),
     "loss + gradient": launch_fused_loss,
     "loss + gradient, entropy": functools.partial(launch_fused_loss, entropy=True),
+    "loss + gradient, entropy bonus": functools.partial(launch_fused_loss, bonus=True),
+    "loss + gradient, softcap": functools.partial(launch_fused_loss, softcap=30.0),
     "loss": functools.partial(launch_fused_loss, gradient=False),
     "rescale": lambda dtype, V: launchers.rescale(torch.zeros(2, 3, V, dtype=dtype), 1.0, 1.0),
+    "reduce": launch_reduce,
 }
 
 

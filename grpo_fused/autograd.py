@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from grpo_fused import reference
 from grpo_fused.kernels.objective import HAS_TRITON
-from grpo_fused.metrics import TERMS
+from grpo_fused.metrics import METRICS, SUMS
 
 LAUNCHERS = {"torch": reference}
 if HAS_TRITON:
@@ -16,29 +16,61 @@ if HAS_TRITON:
     LAUNCHERS["triton"] = grpo_fused.kernels.launchers
 
 
+class Tokens(NamedTuple):
+    """What is known of every token; constants. Values per token are () or (B,) or (B, T)."""
+
+    ids: torch.Tensor  # (B, T), contiguous as are active, old_logps and ref_logps
+    active: torch.Tensor | None  # bool
+    advantages: torch.Tensor  # (B,) or (B, T)
+    old_logps: torch.Tensor | None
+    ref_logps: torch.Tensor | None
+    ratios: torch.Tensor | None  # (B,) or (B, T)
+    policy_mask: torch.Tensor | None  # (B,) or (B, T)
+
+
+class Weights(NamedTuple):
+    """Of the policy term, of the KL penalty and of the entropy bonus, see `weights.Divisors`."""
+
+    items: float | torch.Tensor
+    divisor: float | torch.Tensor
+    kl_items: float | torch.Tensor
+    kl_divisor: float | torch.Tensor
+    entropy_items: float | torch.Tensor | None
+    entropy_coef: float | torch.Tensor | None
+
+
+class Scales(NamedTuple):
+    """How logits become log-probabilities; numbers or 0-d tensors, temperature also per token."""
+
+    temperature: float | torch.Tensor
+    logit_scale: float | torch.Tensor
+    logit_softcap: float | torch.Tensor | None
+
+
 class LossOptions(NamedTuple):
     """What the fused loss is called with besides tensors and scales."""
 
+    beta: float | torch.Tensor
+    grad_scale: float | torch.Tensor
     objective: str
     knobs: list[float]
+    divergence: str
+    bias_correction: bool
     compute_entropy: bool
-    # float16 has so little range that a gradient made before the loss scale is known would flush
-    # to zero: it is made in backward, from statistics.
-    deferred: bool
     inplace: bool
     implementation: str
 
 
 class LogProbOptions(NamedTuple):
-    """What the log-probabilities are called with besides tensors and the temperature."""
+    """What the log-probabilities are called with besides tensors and scales."""
 
     compute_entropy: bool
     inplace: bool
     implementation: str
 
 
-def _gradient_memory(logits, options):
-    if options.inplace:
+def _gradient_memory(logits, inplace):
+    if inplace:
         return logits
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
@@ -63,7 +95,7 @@ def _spend(ctx, what):
 
 def _save(ctx, tensors, scales):
     """Save tensors, and scales that are numbers or tensors: a changed tensor is then noticed."""
-    ctx.numbers = tuple(None if isinstance(s, torch.Tensor) else s for s in scales)
+    ctx.numbers = tuple(None if isinstance(s, torch.Tensor) else (s,) for s in scales)
     ctx.save_for_backward(*tensors, *(s if isinstance(s, torch.Tensor) else None for s in scales))
 
 
@@ -72,91 +104,84 @@ def _saved(ctx):
     saved = ctx.saved_tensors  # once: checkpointing unpacks them once
     count = len(saved) - len(ctx.numbers)
     scales = zip(ctx.numbers, saved[count:], strict=True)
-    return saved[:count], [tensor if number is None else number for number, tensor in scales]
+    return saved[:count], [tensor if number is None else number[0] for number, tensor in scales]
 
 
-def _outputs(ids):
+def _output(*shape, like):
     # Each of its own memory: views of one buffer, written by an op, come out wrong when compiled.
-    return torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def run_fused_loss(logits, tokens, scales, options, dlogits=None):
-    """Launch the fused loss: (terms (7, B, T), logps, entropies, statistics).
+class LossResults(NamedTuple):
+    """What the fused loss writes; entropies may be None."""
+
+    loss: torch.Tensor  # ()
+    sums: torch.Tensor  # (8,)
+    metrics: torch.Tensor  # (7,)
+    logps: torch.Tensor  # (B, T)
+    entropies: torch.Tensor | None  # (B, T)
+
+
+def run_fused_loss(logits, tokens, weights, scales, options, dlogits=None):
+    """Launch the fused loss and the reduction of what its tokens report.
 
     Args:
         logits: (B, L, V).
-        tokens: (ids, weights, advantages, old_logps, ref_logps), each (B, T), the last two or None.
-        scales: (temperature, beta, grad_scale), floats or 0-d tensors.
-        options: LossOptions.
+        tokens, weights, scales, options: Tokens, Weights, Scales, LossOptions.
         dlogits: (B, L, V) to write the gradient into, or None.
     """
-    ids = tokens[0]
-    terms = torch.empty(len(TERMS), *ids.shape, dtype=torch.float32, device=logits.device)
-    logps = _outputs(ids)
-    entropies = _outputs(ids) if options.compute_entropy else None
-    statistics = [_outputs(ids) if options.deferred else None for _ in range(3)]
-    LAUNCHERS[options.implementation].fused_loss(
-        *(logits, *tokens, *scales, options.objective, options.knobs),
-        *(terms, logps, entropies, *statistics, dlogits),
+    shape = tokens.ids.shape
+    terms, logps = _output(4, *shape, like=logits), _output(*shape, like=logits)
+    entropies = _output(*shape, like=logits) if options.compute_entropy else None
+    launchers = LAUNCHERS[options.implementation]
+    launchers.fused_loss(
+        *(logits, *tokens, *weights, *scales, *options[:6]), terms, logps, entropies, dlogits
     )
-    return terms, logps, entropies, statistics
+    loss, sums = _output(like=logits), _output(len(SUMS), like=logits)
+    metrics = _output(len(METRICS), like=logits)
+    launchers.reduce(terms, tokens.active, entropies, loss, sums, metrics)
+    return LossResults(loss, sums, metrics, logps, entropies)
 
 
-def run_logprob(logits, tokens, temperature, options, gradient=False):
+def run_logprob(logits, ids, active, scales, options, gradient=False):
     """Launch the log-probabilities: (logps, entropies, maxima, totals), the last two or None."""
     wanted = (True, options.compute_entropy, gradient, gradient)
-    outputs = [_outputs(tokens[0]) if want else None for want in wanted]
-    LAUNCHERS[options.implementation].logprob_fwd(logits, *tokens, temperature, *outputs)
+    outputs = [_output(*ids.shape, like=logits) if want else None for want in wanted]
+    LAUNCHERS[options.implementation].logprob_fwd(logits, ids, active, *scales, *outputs)
     return outputs
 
 
 class FusedLoss(torch.autograd.Function):
-    """Loss whose gradient in the logits is made in forward, or in backward if deferred."""
+    """Loss whose gradient in the logits is made in forward: LossResults."""
 
     @staticmethod
-    def forward(ctx, logits, tokens, scales, options):
-        dlogits = None if options.deferred else _gradient_memory(logits, options)
-        terms, logps, entropies, statistics = run_fused_loss(
-            logits, tokens, scales, options, dlogits
-        )
+    def forward(ctx, logits, tokens, weights, scales, options):
+        dlogits = _gradient_memory(logits, options.inplace)
+        results = run_fused_loss(logits, tokens, weights, scales, options, dlogits)
         _note_overwritten(logits, dlogits)
-        ctx.options, ctx.spent = options, False
-        temperature, _, grad_scale = scales
-        saved = (logits, *tokens[:2], logps, *statistics) if options.deferred else (dlogits,)
-        _save(ctx, saved, (temperature, grad_scale))
-        sums = terms.sum((1, 2))
-        constants = (terms, sums, logps, entropies)
-        ctx.mark_non_differentiable(*(t for t in constants if t is not None))
-        return sums[0].clone(), terms, sums, logps, entropies
+        ctx.launchers, ctx.spent = LAUNCHERS[options.implementation], False
+        _save(ctx, (dlogits,), (options.grad_scale,))
+        ctx.mark_non_differentiable(*(t for t in results[1:] if t is not None))
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, *_):
         _spend(ctx, "grpo_loss")
-        launchers = LAUNCHERS[ctx.options.implementation]
-        saved, (temperature, grad_scale) = _saved(ctx)
-        if not ctx.options.deferred:
-            dlogits = saved[0].detach()
-            launchers.rescale(dlogits, grad_output, grad_scale)
-            return dlogits, None, None, None
-        logits, ids, weights, logps, maxima, totals, dlogps = saved
-        dlogits = _gradient_memory(logits, ctx.options)
-        launchers.logprob_bwd(
-            *(logits, ids, weights, temperature, logps, None, maxima, totals),
-            *(dlogps * (grad_output / grad_scale), None, dlogits),
-        )
-        _note_overwritten(logits, dlogits)
-        return dlogits.detach(), None, None, None
+        (dlogits,), (grad_scale,) = _saved(ctx)
+        dlogits = dlogits.detach()
+        ctx.launchers.rescale(dlogits, grad_output, grad_scale)
+        return dlogits, None, None, None, None
 
 
 class LogProb(torch.autograd.Function):
     """Log-probabilities and entropies, differentiable with any upstream gradients."""
 
     @staticmethod
-    def forward(ctx, logits, tokens, temperature, options):
-        logps, entropies, maxima, totals = run_logprob(logits, tokens, temperature, options, True)
+    def forward(ctx, logits, ids, active, scales, options):
+        logps, entropies, maxima, totals = run_logprob(logits, ids, active, scales, options, True)
         ctx.options, ctx.spent = options, False
-        _save(ctx, (logits, *tokens, logps, entropies, maxima, totals), (temperature,))
+        _save(ctx, (logits, ids, active, logps, entropies, maxima, totals), scales)
         ctx.set_materialize_grads(False)
         return logps, entropies
 
@@ -165,14 +190,20 @@ class LogProb(torch.autograd.Function):
     def backward(ctx, dlogps, dentropies):
         options = ctx.options
         if options.inplace:
-            _spend(ctx, "selective_log_softmax(inplace=True)")
-        (logits, ids, active, logps, entropies, maxima, totals), (temperature,) = _saved(ctx)
-        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
+            _spend(ctx, "logits with inplace=True")
+        (logits, ids, active, *statistics), scales = _saved(ctx)
+        dlogps = torch.zeros_like(statistics[0]) if dlogps is None else dlogps.contiguous()
         dentropies = None if dentropies is None else dentropies.contiguous()
-        dlogits = _gradient_memory(logits, options)
+        dlogits = _gradient_memory(logits, options.inplace)
         LAUNCHERS[options.implementation].logprob_bwd(
-            *(logits, ids, active, temperature, logps, entropies, maxima, totals),
-            *(dlogps, dentropies, dlogits),
+            *(logits, ids, active, *scales, *statistics, dlogps, dentropies, dlogits)
         )
         _note_overwritten(logits, dlogits)
-        return dlogits.detach(), None, None, None
+        return dlogits.detach(), None, None, None, None
+
+
+def log_probabilities(logits, ids, active, scales, options):
+    """(logps, entropies) (B, T), differentiable if the logits are; entropies may be None."""
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return LogProb.apply(logits, ids, active, scales, options)
+    return tuple(run_logprob(logits, ids, active, scales, options)[:2])

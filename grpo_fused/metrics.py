@@ -1,43 +1,73 @@
 """What the tokens of a batch report: kept as sums, so that they add up exactly, shown as means.
 
-`LossOutput.sums` is one float32 vector with, for every name of TERMS in order, the sum over active
-tokens. All-reduce it (sum) over ranks and add it up over micro-batches: `means(sums)` are then the
-exact means of the whole batch. A maximum is no sum: `ratio/max` wants a reduction of its own.
+`LossOutput.sums` is one float32 vector with an entry for every name of SUMS. All-reduce it (sum)
+over ranks and add it up over micro-batches: `means(sums)` are then the exact means of the whole
+batch. A maximum is no sum: `ratio/max` wants a reduction of its own.
 """
 
-# loss: weighted; tokens: 1 if active; clipped_*: 1 where that bound stopped the gradient.
-TERMS = ("loss", "tokens", "kl", "entropy", "clipped_low", "clipped_high", "ratio")
+import torch
 
-MEANS = {
-    "kl": "kl",
-    "entropy": "entropy",
-    "clip_ratio/low_mean": "clipped_low",
-    "clip_ratio/high_mean": "clipped_high",
-    "ratio/mean": "ratio",
-}
+# loss: with its weights, or without any for reduction="none"; tokens: how many are active; ratios:
+# how many ratios there are, tokens or, at sequence level, all sequences; clipped_*: how many of
+# them that bound acted on.
+SUMS = ("loss", "tokens", "kl", "entropy", "ratios", "clipped_low", "clipped_high", "ratio")
+
+# The vector that one call writes next to its sums.
+METRICS = (
+    "kl",
+    "entropy",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "ratio/mean",
+    "ratio/max",
+)
 
 
 def means(sums):
-    """Means over the active tokens that sums (7,) add up: a dict of 0-d tensors, 0 without any.
+    """Means that sums (8,) add up to: a dict of 0-d tensors, 0 where there is nothing to average.
 
     `kl` and `entropy` are 0 where the loss was called without ref_logps or compute_entropy.
     """
-    mean = sums / sums[TERMS.index("tokens")].clamp(min=1)
-    metrics = {name: mean[TERMS.index(term)] for name, term in MEANS.items()}
-    metrics["clip_ratio/region_mean"] = (
-        metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
+    return dict(zip(METRICS, _means(sums), strict=False))
+
+
+def _means(sums):
+    _, tokens, kl, entropy, ratios, low, high, ratio = sums
+    of_tokens = torch.stack([kl, entropy]) / tokens.clamp(min=1)
+    of_ratios = torch.stack([low, high, low + high, ratio]) / ratios.clamp(min=1)
+    return torch.cat([of_tokens, of_ratios])
+
+
+def total(loss, kl, entropy, clipped, ratio, active, active_ratios):
+    """(sums (8,), metrics (7,)) of values that are 0 where nothing is active.
+
+    Args:
+        loss, kl, entropy: of tokens, any shape; entropy may be None.
+        clipped, ratio: of ratios, tokens or sequences.
+        active, active_ratios: bool, of those shapes.
+    """
+    sums = torch.stack(
+        [
+            loss.sum(),
+            active.sum().float(),
+            kl.sum(),
+            loss.new_zeros(()) if entropy is None else entropy.sum(),
+            active_ratios.sum().float(),
+            (clipped < 0).sum().float(),
+            (clipped > 0).sum().float(),
+            ratio.sum(),
+        ]
     )
-    return metrics
+    highest = ratio.amax() if ratio.numel() else ratio.new_zeros(())
+    return sums, torch.cat([_means(sums), highest[None]])
 
 
-def metrics_of(terms, sums, *, has_ref, has_entropy):
-    """Metrics of one call from terms (7, B, T) and their sums: the names of `means` that were
-    computed, and `ratio/max`."""
-    metrics = means(sums)
+def as_dict(metrics, *, has_ref, has_entropy):
+    """Metrics (7,) by name, those that were computed."""
+    named = dict(zip(METRICS, metrics.unbind(), strict=True))
     if not has_ref:
-        del metrics["kl"]
+        del named["kl"]
     if not has_entropy:
-        del metrics["entropy"]
-    ratios = terms[TERMS.index("ratio")]
-    metrics["ratio/max"] = ratios.amax() if ratios.numel() else sums.new_zeros(())
-    return metrics
+        del named["entropy"]
+    return named

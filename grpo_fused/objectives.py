@@ -1,8 +1,8 @@
-"""THE per-token objectives and LOSSES, the table in which a loss is a row.
+"""THE per-token objectives; those that couple the tokens of a sequence are in `coupled`.
 
 An objective is spelled twice, side by side: in plain torch, which the reference runs and the paper
-is read against, and as a jit function for the kernels. A generated test holds the two spellings
-together and their derivative to autograd.
+is read against, and as a jit function for the kernels. `grpo_fused.testing.check_objective` holds
+the two spellings together and their derivative to autograd.
 """
 
 import math
@@ -11,8 +11,10 @@ from typing import ClassVar
 
 import torch
 
-from grpo_fused.kernels.objective import OBJECTIVES, greater, jit, lesser, tl
+from grpo_fused.kernels.objective import OBJECTIVES, exp, greater, jit, lesser, tl
 from grpo_fused.kernels.objective import clamped_exp as jit_clamped_exp
+
+LEVELS = ("token", "sequence", "sequence_token")
 
 
 def clamped_exp(x):
@@ -21,11 +23,18 @@ def clamped_exp(x):
     return value, torch.where(x.abs() <= 80.0, value, 0.0)
 
 
-def k3(difference):
-    """Schulman's k3 estimator e^d - d - 1 of d = ref - logp; its derivative in logp, 1 - e^d."""
-    inside = difference.abs() <= 80.0
-    growth = torch.expm1(difference.clamp(-80.0, 80.0))  # keeps the digits of a small divergence
-    return growth - difference, torch.where(inside, -growth, 1.0)
+def check_knobs(objective, *names, zero=False):
+    """Knobs are finite numbers > 0, or >= 0 with zero."""
+    for name in names:
+        value = getattr(objective, name)
+        if not (math.isfinite(value) and (value >= 0 if zero else value > 0)):
+            bound = ">= 0" if zero else "> 0"
+            raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
+
+
+def by_sign(positive, knob, other, like):
+    """knob where positive, else other, in the dtype of a tensor."""
+    return torch.full_like(like, other).masked_fill(positive, knob)
 
 
 @dataclass(frozen=True)
@@ -38,14 +47,20 @@ class Objective:
         per_token(logp, log_ratio, advantage, *knobs)      as @staticmethod @jit, on scalars
 
     Both return (loss, d loss / d logp, clipped). log_ratio = logp - old_logp has derivative 1 in
-    logp; `clipped` is -1 or +1 where the lower or the upper bound stopped the gradient, else 0.
+    logp; `clipped` is -1 or +1 where the lower or the upper bound acted, else 0. The loss of
+    `evaluate` is differentiable by autograd too: that is what sequence levels use.
+
+    Attributes:
+        levels: importance sampling levels at which the objective has a meaning.
     """
 
     by_name: ClassVar[dict[str, type["Objective"]]] = {}
+    levels: ClassVar[tuple[str, ...]] = ("token",)
 
     def __init_subclass__(cls):
         cls.by_name[cls.name()] = cls
-        OBJECTIVES[cls.name()] = cls.per_token
+        if hasattr(cls, "per_token"):
+            OBJECTIVES[cls.name()] = cls.per_token
 
     @classmethod
     def name(cls):
@@ -77,15 +92,13 @@ class Clip(Objective):
         INTELLECT-2, https://arxiv.org/abs/2505.07291, section 3.4.
     """
 
+    levels: ClassVar = LEVELS
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     delta: float | None = None
 
     def __post_init__(self):
-        for field in ("epsilon_low", "epsilon_high"):
-            value = getattr(self, field)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{field} must be a finite number >= 0, got {value!r}")
+        check_knobs(self, "epsilon_low", "epsilon_high", zero=True)
         if self.delta is not None and not self.delta > 0:
             raise ValueError(f"delta must be None or a number > 0, got {self.delta!r}")
 
@@ -122,43 +135,104 @@ class Clip(Objective):
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A row of LOSSES: which objective, how it is averaged, and where it comes from."""
+class Cispo(Objective):
+    """Clipped importance weights on the policy gradient: no token loses its gradient.
 
-    objective: Objective
-    normalizer: str
-    paper: str
-    url: str
-    equation: str
+        -sg(min(rho, max_ratio)) A logp
+
+    Attributes:
+        max_ratio: cap of the weight (TRL calls it epsilon_high). Tokens above it with A > 0 are
+            reported as clipped high, as TRL does.
+
+    Raises:
+        ValueError: max_ratio not a finite number > 0.
+
+    References:
+        MiniMax-M1, https://arxiv.org/abs/2506.13585, eq. 4 and 5.
+    """
+
+    levels: ClassVar = LEVELS
+    max_ratio: float = 5.0
+
+    def __post_init__(self):
+        check_knobs(self, "max_ratio")
+
+    def evaluate(self, logp, log_ratio, advantage):
+        ratio = clamped_exp(log_ratio)[0].detach()
+        derivative = -ratio.clamp(max=self.max_ratio) * advantage
+        # Selected, so that no advantage is no loss also where logp is -inf.
+        loss = torch.where(advantage == 0, 0.0, derivative * logp)
+        return loss, derivative, ((ratio > self.max_ratio) & (advantage > 0)).float()
+
+    @staticmethod
+    @jit
+    def per_token(logp, log_ratio, advantage, max_ratio):
+        ratio = jit_clamped_exp(log_ratio)[0]
+        derivative = -lesser(ratio, max_ratio) * advantage
+        loss = tl.where(advantage == 0.0, 0.0, derivative * logp)
+        return loss, derivative, ((ratio > max_ratio) & (advantage > 0)).to(tl.float32)
 
 
-LOSSES = {
-    "grpo": Loss(
-        Clip(),
-        "seq-mean-token-mean",
-        "DeepSeekMath",
-        "https://arxiv.org/abs/2402.03300",
-        "eq. 3",
-    ),
-    "bnpo": Loss(
-        Clip(),
-        "token-mean-local",
-        "TRL",
-        "https://huggingface.co/docs/trl/grpo_trainer",
-        "loss_type bnpo",
-    ),
-    "dapo": Loss(
-        Clip(epsilon_high=0.28),
-        "token-mean",
-        "DAPO",
-        "https://arxiv.org/abs/2503.14476",
-        "eq. 8",
-    ),
-    "dr_grpo": Loss(
-        Clip(),
-        "seq-mean-token-sum-norm",
-        "Dr. GRPO",
-        "https://arxiv.org/abs/2503.20783",
-        "section 3.2",
-    ),
-}
+@dataclass(frozen=True)
+class Sapo(Objective):
+    """A soft gate in place of the clip: the gradient fades as the ratio leaves 1.
+
+        -(4 / t) sigmoid(t (rho - 1)) A,   t = temperature_pos if A > 0 else temperature_neg
+
+    Attributes:
+        temperature_pos, temperature_neg: how fast it fades, for each sign of the advantage.
+
+    Raises:
+        ValueError: a temperature that is not a finite number > 0.
+
+    References:
+        Soft Adaptive Policy Optimization, https://arxiv.org/abs/2511.20347.
+    """
+
+    levels: ClassVar = LEVELS
+    temperature_pos: float = 1.0
+    temperature_neg: float = 1.05
+
+    def __post_init__(self):
+        check_knobs(self, "temperature_pos", "temperature_neg")
+
+    def evaluate(self, logp, log_ratio, advantage):
+        t = by_sign(advantage > 0, self.temperature_pos, self.temperature_neg, advantage)
+        ratio, dratio = clamped_exp(log_ratio)
+        gate = torch.sigmoid(t * (ratio - 1))
+        derivative = -4 * gate * torch.sigmoid(t * (1 - ratio)) * dratio * advantage
+        return -(4 / t) * gate * advantage, derivative, torch.zeros_like(gate)
+
+    @staticmethod
+    @jit
+    def per_token(logp, log_ratio, advantage, temperature_pos, temperature_neg):
+        t = tl.where(advantage > 0.0, temperature_pos, temperature_neg)
+        ratio, dratio = jit_clamped_exp(log_ratio)
+        # Of the smaller side first: e^x overflows for x > 88, and then 1 - gate would be lost.
+        fall = exp(greater(-tl.abs(t * (ratio - 1.0)), -200.0))  # 0 from -104 on
+        small = fall / (1.0 + fall)
+        large = 1.0 / (1.0 + fall)
+        gate = tl.where(ratio > 1.0, large, small)
+        derivative = -4.0 * small * large * dratio * advantage
+        return -(4.0 / t) * gate * advantage, derivative, 0.0 * gate
+
+
+@dataclass(frozen=True)
+class PolicyGradient(Objective):
+    """REINFORCE with whatever advantages it is given, also known as GPG: no ratio, no clip.
+
+        -A logp
+
+    References:
+        GPG, https://arxiv.org/abs/2504.02546. REINFORCE, Williams 1992.
+    """
+
+    def evaluate(self, logp, log_ratio, advantage):
+        loss = torch.where(advantage == 0, 0.0, -advantage * logp)
+        return loss, -advantage, torch.zeros_like(advantage)
+
+    @staticmethod
+    @jit
+    def per_token(logp, log_ratio, advantage):
+        loss = tl.where(advantage == 0.0, 0.0, -advantage * logp)
+        return loss, -advantage, 0.0 * advantage

@@ -9,18 +9,53 @@ import math
 
 import torch
 
+from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.objective import HAS_TRITON
-from grpo_fused.objectives import Objective
+from grpo_fused.objectives import LEVELS, Objective
+from grpo_fused.weights import RULES
 
+PER_SEQUENCE = ("importance_sampling_ratio", "policy_mask")
+FLOATING = ("advantages", "old_logps", "ref_logps", "importance_sampling_ratio", "temperature")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("sum", "none")
 IMPLEMENTATIONS = ("auto", "triton", "torch")
+
+
+def check_layout(logits, ids, ids_name, cu_seqlens):
+    """The shape of ids, (B, T) or (N,), after a look at what decides between the two."""
+    for name, tensor in (("logits", logits), (ids_name, ids)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    shape = tuple(ids.shape)
+    if cu_seqlens is None and not (ids_name == "ids" and logits.dim() == 2):
+        return shape
+    if logits.dim() != 2 or ids.dim() != 1 or len(logits) != len(ids):
+        found = f"logits {tuple(logits.shape)} and {ids_name} {shape}"
+        raise ValueError(f"logits (N, V) need {ids_name} (N,), got {found}")
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, logits)
+    return shape
+
+
+def _check_cu_seqlens(cu_seqlens, logits):
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        found = getattr(cu_seqlens, "shape", cu_seqlens)
+        raise ValueError(f"cu_seqlens must be a tensor (B + 1,), got {found}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != logits.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, logits are on {logits.device}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(logits):
+        found = f"{cu_seqlens[0].item()} to {cu_seqlens[-1].item()}"
+        raise ValueError(f"cu_seqlens must go from 0 to N = {len(logits)}, got {found}")
+    if (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
 
 
 def check_logits(logits, ids, ids_name, inplace):
     """Shapes and dtypes of logits (B, T, V) or (B, T + 1, V) and ids (B, T)."""
-    for name, tensor in (("logits", logits), (ids_name, ids)):
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if logits.dtype not in FLOATS:
         raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -53,19 +88,23 @@ def _holds_values_of_a_leaf(logits):
     return logits._base is not None and logits._base.is_leaf
 
 
-def check_tokens(logits, ids, ids_name, tensors):
-    """Tensors that go with ids (B, T): their shapes, dtypes and device."""
-    wanted = tuple(ids.shape)
-    for name, tensor in {ids_name: ids, **tensors}.items():
+def check_tokens(logits, shape, number, tensors):
+    """Tensors that go with ids of a shape, (B, T) or (N,), in a number of sequences."""
+    for name, tensor in tensors.items():
         if tensor is None and name != "advantages":
             continue
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a tensor, got {tensor!r}")
-        shape = tuple(tensor.shape)
-        if shape != wanted and not (name == "advantages" and shape == wanted[:1]):
-            choice = f"{wanted[:1]} or {wanted}" if name == "advantages" else f"{wanted}"
-            raise ValueError(f"{name} must have shape {choice} as {ids_name} has, got {shape}")
-        if name in ("advantages", "old_logps", "ref_logps") and not tensor.is_floating_point():
+        wanted = [shape]
+        if name in PER_SEQUENCE:
+            wanted = [(number,), (number, 1), shape]
+        elif name in ("advantages", "temperature"):
+            wanted = [(number,), shape]
+        found = tuple(tensor.shape)
+        if found not in wanted:
+            choice = " or ".join(map(str, wanted))
+            raise ValueError(f"{name} must have shape {choice} for ids {shape}, got {found}")
+        if name in FLOATING and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
         if tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device}, logits are on {logits.device}")
@@ -103,9 +142,52 @@ def check_scale(name, value, logits, positive=False, nonzero=False):
     return value if isinstance(value, torch.Tensor) else number
 
 
-def check_objective(objective):
+def check_temperature(temperature, logits, shape, sequences):
+    """As `check_scale`, or one temperature per sequence or token; masked ones may be anything."""
+    if not isinstance(temperature, torch.Tensor) or temperature.dim() == 0:
+        return check_scale("temperature", temperature, logits, positive=True)
+    check_tokens(logits, shape, sequences.number, {"temperature": temperature})
+    temperature = temperature.detach()
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        of_tokens = (
+            temperature if tuple(temperature.shape) == shape else sequences.spread(temperature)
+        )
+        wrong = ~((of_tokens > 0) & (of_tokens < math.inf))
+        wrong = wrong if sequences.active is None else wrong & sequences.active
+        if wrong.any():
+            found = of_tokens.expand_as(wrong)[wrong][0].item()
+            raise ValueError(f"temperature must be finite and > 0 on active tokens, got {found}")
+    return temperature
+
+
+def check_objective(objective, level):
+    """An Objective, at a level at which it has a meaning."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must be an Objective such as Clip(), got {objective!r}")
+    if level not in LEVELS:
+        raise ValueError(
+            f"importance_sampling_level must be one of {', '.join(LEVELS)}, got {level!r}"
+        )
+    if level not in objective.levels:
+        raise ValueError(
+            f"importance_sampling_level {level!r} has no meaning for {type(objective).__name__}: "
+            f"it must be {' or '.join(objective.levels)}"
+        )
+
+
+def check_choices(reduction, kl_estimator, normalizer, kl_normalizer):
+    """Arguments that are one of a few words, and those that do not go together."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if kl_estimator not in DIVERGENCES:
+        raise ValueError(
+            f"kl_estimator must be one of {', '.join(DIVERGENCES)}, got {kl_estimator!r}"
+        )
+    for name, rule in (("normalizer", normalizer), ("kl_normalizer", kl_normalizer)):
+        if rule is not None and rule not in RULES:
+            raise ValueError(f"{name} must be one of {', '.join(RULES)}, got {rule!r}")
+        if rule is not None and reduction == "none":
+            raise ValueError(f'{name}={rule!r} has no meaning with reduction="none": leave it None')
 
 
 @torch.compiler.assume_constant_result

@@ -1,6 +1,10 @@
 """Reductions: every mean of the family is a sum with weights that mask and counts decide."""
 
+from typing import NamedTuple
+
 import torch
+
+from grpo_fused.sequences import Padded
 
 RULES = (
     "seq-mean-token-mean",
@@ -52,46 +56,81 @@ def token_weights(
     References:
         The papers of LOSSES; the names are verl's loss_agg_mode.
     """
-    if rule not in RULES:
-        raise ValueError(f"normalizer must be one of {', '.join(RULES)}, got {rule!r}")
     if mask.dim() != 2:
         raise ValueError(f"mask must be (B, T), got shape {tuple(mask.shape)}")
-    sequences, length = mask.shape
-    _check_divisor("num_items_in_batch", num_items_in_batch, mask, at_least=0)
-    _check_divisor("num_sequences_in_batch", num_sequences_in_batch, mask)
-    _check_divisor("max_completion_length", max_completion_length, mask)
-    sequences = sequences if num_sequences_in_batch is None else num_sequences_in_batch
-    length = length if max_completion_length is None else max_completion_length
-    active = (mask != 0).float()
+    sequences = Padded(mask, mask)
+    items, divisor = divisors(
+        sequences,
+        rule,
+        num_items_in_batch=num_items_in_batch,
+        num_sequences_in_batch=num_sequences_in_batch,
+        max_completion_length=max_completion_length,
+    )
+    return sequences.select(per_token(items, divisor, sequences))
+
+
+class Divisors(NamedTuple):
+    """Weight of an active token: 1 / (max(items, 1) divisor).
+
+    Attributes:
+        items: number, or tensor () or per sequence (B,), counts of tokens.
+        divisor: float or 0-d tensor.
+    """
+
+    items: float | torch.Tensor
+    divisor: float | torch.Tensor
+
+
+def divisors(
+    sequences,
+    rule,
+    *,
+    num_items_in_batch=None,
+    num_sequences_in_batch=None,
+    max_completion_length=None,
+):
+    """Divisors of a rule for tokens in sequences; arguments and errors as `token_weights`."""
+    if rule not in RULES:
+        raise ValueError(f"normalizer must be one of {', '.join(RULES)}, got {rule!r}")
+    items = _divisor("num_items_in_batch", num_items_in_batch, sequences, at_least=0)
+    number = _divisor("num_sequences_in_batch", num_sequences_in_batch, sequences)
+    length = _divisor("max_completion_length", max_completion_length, sequences)
+    number = float(sequences.number or 1) if number is None else number
     if rule == "seq-mean-token-mean":
-        return active / (active.sum(1, keepdim=True).clamp(min=1) * sequences)
-    if rule == "token-mean" and num_items_in_batch is not None:
-        return active / _at_least_one(num_items_in_batch)
+        return Divisors(sequences.counts(), number)
+    if rule == "token-mean" and items is not None:
+        return Divisors(items, 1.0)
     if rule in ("token-mean", "token-mean-local"):
-        return active / active.sum().clamp(min=1)
+        return Divisors(sequences.total(), 1.0)
     if rule == "seq-mean-token-sum-norm":
-        return active / (sequences * length)
+        length = sequences.padded_length() if length is None else length
+        return Divisors(1.0, number * length)
     if rule == "seq-mean-token-sum":
-        return active / sequences
-    return active
+        return Divisors(1.0, number)
+    return Divisors(1.0, 1.0)
 
 
-def _check_divisor(name, value, mask, at_least=None):
-    """None, a number or a 0-d tensor; its value is looked at unless that waits for a device."""
+def per_token(items, divisor, sequences):
+    """The weight of `Divisors` as a tensor that broadcasts against tokens, float32."""
+    if not isinstance(items, torch.Tensor):
+        items = torch.full((), items, dtype=torch.float32, device=sequences.device)
+    return 1.0 / (sequences.spread(items).float().clamp(min=1) * divisor)
+
+
+def _divisor(name, value, sequences, at_least=None):
+    """None, a float or a 0-d tensor; its value is looked at unless that waits for a device."""
     if value is None:
-        return
+        return None
+    device = sequences.device
     if isinstance(value, torch.Tensor):
-        if value.dim() != 0 or value.device not in (mask.device, torch.device("cpu")):
+        if value.dim() != 0 or value.device not in (device, torch.device("cpu")):
             found = f"shape {tuple(value.shape)} on {value.device}"
             raise ValueError(f"{name} must be a number or a 0-d tensor, got {found}")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
-            return
+            return value.to(device)
     elif not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number or a 0-d tensor, got {value!r}")
     if not (value > 0 if at_least is None else value >= at_least):
         bound = "> 0" if at_least is None else f">= {at_least}"
         raise ValueError(f"{name} must be {bound}, got {value}")
-
-
-def _at_least_one(count):
-    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
+    return value.to(device) if isinstance(value, torch.Tensor) else float(value)

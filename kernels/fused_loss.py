@@ -3,45 +3,45 @@
 import triton
 import triton.language as tl
 
-from .launch import gradient_arguments, kernel, launch_rows, vector_width
+from .launch import argument, gradient_arguments, kernel, launch_rows, vector_width
 from .library import launcher
-from .objective import OBJECTIVES, clamped_exp, k3
+from .logprob import is_active
+from .objective import DIVERGENCES, OBJECTIVES, clamped_exp
 from .online_softmax import (
     LOG2E,
     locate,
     log_probability,
     read_target,
     row_entropy,
-    row_gradient,
     row_pointer,
     row_statistics,
     scalar,
+    sharpness,
+    token_value,
 )
+from .row_gradient import row_gradient
 
 
 @triton.jit
-def _token_loss(
-    logp,
-    token,
-    advantage,
-    old_logps_ptr,
-    ref_logps_ptr,
-    beta,
-    knobs,
-    OBJECTIVE: tl.constexpr,
+def _policy(
+    logp, log_ratio, advantage, ratios, policy_mask, knobs, sequence, token, OBJECTIVE: tl.constexpr
 ):
-    """(loss, its derivative in logp, KL, -1 / 0 / +1 if clipped, ratio) of a token, unweighted."""
-    log_ratio = tl.full((), 0.0, tl.float32)
-    if old_logps_ptr is not None:
-        log_ratio = logp - tl.load(old_logps_ptr + token)
+    """(loss, derivative in logp, clipped) of the policy term: objective, correction, mask."""
     loss, dlogp, clipped = OBJECTIVE(logp, log_ratio, advantage, *knobs)
-    kl = 0.0
-    if ref_logps_ptr is not None:
-        kl, dkl = k3(tl.load(ref_logps_ptr + token) - logp)
-        beta = scalar(beta)
-        loss += tl.where(beta == 0.0, 0.0, beta * kl)  # an infinite KL without weight is no loss
-        dlogp += beta * dkl
-    return loss, dlogp, kl, clipped, clamped_exp(log_ratio)[0]
+    if ratios is not None:
+        correction = token_value(ratios, sequence, token)
+        loss *= correction
+        dlogp *= correction
+    if policy_mask is not None:
+        on = token_value(policy_mask, sequence, token) != 0.0
+        loss = tl.where(on, loss, 0.0)
+        dlogp = tl.where(on, dlogp, 0.0)
+    return loss, dlogp, clipped
+
+
+@triton.jit
+def _weight(items, divisor, sequence, token):
+    return 1.0 / (tl.maximum(token_value(items, sequence, token), 1.0) * scalar(divisor))
 
 
 @kernel
@@ -57,13 +57,21 @@ def _fused_loss_kernel(
     dlogits_stride_position: tl.int64,
     tokens: tl.int32,
     ids_ptr,
-    weights_ptr,
-    advantages_ptr,
-    advantages_stride_sequence: tl.int64,
-    advantages_stride_position: tl.int64,
+    active_ptr,
+    advantages,
     old_logps_ptr,
     ref_logps_ptr,
+    ratios,
+    policy_mask,
+    items,
+    divisor,
+    kl_items,
+    kl_divisor,
+    entropy_items,
+    entropy_coef,
     temperature,
+    logit_scale,
+    logit_softcap,
     beta,
     grad_scale,
     knobs,
@@ -71,10 +79,9 @@ def _fused_loss_kernel(
     stride_term: tl.int64,
     logps_ptr,
     entropies_ptr,
-    maxima_ptr,
-    totals_ptr,
-    dlogps_ptr,
     OBJECTIVE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    BIAS_CORRECTION: tl.constexpr,
     THREADS: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -82,18 +89,22 @@ def _fused_loss_kernel(
     COLUMNS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = THREADS * UNROLL * VECTOR
-    temperature = scalar(temperature)
-    scale = LOG2E / temperature
+    logit_scale = scalar(logit_scale)
+    softcap = scalar(logit_softcap)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         sequence, position, token = locate(row, positions, tokens)
         x_ptr = row_pointer(
             logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR
         )
-        weight = tl.load(weights_ptr + token, position < tokens, 0.0)
-        active = weight != 0.0
-        target, known, x = read_target(x_ptr, ids_ptr, token, V, active)
+        active = position < tokens
+        if active:
+            active = is_active(active_ptr, token)
+        target, known, x, dtarget = read_target(
+            x_ptr, ids_ptr, token, V, active, logit_scale, softcap
+        )
         loss = 0.0
         dlogp = 0.0
+        dentropy = 0.0
         kl = 0.0
         clipped = 0.0
         ratio = 0.0
@@ -101,11 +112,16 @@ def _fused_loss_kernel(
         entropy = 0.0
         maximum = 0.0
         total = 1.0
+        row_temperature = 1.0
         if active:
+            row_temperature = token_value(temperature, sequence, token)
+            scale = LOG2E * sharpness(row_temperature, logit_scale, softcap)
             maximum, total, weighted = row_statistics(
                 x_ptr,
                 V,
                 scale,
+                logit_scale,
+                softcap,
                 THREADS,
                 UNROLL,
                 VECTOR,
@@ -114,34 +130,49 @@ def _fused_loss_kernel(
                 "evict_last",
             )
             logp = log_probability(x, scale, maximum, total)
+            log_ratio = tl.full((), 0.0, tl.float32)
+            if old_logps_ptr is not None:
+                log_ratio = logp - tl.load(old_logps_ptr + token)
+            ratio, dratio = clamped_exp(log_ratio)
+            loss, dlogp, clipped = _policy(
+                logp,
+                log_ratio,
+                token_value(advantages, sequence, token),
+                ratios,
+                policy_mask,
+                knobs,
+                sequence,
+                token,
+                OBJECTIVE,
+            )
+            weight = _weight(items, divisor, sequence, token)
+            loss *= weight
+            dlogp *= weight
+            if ref_logps_ptr is not None:
+                kl, dkl = DIVERGENCE(tl.load(ref_logps_ptr + token) - logp)
+                if BIAS_CORRECTION:
+                    dkl = dkl * ratio + kl * dratio
+                    kl *= ratio
+                penalty = scalar(beta) * _weight(kl_items, kl_divisor, sequence, token)
+                loss += tl.where(penalty == 0.0, 0.0, penalty * kl)  # 0 * inf is no loss
+                dlogp += tl.where(penalty == 0.0, 0.0, penalty * dkl)
             if entropies_ptr is not None:
                 entropy = row_entropy(total, weighted)
-            advantage = tl.load(
-                advantages_ptr
-                + sequence.to(tl.int64) * advantages_stride_sequence
-                + position.to(tl.int64) * advantages_stride_position
-            ).to(tl.float32)
-            loss, dlogp, kl, clipped, ratio = _token_loss(
-                logp, token, advantage, old_logps_ptr, ref_logps_ptr, beta, knobs, OBJECTIVE
-            )
-            loss = tl.where(known, weight * loss, float("nan"))
-            dlogp = tl.where(loss == loss, weight * dlogp * scalar(grad_scale), float("nan"))
+            if entropy_coef is not None:
+                bonus = scalar(entropy_coef) * _weight(entropy_items, 1.0, sequence, token)
+                loss -= bonus * entropy
+                dentropy = -bonus * scalar(grad_scale)
+            loss = tl.where(known, loss, float("nan"))
+            dlogp = tl.where(loss == loss, dlogp * scalar(grad_scale), float("nan"))
         if position < tokens:
             tl.store(logps_ptr + token, logp)
             if entropies_ptr is not None:
                 tl.store(entropies_ptr + token, entropy)
-            if maxima_ptr is not None:
-                tl.store(maxima_ptr + token, maximum)
-                tl.store(totals_ptr + token, total)
-                tl.store(dlogps_ptr + token, dlogp)
             term_ptr = terms_ptr + token
             tl.store(term_ptr, loss)
-            tl.store(term_ptr + stride_term, active.to(tl.float32))
-            tl.store(term_ptr + 2 * stride_term, kl)
-            tl.store(term_ptr + 3 * stride_term, entropy)
-            tl.store(term_ptr + 4 * stride_term, tl.where(clipped < 0, 1.0, 0.0))
-            tl.store(term_ptr + 5 * stride_term, tl.where(clipped > 0, 1.0, 0.0))
-            tl.store(term_ptr + 6 * stride_term, ratio)
+            tl.store(term_ptr + stride_term, kl)
+            tl.store(term_ptr + 2 * stride_term, clipped)
+            tl.store(term_ptr + 3 * stride_term, ratio)
         if dlogits_ptr is not None:
             row_gradient(
                 x_ptr,
@@ -156,17 +187,20 @@ def _fused_loss_kernel(
                 V,
                 target,
                 known,
-                temperature,
+                dtarget,
+                row_temperature,
+                logit_scale,
+                softcap,
                 maximum,
                 total,
                 logp,
-                0.0,
+                entropy,
                 dlogp,
-                0.0,
+                dentropy,
                 BLOCK,
                 VECTOR,
                 COLUMNS,
-                False,
+                entropy_coef is not None,
             )
 
 
@@ -174,35 +208,53 @@ def _fused_loss_kernel(
 def fused_loss(
     logits,
     ids,
-    weights,
+    active,
     advantages,
     old_logps,
     ref_logps,
+    ratios,
+    policy_mask,
+    items,
+    divisor,
+    kl_items,
+    kl_divisor,
+    entropy_items,
+    entropy_coef,
     temperature,
+    logit_scale,
+    logit_softcap,
     beta,
     grad_scale,
     objective,
     knobs,
+    divergence,
+    bias_correction,
     terms,
     logps,
     entropies,
-    maxima,
-    totals,
-    dlogps,
     dlogits,
 ):
     """Write what every token adds to the sums of the batch, and the gradient in the logits.
 
+        weight = 1 / (max(items, 1) divisor)
+
+    A value per token is a number or a contiguous tensor of (), (B,) or (B, T); a scalar is a number
+    or a 0-d tensor.
+
     Args:
         logits: (B, L, V) with L = T or T + 1; the last of T + 1 positions has gradient zero.
-        ids: (B, T) integer, contiguous, as are weights, old_logps and ref_logps.
-        weights: (B, T) float32; rows of weight 0 are not read.
-        advantages: (B, T) of any strides.
-        temperature, beta, grad_scale: Python floats or 0-d tensors on the device of the logits.
+        ids: (B, T) integer, contiguous, as are active, old_logps and ref_logps.
+        active: nonzero = active, or None: all are; other rows are not read.
+        advantages, ratios, policy_mask: values per token, the last two or None.
+        items, divisor: value per token and scalar, of the weight of the policy term; kl_items and
+            kl_divisor of the KL penalty's; entropy_items of the bonus's, whose divisor is 1.
+        entropy_coef: scalar or None; needs entropies.
+        temperature: value per token.
+        logit_scale, logit_softcap, beta, grad_scale: scalars; no softcap is None.
         objective, knobs: name in OBJECTIVES and its arguments.
-        terms: (7, B, T) float32: loss, 1 if active, KL, entropy, clipped low, clipped high, ratio.
+        divergence, bias_correction: name in DIVERGENCES; whether it is multiplied by the ratio.
+        terms: (4, B, T) float32: loss, KL, clipped (-1, 0, +1), ratio.
         logps, entropies: (B, T) float32; entropies may be None and then costs nothing.
-        maxima, totals, dlogps: (B, T) float32 or None, what `logprob_bwd` makes the gradient from.
         dlogits: (B, L, V) or None; may be logits itself.
     """
     launch_rows(
@@ -211,12 +263,21 @@ def fused_loss(
         *gradient_arguments(dlogits),
         ids.shape[1],
         ids,
-        weights,
-        advantages,
-        *advantages.stride(),
+        active,
+        argument(advantages),
         old_logps,
         ref_logps,
-        temperature,
+        argument(ratios),
+        argument(policy_mask),
+        argument(items),
+        divisor,
+        argument(kl_items),
+        kl_divisor,
+        argument(entropy_items),
+        entropy_coef,
+        argument(temperature),
+        logit_scale,
+        logit_softcap,
         beta,
         grad_scale,
         tuple(knobs),
@@ -224,10 +285,9 @@ def fused_loss(
         terms.stride(0),
         logps,
         entropies,
-        maxima,
-        totals,
-        dlogps,
         persistent=True,
         DLOGITS_VECTOR=1 if dlogits is None else vector_width(dlogits),
         OBJECTIVE=OBJECTIVES[objective],
+        DIVERGENCE=DIVERGENCES[divergence],
+        BIAS_CORRECTION=bias_correction,
     )

@@ -78,6 +78,13 @@ def vector_width(matrix):
     return math.gcd(16 // itemsize, matrix.data_ptr() // itemsize, *matrix.stride()[:2])
 
 
+def argument(value):
+    """A number or tensor of (), (B,) or (B, T), as `online_softmax.token_value` reads it."""
+    if not isinstance(value, torch.Tensor):
+        return None if value is None else (float(value),)
+    return (value, value.dim() == 1) if value.dim() else (value,)
+
+
 def on_device(tensor):
     """Context in which kernels are launched on the device that holds `tensor`."""
     if tensor.device.type == "cpu":
@@ -132,3 +139,9 @@ def launch_rows(function, logits, *args, persistent=False, **constexprs):
 def gradient_arguments(dlogits):
     """Pointer and strides of the gradient (B, L, V), or of none."""
     return (None, 0, 0) if dlogits is None else (dlogits, *dlogits.stride()[:2])
+
+
+def launch_single(function, tensor, *args, **options):
+    """Launch one program on the device of a tensor, for what is too small to share."""
+    with on_device(tensor):
+        launch(function, 1, *args, **options)

@@ -6,28 +6,36 @@ calls skip it because the dispatcher costs more than the smaller kernels take.
 """
 
 import functools
-import re
 
 import torch
 
 # What every implementation's launchers take, in the notation of torch.library: `(a!)` marks an
-# output. `Tensor temperature, beta, grad_scale` are also Python floats in eager calls.
+# output. In eager calls a number may stand for a 0-d tensor.
 SIGNATURES = {
     "logprob_fwd": (
-        "Tensor logits, Tensor ids, Tensor? active, Tensor temperature, "
+        "Tensor logits, Tensor ids, Tensor? active, "
+        "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap, "
         "Tensor(a!) logps, Tensor(b!)? entropies, Tensor(c!)? maxima, Tensor(d!)? totals"
     ),
     "logprob_bwd": (
-        "Tensor logits, Tensor ids, Tensor? active, Tensor temperature, "
+        "Tensor logits, Tensor ids, Tensor? active, "
+        "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap, "
         "Tensor logps, Tensor? entropies, Tensor maxima, Tensor totals, "
         "Tensor dlogps, Tensor? dentropies, Tensor(a!) dlogits"
     ),
     "fused_loss": (
-        "Tensor logits, Tensor ids, Tensor weights, Tensor advantages, "
-        "Tensor? old_logps, Tensor? ref_logps, "
-        "Tensor temperature, Tensor beta, Tensor grad_scale, str objective, float[] knobs, "
-        "Tensor(a!) terms, Tensor(b!) logps, Tensor(c!)? entropies, "
-        "Tensor(d!)? maxima, Tensor(e!)? totals, Tensor(f!)? dlogps, Tensor(g!)? dlogits"
+        "Tensor logits, Tensor ids, Tensor? active, Tensor advantages, "
+        "Tensor? old_logps, Tensor? ref_logps, Tensor? ratios, Tensor? policy_mask, "
+        "Tensor items, Tensor divisor, Tensor kl_items, Tensor kl_divisor, "
+        "Tensor? entropy_items, Tensor? entropy_coef, "
+        "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap, "
+        "Tensor beta, Tensor grad_scale, "
+        "str objective, float[] knobs, str divergence, bool bias_correction, "
+        "Tensor(a!) terms, Tensor(b!) logps, Tensor(c!)? entropies, Tensor(d!)? dlogits"
+    ),
+    "reduce": (
+        "Tensor terms, Tensor? active, Tensor? entropies, "
+        "Tensor(a!) loss, Tensor(b!) sums, Tensor(c!) metrics"
     ),
     "rescale": "Tensor(a!) dlogits, Tensor grad_output, Tensor grad_scale",
 }
@@ -42,7 +50,7 @@ def launcher(function):
     signature = SIGNATURES[function.__name__]
     parameters = [parameter.strip() for parameter in signature.split(",")]
     outputs = [parameter.split()[-1] for parameter in parameters if "!" in parameter]
-    is_tensor = [re.match(r"Tensor\b(?!\?)", parameter) is not None for parameter in parameters]
+    is_tensor = [parameter.startswith("Tensor") for parameter in parameters]
     suffix = "_torch" if function.__module__.endswith(".reference") else ""
     op = torch.library.custom_op(
         f"grpo_fused::{function.__name__}{suffix}",
@@ -60,7 +68,7 @@ def launcher(function):
         return op(
             *(
                 torch.full((), value, dtype=torch.float32, device=device)
-                if tensor and isinstance(value, float)
+                if tensor and isinstance(value, (int, float))
                 else value
                 for value, tensor in zip(args, is_tensor, strict=True)
             )

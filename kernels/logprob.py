@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .launch import gradient_arguments, kernel, launch_rows, vector_width
+from .launch import argument, gradient_arguments, kernel, launch_rows, vector_width
 from .library import launcher
 from .online_softmax import (
     LOG2E,
@@ -11,11 +11,13 @@ from .online_softmax import (
     log_probability,
     read_target,
     row_entropy,
-    row_gradient,
     row_pointer,
     row_statistics,
     scalar,
+    sharpness,
+    token_value,
 )
+from .row_gradient import row_gradient
 
 
 @triton.jit
@@ -39,6 +41,8 @@ def _logprob_fwd_kernel(
     ids_ptr,
     active_ptr,
     temperature,
+    logit_scale,
+    logit_softcap,
     logps_ptr,
     entropies_ptr,
     maxima_ptr,
@@ -48,6 +52,8 @@ def _logprob_fwd_kernel(
     VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    logit_scale = scalar(logit_scale)
+    softcap = scalar(logit_softcap)
     sequence, position, token = locate(tl.program_id(0), positions, tokens)
     if position < tokens:
         active = is_active(active_ptr, token)
@@ -59,12 +65,17 @@ def _logprob_fwd_kernel(
             x_ptr = row_pointer(
                 logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR
             )
-            scale = LOG2E / scalar(temperature)
-            target, known, x = read_target(x_ptr, ids_ptr, token, V, active)
+            row_temperature = token_value(temperature, sequence, token)
+            scale = LOG2E * sharpness(row_temperature, logit_scale, softcap)
+            target, known, x, _ = read_target(
+                x_ptr, ids_ptr, token, V, active, logit_scale, softcap
+            )
             maximum, total, weighted = row_statistics(
                 x_ptr,
                 V,
                 scale,
+                logit_scale,
+                softcap,
                 THREADS,
                 UNROLL,
                 VECTOR,
@@ -97,6 +108,8 @@ def _logprob_bwd_kernel(
     ids_ptr,
     active_ptr,
     temperature,
+    logit_scale,
+    logit_softcap,
     logps_ptr,
     entropies_ptr,
     maxima_ptr,
@@ -120,10 +133,15 @@ def _logprob_bwd_kernel(
         DLOGITS_VECTOR,
     )
     x_ptr = row_pointer(logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR)
+    logit_scale = scalar(logit_scale)
+    softcap = scalar(logit_softcap)
+    row_temperature = 1.0
     active = position < tokens
     if active:
         active = is_active(active_ptr, token)
-    target, known, _ = read_target(x_ptr, ids_ptr, token, V, active)
+    if active:
+        row_temperature = token_value(temperature, sequence, token)
+    target, known, _, dtarget = read_target(x_ptr, ids_ptr, token, V, active, logit_scale, softcap)
     entropy = 0.0
     dentropy = 0.0
     if dentropies_ptr is not None:
@@ -136,7 +154,10 @@ def _logprob_bwd_kernel(
         V,
         target,
         known,
-        scalar(temperature),
+        dtarget,
+        row_temperature,
+        logit_scale,
+        softcap,
         tl.load(maxima_ptr + token, active, 0.0),
         tl.load(totals_ptr + token, active, 1.0),
         tl.load(logps_ptr + token, active, 0.0),
@@ -151,15 +172,58 @@ def _logprob_bwd_kernel(
 
 
 @launcher
-def logprob_fwd(logits, ids, active, temperature, logps, entropies, maxima, totals):
-    """Write logps, entropies (B, T) and the statistics (B, T) that the gradient starts from."""
-    outputs = (logps, entropies, maxima, totals)
-    launch_rows(_logprob_fwd_kernel, logits, ids.shape[1], ids, active, temperature, *outputs)
+def logprob_fwd(
+    logits,
+    ids,
+    active,
+    temperature,
+    logit_scale,
+    logit_softcap,
+    logps,
+    entropies,
+    maxima,
+    totals,
+):
+    """Write logps, entropies (B, T) and the statistics (B, T) that the gradient starts from.
+
+    Args:
+        logits: (B, L, V) with L = T or T + 1.
+        ids, active: (B, T) contiguous; active of any dtype, nonzero = active, or None.
+        temperature: number or tensor of (), (B,) or (B, T).
+        logit_scale, logit_softcap: number or 0-d tensor; no softcap is None.
+        entropies, maxima, totals: float32 as logps, or None and then not written.
+    """
+    launch_rows(
+        _logprob_fwd_kernel,
+        logits,
+        ids.shape[1],
+        ids,
+        active,
+        argument(temperature),
+        logit_scale,
+        logit_softcap,
+        logps,
+        entropies,
+        maxima,
+        totals,
+    )
 
 
 @launcher
 def logprob_bwd(
-    logits, ids, active, temperature, logps, entropies, maxima, totals, dlogps, dentropies, dlogits
+    logits,
+    ids,
+    active,
+    temperature,
+    logit_scale,
+    logit_softcap,
+    logps,
+    entropies,
+    maxima,
+    totals,
+    dlogps,
+    dentropies,
+    dlogits,
 ):
     """Write dlogits (B, L, V), which may be logits itself, from dlogps and dentropies (B, T)."""
     launch_rows(
@@ -169,7 +233,9 @@ def logprob_bwd(
         ids.shape[1],
         ids,
         active,
-        temperature,
+        argument(temperature),
+        logit_scale,
+        logit_softcap,
         logps,
         entropies,
         maxima,

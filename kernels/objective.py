@@ -1,8 +1,9 @@
-"""The scalar arithmetic of one token on the device, and the table of objectives kernels can run.
+"""The scalar arithmetic of one token on the device: objectives and divergences kernels can run.
 
 An objective is a jit function `per_token(logp, log_ratio, advantage, *knobs)` that returns
-(loss, d loss / d logp, clipped), clipped being -1, 0 or +1. A kernel receives it as a constexpr;
-a torch.library op cannot carry a function, so ops carry its name and OBJECTIVES resolves it.
+(loss, d loss / d logp, clipped), clipped being -1, 0 or +1. A divergence takes d = ref - logp and
+returns (value, derivative in logp). A kernel receives them as constexprs; a torch.library op cannot
+carry a function, so ops carry names, which OBJECTIVES and DIVERGENCES resolve.
 """
 
 import importlib.util
@@ -51,6 +52,16 @@ def clamped_exp(x):
 
 
 @jit
+def k1(difference):
+    return -difference, 1.0
+
+
+@jit
+def k2(difference):
+    return difference * difference / 2, -difference
+
+
+@jit
 def k3(difference):
     """Schulman's k3 estimator e^d - d - 1 of d = ref - logp, and its derivative in logp, 1 - e^d.
 
@@ -66,3 +77,35 @@ def k3(difference):
         tl.where(near, d * d / 2 * series, value - d - 1.0),
         tl.where(near, -d * slope_series, 1.0 - derivative),
     )
+
+
+@jit
+def absolute(difference):
+    sign = tl.where(difference > 0.0, 1.0, tl.where(difference < 0.0, -1.0, difference))
+    return tl.abs(difference), -sign
+
+
+@jit
+def k1_straight_through(difference):
+    return -difference, -difference
+
+
+@jit
+def k3_straight_through(difference):
+    return k3(difference)[0], -difference
+
+
+@jit
+def absolute_straight_through(difference):
+    return tl.abs(difference), -difference
+
+
+DIVERGENCES = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "abs": absolute,
+    "k1+": k1_straight_through,
+    "k3+": k3_straight_through,
+    "abs+": absolute_straight_through,
+}

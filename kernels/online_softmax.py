@@ -1,10 +1,11 @@
-"""Device functions for one row of logits: softmax statistics in one read, gradient in one more.
+"""Device functions for one row of logits: softmax statistics in one read.
 
 A row is read in blocks of UNROLL x THREADS x VECTOR columns. The reshape to those three axes puts
 axes 0 and 2 inside one thread (VECTOR columns are one 128-bit load), so every thread keeps an
 online softmax of its own and nothing is exchanged before the last block.
 
-Everything is in base 2 and relative to the rounded maximum: with scale = log2(e) / temperature,
+Everything is in base 2 and relative to the rounded maximum: with x the logits, capped if they have
+a softcap, and scale = log2(e) / temperature (times logit_scale without a softcap),
 
     z_j = fma(x_j, scale, -maximum)      maximum = round(scale * max_j x_j)
     total = sum_j 2^z_j                  weighted = sum_j 2^z_j z_j
@@ -38,6 +39,15 @@ def scalar(value):
 
 
 @triton.jit
+def token_value(value, sequence, token):
+    """A number of the token from `launch.argument`: one for all, per sequence, or per token."""
+    if len(value) == 1:
+        return scalar(value[0])
+    else:
+        return tl.load(value[0] + tl.where(value[1], sequence, token)).to(tl.float32)
+
+
+@triton.jit
 def locate(row, positions, tokens_per_sequence):
     """(sequence, position, index of the token among all tokens) of a row of logits (B, L, V)."""
     sequence = row // positions
@@ -60,7 +70,29 @@ def split_columns(V, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _load(
+def sharpness(temperature, logit_scale, softcap):
+    """What logits are multiplied by: the scale too, unless `capped` has applied it already."""
+    return (logit_scale if softcap is None else 1.0) / temperature
+
+
+@triton.jit
+def capped(x, logit_scale, softcap):
+    """(softcap tanh(x logit_scale / softcap), its derivative in x); (x, 1) without a softcap."""
+    if softcap is None:
+        return x, 1.0
+    else:
+        v = x * (logit_scale / softcap)
+        e = tl.exp2(tl.abs(v) * (-2.0 * LOG2E))
+        v2 = v * v
+        near = v * (1 + v2 * (-1 / 3 + v2 * (2 / 15 + v2 * (-17 / 315 + v2 * (62 / 2835)))))
+        inverse = 1.0 / (1.0 + e)
+        far = tl.where(v < 0.0, e - 1.0, 1.0 - e) * inverse
+        tanh = tl.where(tl.abs(v) < 0.3, near, far)  # 1 - e cancels where the series does not
+        return softcap * tanh, (4.0 * logit_scale) * e * inverse * inverse
+
+
+@triton.jit
+def load(
     x_ptr,
     remaining,
     BLOCK: tl.constexpr,
@@ -93,6 +125,25 @@ def _load(
 
 
 @triton.jit
+def _load_capped(
+    x_ptr,
+    remaining,
+    logit_scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """`load`, capped; what lies outside the row stays -inf."""
+    x = load(x_ptr, remaining, BLOCK, VECTOR, EVICTION)
+    if softcap is not None:
+        x = capped(x, logit_scale, softcap)[0]
+        if remaining is not None:
+            x = tl.where(tl.arange(0, BLOCK) < remaining, x, -float("inf"))
+    return x
+
+
+@triton.jit
 def _fold(x, scale, maximum, total, weighted, tile: tl.constexpr, ENTROPY: tl.constexpr):
     """Fold one block of columns into the running statistics of each thread."""
     x = tl.reshape(x, tile)
@@ -113,6 +164,8 @@ def row_statistics(
     x_ptr,
     V,
     scale,
+    logit_scale,
+    softcap,
     THREADS: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -128,11 +181,11 @@ def row_statistics(
     weighted = tl.zeros((THREADS,), tl.float32)
     blocks, remaining = split_columns(V, BLOCK, COLUMNS)
     for _ in range(blocks):
-        x = _load(x_ptr, None, BLOCK, VECTOR, EVICTION)
+        x = _load_capped(x_ptr, None, logit_scale, softcap, BLOCK, VECTOR, EVICTION)
         maximum, total, weighted = _fold(x, scale, maximum, total, weighted, tile, ENTROPY)
         x_ptr += BLOCK
     if remaining > 0:
-        x = _load(x_ptr, remaining, BLOCK, VECTOR, EVICTION)
+        x = _load_capped(x_ptr, remaining, logit_scale, softcap, BLOCK, VECTOR, EVICTION)
         maximum, total, weighted = _fold(x, scale, maximum, total, weighted, tile, ENTROPY)
     row_maximum = tl.max(maximum, axis=0)
     shift = maximum - row_maximum
@@ -156,118 +209,14 @@ def row_entropy(total, weighted):
 
 
 @triton.jit
-def _gradient(x, scale, maximum, constant, slope, ENTROPY: tl.constexpr):
-    z = tl.fma(x, scale, -maximum)
-    if ENTROPY:
-        return tl.exp2(z) * tl.fma(tl.maximum(z, FLOOR), slope, constant)
-    else:
-        return tl.exp2(z) * constant
+def read_target(x_ptr, ids_ptr, token, V, active, logit_scale, softcap):
+    """(target id, whether it is in the vocabulary, its logit, that one's derivative).
 
-
-@triton.jit
-def write_row_gradient(
-    x_ptr,
-    dx_ptr,
-    V,
-    scale,
-    maximum,
-    constant,
-    slope,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
-    """Write dx_j = 2^z_j (constant + slope z_j) for every column; dx may be x itself.
-
-    Backwards through the row: what the statistics read last is what the caches still hold.
+    The logit is NaN, and nothing is read, if the id is not in the vocabulary.
     """
-    columns = tl.arange(0, BLOCK)
-    dtype: tl.constexpr = dx_ptr.dtype.element_ty
-    blocks, remaining = split_columns(V, BLOCK, COLUMNS)
-    x_ptr += blocks * BLOCK
-    dx_ptr += blocks * BLOCK
-    if remaining > 0:
-        x = _load(x_ptr, remaining, BLOCK, VECTOR, "evict_first")
-        dx = _gradient(x, scale, maximum, constant, slope, ENTROPY).to(dtype)
-        tl.store(dx_ptr + columns, dx, columns < remaining, eviction_policy="evict_first")
-    for _ in range(blocks):
-        x_ptr -= BLOCK
-        dx_ptr -= BLOCK
-        x = _load(x_ptr, None, BLOCK, VECTOR, "evict_first")
-        dx = _gradient(x, scale, maximum, constant, slope, ENTROPY).to(dtype)
-        tl.store(dx_ptr + columns, dx, eviction_policy="evict_first")
-
-
-@triton.jit
-def write_row_zeros(dx_ptr, V, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write a gradient that is exactly zero, without reading the row."""
-    columns = tl.arange(0, BLOCK)
-    zeros = tl.zeros((BLOCK,), dx_ptr.dtype.element_ty)
-    blocks, remaining = split_columns(V, BLOCK, COLUMNS)
-    for _ in range(blocks):
-        tl.store(dx_ptr + columns, zeros, eviction_policy="evict_first")
-        dx_ptr += BLOCK
-    if remaining > 0:
-        tl.store(dx_ptr + columns, zeros, columns < remaining, eviction_policy="evict_first")
-
-
-@triton.jit
-def read_target(x_ptr, ids_ptr, token, V, active):
-    """(target id, whether it is in the vocabulary, its logit): NaN, and no read, if it is not."""
     target = tl.load(ids_ptr + token, active, -1).to(tl.int64)
     known = (target >= 0) & (target < V)
-    return target, known, tl.load(x_ptr + target, known, float("nan")).to(tl.float32)
-
-
-@triton.jit
-def row_gradient(
-    x_ptr,
-    dx_ptr,
-    V,
-    target,
-    known,
-    temperature,
-    maximum,
-    total,
-    logp,
-    entropy,
-    dlogp,
-    dentropy,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
-    """Gradient of a row from g = dL/dlogp and h = dL/dH; h counts only if ENTROPY.
-
-    dx_j = (g (1[j = target] - p_j) - h p_j (log p_j + H)) / temperature
-    """
-    g = dlogp / temperature
-    h = dentropy / temperature
-    constant = -(g + h * (entropy - LN2 * tl.log2(total))) / total
-    slope = -h * LN2 / total
-    if (g == 0.0) & (h == 0.0):
-        write_row_zeros(dx_ptr, V, BLOCK, COLUMNS)
-    else:
-        write_row_gradient(
-            x_ptr,
-            dx_ptr,
-            V,
-            LOG2E / temperature,
-            maximum,
-            constant,
-            slope,
-            BLOCK,
-            VECTOR,
-            COLUMNS,
-            ENTROPY,
-        )
-        # One store for the target, after every thread has written its columns, instead of a
-        # compare in each of them.
-        p = tl.exp2(logp * LOG2E)
-        dx_target = g * (1.0 - p)
-        if ENTROPY:
-            dx_target -= tl.where(p > 0.0, h * p * (logp + entropy), 0.0)
-        tl.debug_barrier()
-        tl.store(dx_ptr + target, dx_target.to(dx_ptr.dtype.element_ty), known)
+    x, dx = capped(
+        tl.load(x_ptr + target, known, float("nan")).to(tl.float32), logit_scale, softcap
+    )
+    return target, known, x, dx

@@ -9,20 +9,36 @@ from dataclasses import dataclass
 
 import torch
 
-RULES = {  # loss_type -> how the token losses are averaged
-    "grpo": "seq-mean-token-mean",  # DeepSeekMath, arXiv 2402.03300, eq. 3
-    "bnpo": "token-mean-local",
-    "dapo": "token-mean",  # DAPO, arXiv 2503.14476, eq. 8
-    "dr_grpo": "seq-mean-token-sum-norm",  # Dr. GRPO, arXiv 2503.20783
+CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None}
+GSPO = {"epsilon_low": 3e-4, "epsilon_high": 4e-4, "delta": None}
+SAPO = {"temperature_pos": 1.0, "temperature_neg": 1.05}
+VESPO = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
+ROWS = {  # loss_type -> (objective, knobs, ratio level, rule of the average); arXiv numbers
+    "grpo": ("Clip", CLIP, "token", "seq-mean-token-mean"),  # DeepSeekMath 2402.03300 eq. 3
+    "bnpo": ("Clip", CLIP, "token", "token-mean-local"),
+    "dr_grpo": ("Clip", CLIP, "token", "seq-mean-token-sum-norm"),  # Dr. GRPO 2503.20783
+    "ppo": ("Clip", CLIP, "token", "seq-mean-token-mean"),  # PPO 1707.06347 eq. 7
+    "dapo": ("Clip", {**CLIP, "epsilon_high": 0.28}, "token", "token-mean"),  # 2503.14476 eq. 8
+    "gspo": ("Clip", GSPO, "sequence", "seq-mean-token-mean"),  # GSPO 2507.18071
+    "gspo_token": ("Clip", GSPO, "sequence_token", "seq-mean-token-mean"),  # same, GSPO-token
+    "luspo": ("Clip", CLIP, "sequence", "seq-mean-token-sum"),  # LUSPO 2602.05261
+    "cispo": ("Cispo", {"max_ratio": 5.0}, "token", "token-mean"),  # MiniMax-M1 2506.13585
+    "sapo": ("Sapo", SAPO, "token", "seq-mean-token-mean"),  # SAPO 2511.20347
+    "vespo": ("Vespo", VESPO, "token", "token-mean"),  # VESPO 2602.10693
+    "gmpo": ("Gmpo", {"epsilon": 0.4}, "sequence", "seq-mean-token-mean"),  # GMPO 2507.20673
+    "gpg": ("PolicyGradient", {}, "token", "token-mean"),  # GPG 2504.02546
 }
+DEFAULTS = {ROWS[row][0]: ROWS[row][1] for row in "grpo cispo sapo vespo gmpo gpg".split()}  # knobs
+LEVELS = dict.fromkeys(DEFAULTS, ("token", "sequence", "sequence_token"))  # that have a meaning
+LEVELS.update(Vespo=("token",), PolicyGradient=("token",), Gmpo=("sequence",))
 
 
 @dataclass(frozen=True)
 class OracleResult:
     """What `grpo_loss` returns; the tensors are float64 on the CPU."""
 
-    loss: float
-    dlogits: torch.Tensor  # shape of logits: d loss / d logits
+    loss: float | torch.Tensor  # (B, T), 0 where masked, for reduction "none"
+    dlogits: torch.Tensor  # shape of logits: d loss / d logits, of sum(upstream * loss) for "none"
     logps: torch.Tensor  # (B, T), 0 where masked
     entropies: torch.Tensor  # (B, T), 0 where masked
     metrics: dict[str, float]
@@ -40,23 +56,17 @@ def token_weights(
     max_length = T if max_completion_length is None else float(max_completion_length)
     weights = torch.zeros(B, T, dtype=torch.float64)
     for b in range(B):
+        divisor = {
+            "seq-mean-token-mean": max(sum(active[b]), 1) * num_sequences,
+            "token-mean-local": max(num_active, 1),
+            "token-mean": max(num_items, 1),
+            "seq-mean-token-sum-norm": num_sequences * max_length,
+            "seq-mean-token-sum": num_sequences,
+            "token-sum": 1,
+        }[rule]
         for t in range(T):
-            if not active[b][t]:
-                continue
-            if rule == "seq-mean-token-mean":
-                weights[b, t] = 1 / max(sum(active[b]), 1) / num_sequences
-            elif rule == "token-mean-local":
-                weights[b, t] = 1 / max(num_active, 1)
-            elif rule == "token-mean":
-                weights[b, t] = 1 / max(num_items, 1)
-            elif rule == "seq-mean-token-sum-norm":
-                weights[b, t] = 1 / (num_sequences * max_length)
-            elif rule == "seq-mean-token-sum":
-                weights[b, t] = 1 / num_sequences
-            elif rule == "token-sum":
-                weights[b, t] = 1
-            else:
-                raise ValueError(f"rule {rule!r} is unknown")
+            if active[b][t]:
+                weights[b, t] = 1 / divisor
     return weights
 
 
@@ -64,10 +74,16 @@ def _exp(x):
     return torch.exp(torch.clamp(x, -80, 80))  # derivative 0 outside
 
 
-def _policy(logits, ids, mask, temperature):
+def _at(values, b, t):
+    """The number at (b, t) of a number or a tensor (), (B,), (B, 1) or (B, T)."""
+    if not isinstance(values, torch.Tensor) or values.ndim == 0:
+        return float(values)
+    return float(values[b] if values.ndim == 1 else values[b, min(t, values.shape[1] - 1)])
+
+
+def _policy(logits, ids, mask, temperature=1.0, logit_softcap=None, logit_scale=1.0):
     """Autograd leaf (V,) float64, log p(y) and H of every active token, as dicts by (b, t)."""
-    rows, logps, entropies = {}, {}, {}
-    B, T = ids.shape
+    rows, logps, entropies, (B, T) = {}, {}, {}, ids.shape
     if logits.shape[0] != B or logits.shape[1] not in (T, T + 1) or mask.shape != ids.shape:
         raise ValueError(f"logits {logits.shape}, ids {ids.shape}, mask {mask.shape} do not agree")
     for b in range(B):
@@ -78,12 +94,19 @@ def _policy(logits, ids, mask, temperature):
             if not 0 <= y < len(row):
                 raise ValueError(f"active id {y} at {(b, t)} is outside [0, {len(row)})")
             rows[b, t] = row.requires_grad_()
-            x = row / temperature
+            x = row * float(logit_scale)
+            if logit_softcap is not None:
+                x = float(logit_softcap) * torch.tanh(x / float(logit_softcap))
+            x = x / _at(temperature, b, t)
             finite = x[x != -math.inf]  # p = 0 at -inf: nothing to add, and no 0 * inf
             lse = torch.logsumexp(finite, dim=0)
             logps[b, t] = x[y] - lse
             entropies[b, t] = -(torch.exp(finite - lse) * (finite - lse)).sum()
     return rows, logps, entropies
+
+
+def _mean(values):
+    return sum(values) / max(len(values), 1)
 
 
 def _table(values, shape):
@@ -96,81 +119,178 @@ def _table(values, shape):
 
 def _dlogits(total, rows, logits):
     """Gradient of `total` with respect to the logits, whose row (b, t) is the leaf rows[b, t]."""
-    grads = torch.autograd.grad(total, list(rows.values())) if rows else ()
+    if not total.requires_grad:  # no token has a part in it
+        return _table({}, logits.shape)
+    grads = torch.autograd.grad(total, list(rows.values()), materialize_grads=True)
     return _table(dict(zip(rows, grads, strict=True)), logits.shape)
+
+
+def _ratios(logps, log_ratios, level):
+    """The importance ratio of every token, with its gradient."""
+    if level == "token":  # DeepSeekMath eq. 3
+        return [_exp(log_ratio) for log_ratio in log_ratios]
+    mean = _mean(log_ratios)
+    if level == "sequence":  # GSPO, the length-normalised likelihood ratio
+        return [_exp(mean) for _ in logps]
+    return [_exp(logp - logp.detach() + mean.detach()) for logp in logps]  # GSPO-token
+
+
+def _kl(d, estimator):
+    """KL(policy || ref) from d = ref_logp - logp: Schulman, Approximating KL divergence.
+
+    "+": that value with the gradient of k2, whose expectation is the gradient of the KL.
+    """
+    k2, k3 = d * d / 2, torch.expm1(torch.clamp(d, -80, 80)) - d
+    values = {"k1": -d, "k2": k2, "k3": k3, "abs": torch.abs(d)}
+    if estimator in ("k1+", "k3+", "abs+"):
+        return values[estimator[:-1]].detach() + (k2 - k2.detach())
+    return values[estimator]
+
+
+def _objective(name, knobs, logps, log_ratios, ratios, advantages, W):
+    """The objective of every active token of a sequence, to be minimised, as a list."""
+    if name == "Gmpo":  # GMPO: geometric mean of the ratios, clipped one by one in log space
+        z, e = [], knobs["epsilon"]
+        for d, A in zip(log_ratios, advantages, strict=True):
+            z.append((torch.minimum if A > 0 else torch.maximum)(d, torch.clamp(d, -e, e)))
+        return [-_exp(_mean(z)) * A for A in advantages]
+    S = W + sum(min(max(d.item(), -20.0), 20.0) for d in log_ratios)  # log of VESPO's ratio
+    S, losses = min(max(S, math.log(1e-8)), 20.0), []
+    for logp, ratio, A in zip(logps, ratios, advantages, strict=True):
+        if name == "Clip":  # PPO eq. 7, two bounds: DAPO eq. 8, delta: dual clip 1912.09729
+            delta = math.inf if knobs["delta"] is None else float(knobs["delta"])
+            clipped = torch.clamp(ratio, 1 - knobs["epsilon_low"], 1 + knobs["epsilon_high"])
+            losses.append(-torch.minimum(torch.clamp(ratio, max=delta) * A, clipped * A))
+        elif name == "Cispo":  # MiniMax-M1: the clipped ratio is a constant
+            losses.append(-min(ratio.item(), knobs["max_ratio"]) * A * logp)
+        elif name == "Sapo":  # SAPO: soft gate, value 2 / tau and slope 1 at ratio 1
+            tau = knobs["temperature_pos"] if A > 0 else knobs["temperature_neg"]
+            losses.append(-4 / tau * torch.sigmoid(tau * (ratio - 1)) * A)
+        elif name == "Vespo":  # VESPO: w^k exp(lam - lam w) of the sequence's ratio, a constant
+            sign = "pos" if A >= 0 else "neg"
+            k, lam = knobs[f"k_{sign}"], knobs[f"lambda_{sign}"]
+            losses.append(-math.exp(lam + k * S - lam * math.exp(S)) * A * logp)
+        else:  # PolicyGradient: REINFORCE, GPG
+            losses.append(-A * logp)
+    return losses
+
+
+def _clipped(name, ratio, log_ratio, A, knobs):
+    """Whether the ratio is clipped at the low and at the high end."""
+    value, low, high = ratio, -math.inf, math.inf  # Sapo, Vespo, PolicyGradient: never
+    if name == "Clip":
+        low, high = 1 - knobs["epsilon_low"], 1 + knobs["epsilon_high"]
+    elif name == "Cispo":
+        high = knobs["max_ratio"]
+    elif name == "Gmpo":
+        value, low, high = log_ratio, -knobs["epsilon"], knobs["epsilon"]
+    return value < low and A < 0, value > high and A > 0
 
 
 def grpo_loss(
     logits, completion_ids, completion_mask, advantages, *, old_logps=None, ref_logps=None,
-    loss_type="dapo", epsilon_low=0.2, epsilon_high=0.2, delta=None, beta=0.0, temperature=1.0,
-    **divisors,
+    loss_type="dapo", objective=None, knobs=None, importance_sampling_level=None, normalizer=None,
+    kl_normalizer=None, importance_sampling_ratio=None, policy_mask=None, beta=0.0,
+    kl_estimator="k3", use_bias_correction_kl=False, temperature=1.0, logit_softcap=None,
+    logit_scale=1.0, entropy_coef=0.0, reduction="sum", upstream=None, **divisors,
 ):  # fmt: skip
-    """Clipped policy loss with a k3 penalty, token level, for the rows of RULES.
+    """Loss of a row of ROWS, or of one put together from its four choices.
 
-        loss = sum_bt w[b,t] * (beta * k3[b,t]
-            - min(min(ratio, delta) A, clamp(ratio, 1 - epsilon_low, 1 + epsilon_high) A)[b,t])
+        policy[b,t] = importance_sampling_ratio * objective where policy_mask != 0, else 0
+        sum:  sum_bt (w policy + w_kl beta kl)[b,t] - entropy_coef * mean of H over active tokens
+        none: (policy + beta kl - entropy_coef H)[b,t], with the gradient of sum(upstream * loss)
 
     Args:
         logits: (B, T, V) or (B, T+1, V), raw; the last of T+1 positions is ignored.
-        completion_ids: (B, T) int.
-        completion_mask: (B, T), nonzero = active, or None: all active.
+        completion_ids, completion_mask: (B, T), nonzero = active; mask None: all active.
         advantages: (B,) or (B, T).
         old_logps: (B, T), or None: on policy, ratio = exp(logp - sg(logp)).
         ref_logps: (B, T), or None: no penalty and no metric `kl`.
+        objective: a name of DEFAULTS, with those knobs; None: the row's, with the row's knobs.
+            The dict `knobs` replaces some of them.
+        importance_sampling_level, normalizer, kl_normalizer: replace the row's; w_kl's is w's.
+        importance_sampling_ratio, policy_mask, temperature: (B,), (B, 1) or (B, T).
         divisors: num_items_in_batch, num_sequences_in_batch, max_completion_length of the weights.
-    Returns:
-        OracleResult.
     """
-    if beta != 0 and ref_logps is None:
-        raise ValueError("beta != 0 needs ref_logps")
-    mask = torch.ones(completion_ids.shape) if completion_mask is None else completion_mask
-    rows, logps, entropies = _policy(logits, completion_ids, mask, temperature)
-    weights = token_weights(mask, RULES[loss_type], **divisors)
-    loss, kls, ratios, lows, highs = torch.zeros((), dtype=torch.float64), [], [], [], []
-    for (b, t), logp in logps.items():
-        old_logp = logp.item() if old_logps is None else old_logps[b, t].item()
-        advantage = (advantages[b] if advantages.ndim == 1 else advantages[b, t]).item()
-        ratio = _exp(logp - old_logp)
-        # DeepSeekMath eq. 3, with the higher upper bound of DAPO; delta: dual clip, 1912.09729
-        free = ratio if delta is None else torch.clamp(ratio, max=delta)
-        clipped = torch.clamp(ratio, 1 - epsilon_low, 1 + epsilon_high)
-        token_loss = -torch.minimum(free * advantage, clipped * advantage)
-        if ref_logps is not None:
-            d = ref_logps[b, t].item() - logp
-            kl = _exp(d) - d - 1  # k3: DeepSeekMath eq. 4; Schulman, Approximating KL divergence
-            token_loss = token_loss + beta * kl
-            kls.append(kl.item())
-        loss = loss + weights[b, t] * token_loss
-        ratios.append(ratio.item())
-        lows.append(ratio.item() < 1 - epsilon_low and advantage < 0)
-        highs.append(ratio.item() > 1 + epsilon_high and advantage > 0)
-    n = max(len(ratios), 1)
+    row_objective, row_knobs, row_level, row_rule = ROWS[loss_type]
+    name, level = objective or row_objective, importance_sampling_level or row_level
+    if set(knobs or {}) - set(DEFAULTS[name]) or level not in LEVELS[name]:
+        raise ValueError(f"{name} has no knobs {knobs} or no level {level!r}")
+    if (beta != 0 and ref_logps is None) or (reduction == "none" and upstream is None):
+        raise ValueError("beta != 0 needs ref_logps, reduction='none' needs upstream")
+    knobs = {**(DEFAULTS[name] if objective else row_knobs), **(knobs or {})}
+    beta, entropy_coef, rollout = float(beta), float(entropy_coef), importance_sampling_ratio
+    B, T = completion_ids.shape
+    mask = torch.ones(B, T) if completion_mask is None else completion_mask
+    transform = temperature, logit_softcap, logit_scale
+    rows, logps, entropies = _policy(logits, completion_ids, mask, *transform)
+    policies, kls, units = {}, {}, []
+    for b in range(B):
+        active = [t for t in range(T) if (b, t) in rows]
+        own, A = [logps[b, t] for t in active], [_at(advantages, b, t) for t in active]
+        old = [logps[b, t].item() if old_logps is None else _at(old_logps, b, t) for t in active]
+        log_ratios = [logp - o for logp, o in zip(own, old, strict=True)]
+        ratios, W = _ratios(own, log_ratios, level), 0.0
+        if name == "Vespo" and rollout is not None:  # a weight of the whole sequence counts once
+            for t in active[:1] if rollout.ndim == 1 or rollout.shape[1] == 1 else active:
+                W += math.log(min(max(_at(rollout, b, t), 1e-8), math.exp(20)))
+        losses = _objective(name, knobs, own, log_ratios, ratios, A, W)
+        for t, loss, ratio in zip(active, losses, ratios, strict=True):
+            if policy_mask is None or _at(policy_mask, b, t) != 0:
+                factor = 1.0 if rollout is None or name == "Vespo" else _at(rollout, b, t)
+                policies[b, t] = factor * loss
+            if ref_logps is not None:
+                kl = _kl(_at(ref_logps, b, t) - logps[b, t], kl_estimator)
+                kls[b, t] = kl * ratio if use_bias_correction_kl else kl
+        told = _ratios(own, log_ratios, "token") if name == "Gmpo" else ratios
+        told = [(r.item(), d.item(), a) for r, d, a in zip(told, log_ratios, A, strict=True)]
+        if level == "sequence" and name != "Gmpo" and advantages.ndim == 1:
+            told = told[:1] or [(1.0, 0.0, 0.0)]  # one unit per sequence, the masked ones too
+        units += [(r, *_clipped(name, r, d, a, knobs)) for r, d, a in told]
+    if reduction == "none":
+        weights = kl_weights = entropy_weights = upstream
+    else:
+        weights = token_weights(mask, normalizer or row_rule, **divisors)
+        kl_weights = token_weights(mask, kl_normalizer or normalizer or row_rule, **divisors)
+        entropy_weights = token_weights(mask, "token-mean-local")
+    total, table = torch.zeros((), dtype=torch.float64), {}
+    for b, t in rows:
+        policy, kl = policies.get((b, t), 0.0), beta * kls.get((b, t), 0.0)
+        bonus = -entropy_coef * entropies[b, t]
+        table[b, t] = policy + kl + bonus
+        total = total + float(weights[b, t]) * policy + float(kl_weights[b, t]) * kl
+        total = total + float(entropy_weights[b, t]) * bonus
+    ratios, lows, highs = zip(*units, strict=True) if units else ((), (), ())
     metrics = {
-        "entropy": sum(entropy.item() for entropy in entropies.values()) / n,
-        "clip_ratio/low_mean": sum(lows) / n,
-        "clip_ratio/high_mean": sum(highs) / n,
-        "clip_ratio/region_mean": (sum(lows) + sum(highs)) / n,  # never both: the signs differ
-        "ratio/mean": sum(ratios) / n,
+        "entropy": _mean([entropy.item() for entropy in entropies.values()]),
+        "clip_ratio/low_mean": _mean(lows),
+        "clip_ratio/high_mean": _mean(highs),
+        "clip_ratio/region_mean": _mean([low or high for _, low, high in units]),
+        "ratio/mean": _mean(ratios),
         "ratio/max": max(ratios, default=0.0),
     }
     if ref_logps is not None:
-        metrics["kl"] = sum(kls) / n
-    tables = _table(logps, mask.shape), _table(entropies, mask.shape)
-    return OracleResult(loss.item(), _dlogits(loss, rows, logits), *tables, metrics)
+        metrics["kl"] = _mean([kl.item() for kl in kls.values()])
+    loss = _table(table, (B, T)) if reduction == "none" else total.item()
+    tables = _table(logps, (B, T)), _table(entropies, (B, T))
+    return OracleResult(loss, _dlogits(total, rows, logits), *tables, metrics)
 
 
-def selective_log_softmax(logits, ids, mask=None, *, temperature=1.0, dlogps=None, dentropies=None):
+def selective_log_softmax(
+    logits, ids, mask=None, *, temperature=1.0, logit_softcap=None, logit_scale=1.0, dlogps=None,
+    dentropies=None,
+):  # fmt: skip
     """Log-probability and entropy of every active token, and the gradient for given upstream ones.
 
     Args:
-        logits, ids, mask: as in `grpo_loss`.
+        logits, ids, mask, temperature, logit_softcap, logit_scale: as in `grpo_loss`.
         dlogps, dentropies: (B, T) upstream gradients, None = zero.
     Returns:
         logps and entropies (B, T), 0 where masked, and dlogits, the gradient of
         sum(dlogps * logps + dentropies * entropies) over the active tokens.
     """
     mask = torch.ones(ids.shape) if mask is None else mask
-    rows, logps, entropies = _policy(logits, ids, mask, temperature)
+    rows, logps, entropies = _policy(logits, ids, mask, temperature, logit_softcap, logit_scale)
     total = torch.zeros((), dtype=torch.float64)
     for b, t in rows:
         dlogp = 0.0 if dlogps is None else dlogps[b, t].item()

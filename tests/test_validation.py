@@ -78,7 +78,81 @@ BAD = {
     "sequences": (dict(num_sequences_in_batch=0, loss_type="grpo"), "num_sequences_in_batch"),
     "length": (dict(max_completion_length=0, loss_type="dr_grpo"), "max_completion_length"),
     "implementation": (dict(implementation="cuda"), "implementation must be one of"),
+    "level": (dict(importance_sampling_level="group"), "importance_sampling_level must be one of"),
+    "vespo at sequence level": (
+        dict(loss_type="vespo", importance_sampling_level="sequence"),
+        "'sequence' has no meaning for Vespo: it must be token",
+    ),
+    "gmpo at token level": (
+        dict(loss_type="gmpo", importance_sampling_level="token"),
+        "'token' has no meaning for Gmpo: it must be sequence",
+    ),
+    "gpg at sequence level": (
+        dict(loss_type="gpg", importance_sampling_level="sequence_token"),
+        "has no meaning for PolicyGradient",
+    ),
+    "estimator": (dict(kl_estimator="k4"), r"kl_estimator must be one of k1, k2.* got 'k4'"),
+    "reduction": (dict(reduction="mean"), "reduction must be one of sum, none"),
+    "KL rule": (dict(kl_normalizer="mean"), "kl_normalizer must be one of"),
+    "rule of nothing": (dict(reduction="none", normalizer="token-mean"), "has no meaning with"),
+    "KL rule of nothing": (dict(reduction="none", kl_normalizer="token-sum"), "kl_normalizer="),
+    "ratio shape": (
+        dict(importance_sampling_ratio=torch.ones(3)),
+        r"importance_sampling_ratio must have shape \(2,\) or \(2, 1\) or \(2, 3\)",
+    ),
+    "integer ratio": (
+        dict(importance_sampling_ratio=torch.ones(2).long()),
+        "importance_sampling_ratio must be floating",
+    ),
+    "policy mask shape": (dict(policy_mask=torch.ones(1, 3)), "policy_mask must have shape"),
+    "temperature (T,)": (dict(temperature=torch.ones(3)), "temperature must have shape"),
+    "temperature of a token": (
+        dict(temperature=torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])),
+        "temperature must be finite and > 0 on active tokens, got 0.0",
+    ),
+    "softcap 0": (dict(logit_softcap=0), "logit_softcap must be a finite number > 0"),
+    "scale < 0": (dict(logit_scale=-1.0), "logit_scale must be a finite number > 0"),
+    "coefficient": (dict(entropy_coef=float("nan")), "entropy_coef must be a finite number"),
+    "coefficient text": (dict(entropy_coef=None), "entropy_coef must be a number or"),
 }
+
+PACKED = {
+    "a list": ([0, 2, 6], "cu_seqlens must be a tensor"),
+    "floats": (torch.tensor([0.0, 2.0, 6.0]), "cu_seqlens must be int32 or int64"),
+    "2-D": (torch.zeros(2, 2).long(), "cu_seqlens must be a tensor"),
+    "not from 0": (torch.tensor([1, 2, 6]), "cu_seqlens must go from 0 to N = 6, got 1 to 6"),
+    "not to N": (torch.tensor([0, 2, 5]), "cu_seqlens must go from 0 to N = 6, got 0 to 5"),
+    "negative length": (torch.tensor([0, 4, 2, 6]), "cu_seqlens must not decrease"),
+    "elsewhere": (torch.tensor([0, 2, 6], device="meta"), "cu_seqlens is on meta"),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_sequences_are_refused(case):
+    cu_seqlens, message = PACKED[case]
+    logits, ids = torch.randn(6, 11), torch.zeros(6, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(logits, ids, None, torch.ones(2), cu_seqlens=cu_seqlens)
+
+
+def test_packed_arguments_are_checked():
+    logits, ids, ends = (
+        torch.randn(6, 11),
+        torch.zeros(6, dtype=torch.long),
+        torch.tensor([0, 2, 6]),
+    )
+    for bad, message in (
+        (dict(advantages=torch.ones(3)), r"advantages must have shape \(2,\) or \(6,\)"),
+        (dict(completion_ids=ids[None]), r"logits \(N, V\) need completion_ids \(N,\)"),
+        (dict(logits=logits[None]), r"logits \(N, V\) need completion_ids \(N,\)"),
+        (dict(old_logps=torch.ones(2, 3)), r"old_logps must have shape \(6,\)"),
+        (dict(loss_type="dr_grpo"), "max_completion_length is needed with cu_seqlens"),
+    ):
+        good = dict(
+            logits=logits, completion_ids=ids, completion_mask=None, advantages=torch.ones(2)
+        )
+        with pytest.raises(ValueError, match=message):
+            grpo_loss(**(good | bad), cu_seqlens=ends)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -97,7 +171,9 @@ def test_log_probabilities_check_theirs():
     logits, ids = torch.randn(2, 3, 11), torch.zeros(2, 3, dtype=torch.long)
     for bad, message in (
         (dict(ids=ids[:1]), "logits must be"),
-        (dict(logits=logits[0], ids=ids[0, :2]), "logits must be"),
+        (dict(logits=logits[0], ids=ids[0, :2]), r"logits \(N, V\) need ids \(N,\)"),
+        (dict(logit_softcap=0.0), "logit_softcap must be a finite number > 0"),
+        (dict(temperature=torch.ones(5)), "temperature must have shape"),
         (dict(ids=ids + 11), r"ids must lie in \[0, 11\)"),
         (dict(mask=torch.ones(2)), "mask must have shape"),
         (dict(temperature=-1), "temperature"),
@@ -108,16 +184,11 @@ def test_log_probabilities_check_theirs():
 
 
 def test_nothing_is_launched_or_allocated_before_the_checks(monkeypatch):
-    monkeypatch.setattr("grpo_fused.loss.token_weights", NEVER)
-    with pytest.raises(ValueError, match="advantages"):
-        grpo_loss(**arguments(advantages=torch.ones(5)))
-
-
-def test_arguments_of_later_releases_are_absent():
-    """Never accepted and ignored."""
-    for name in ("importance_sampling_ratio", "cu_seqlens", "entropy_coef", "policy_mask"):
-        with pytest.raises(TypeError, match=name):
-            grpo_loss(**arguments(), **{name: None})
+    monkeypatch.setattr("grpo_fused.inputs.divisors", NEVER)
+    monkeypatch.setattr("grpo_fused.autograd.torch", NEVER)
+    for bad in (dict(advantages=torch.ones(5)), dict(beta=0.1), dict(implementation="cuda")):
+        with pytest.raises(ValueError):
+            grpo_loss(**arguments(**bad))
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):

@@ -97,7 +97,6 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(
         ref_logps=batch.ref_logps,
         beta=0.1,
         loss_type=loss_type,
-        epsilon_high=LOSSES[loss_type].objective.epsilon_high,
     )
     assert loss == pytest.approx(truth.loss, rel=1e-5)
     assert relative_error(logits.grad, truth.dlogits) < 2e-6

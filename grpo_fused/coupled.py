@@ -1,0 +1,142 @@
+"""Losses on log-probabilities, for all that one launch cannot do: statistics, this, gradient.
+
+Ratios of whole sequences, objectives that couple tokens, per-token losses with any upstream
+gradient. Plain torch on (B, T) tensors, differentiated by autograd; the logits are read twice and
+written once.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from grpo_fused.divergences import DIVERGENCES
+from grpo_fused.metrics import total
+from grpo_fused.objectives import Objective, clamped_exp
+from grpo_fused.sequence_objectives import SequenceObjective
+from grpo_fused.weights import per_token
+
+
+class CoupledOptions(NamedTuple):
+    """What a loss on log-probabilities is called with besides tensors."""
+
+    beta: float | torch.Tensor
+    objective: Objective
+    level: str
+    divergence: str
+    bias_correction: bool
+    reduction: str
+
+
+class _Derivative(torch.autograd.Function):
+    """A value whose derivative in x is what it is told."""
+
+    @staticmethod
+    def forward(ctx, x, value, derivative):
+        ctx.save_for_backward(derivative)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (derivative,) = ctx.saved_tensors
+        return grad_output * derivative, None, None
+
+
+def _selected(tokens, sequences):
+    """Tokens whose masked values are 0: NaN there would come back as 0 * NaN in backward."""
+
+    def select(values):
+        return values if values is None or values.dim() == 1 else sequences.select(values)
+
+    constants = (tokens.advantages, tokens.old_logps, tokens.ref_logps, tokens.ratios)
+    advantages, old_logps, ref_logps, ratios = (select(values) for values in constants)
+    return tokens._replace(
+        advantages=advantages, old_logps=old_logps, ref_logps=ref_logps, ratios=ratios
+    )
+
+
+def _log_ratios(logps, tokens, level, sequences):
+    """(log-ratio of tokens, log-ratio of the level), (B, T), differentiable in logps."""
+    if tokens.old_logps is None:
+        log_ratio = _Derivative.apply(logps, torch.zeros_like(logps), torch.ones_like(logps))
+    else:
+        log_ratio = logps - tokens.old_logps
+    log_ratio = sequences.select(log_ratio)
+    if level == "token":
+        return log_ratio, log_ratio
+    mean = sequences.spread(sequences.mean(log_ratio)).expand_as(log_ratio)
+    if level == "sequence_token":
+        mean = _Derivative.apply(log_ratio, mean.detach(), torch.ones_like(mean))
+    return log_ratio, mean
+
+
+def _policy(logps, log_ratio, level_log_ratio, tokens, options, sequences):
+    """(loss, clipped) of the policy term, (B, T): objective, correction, mask."""
+    advantages = sequences.select(sequences.spread(tokens.advantages).float().expand_as(logps))
+    objective, correction, on = options.objective, tokens.ratios, None
+    if isinstance(objective, SequenceObjective):
+        loss, clipped = objective.evaluate(logps, log_ratio, advantages, correction, sequences)
+        correction = None if objective.uses_correction else correction
+    else:
+        loss, _, clipped = objective.evaluate(logps, level_log_ratio, advantages)
+    if tokens.policy_mask is not None:
+        on = sequences.spread(tokens.policy_mask) != 0
+        loss = torch.where(on, loss, 0.0)
+    if correction is not None:
+        correction = sequences.spread(correction)
+        loss = loss * (correction if on is None else torch.where(on, correction, 0.0))
+    return loss, clipped
+
+
+def _penalty(logps, level_log_ratio, tokens, options):
+    """KL (B, T) with the derivative of its estimator, times the ratio if it is to be corrected."""
+    value, derivative = DIVERGENCES[options.divergence](tokens.ref_logps - logps.detach())
+    kl = _Derivative.apply(logps, value, derivative)
+    return kl * clamped_exp(level_log_ratio)[0] if options.bias_correction else kl
+
+
+def coupled_loss(logps, entropies, tokens, weights, options, sequences):
+    """(loss, sums, metrics) of `grpo_loss` from log-probabilities and entropies (B, T).
+
+    The loss is () or, for reduction="none", (B, T); sums and metrics are detached.
+    """
+    tokens = _selected(tokens, sequences)
+    log_ratio, level_log_ratio = _log_ratios(logps, tokens, options.level, sequences)
+    policy, clipped = _policy(logps, log_ratio, level_log_ratio, tokens, options, sequences)
+    kl = torch.zeros_like(logps)
+    penalty = kl
+    if tokens.ref_logps is not None:
+        kl = sequences.select(_penalty(logps, level_log_ratio, tokens, options))
+        penalty = _weighted(options.beta, kl)
+    bonus = 0.0
+    if weights.entropy_coef is not None:
+        bonus = weights.entropy_coef * entropies
+    if options.reduction == "none":
+        loss = sequences.select(policy + penalty - bonus)
+    else:
+        terms = per_token(weights.items, weights.divisor, sequences) * policy
+        terms = terms + per_token(weights.kl_items, weights.kl_divisor, sequences) * penalty
+        if weights.entropy_coef is not None:
+            terms = terms - per_token(weights.entropy_items, 1.0, sequences) * bonus
+        loss = sequences.select(terms).sum()
+
+    with torch.no_grad():
+        active = sequences.select(torch.ones_like(logps)) != 0
+        ratio, clipped = clamped_exp(level_log_ratio)[0], sequences.select(clipped)
+        units = active
+        if isinstance(options.objective, SequenceObjective):
+            ratio = clamped_exp(log_ratio)[0]
+        elif options.level == "sequence" and tokens.advantages.dim() == 1:
+            units = torch.ones(sequences.number, dtype=torch.bool, device=logps.device)
+            ratio = clamped_exp(sequences.mean(log_ratio))[0]
+            clipped = sequences.mean(clipped)
+        ratio = torch.where(units, ratio, 0.0)
+        entropy = None if entropies is None else entropies.detach()
+        sums, metrics = total(loss.detach(), kl.detach(), entropy, clipped, ratio, active, units)
+    return loss, sums, metrics
+
+
+def _weighted(beta, kl):
+    """beta * kl, exactly 0 where beta is: an infinite KL without weight is no loss."""
+    if isinstance(beta, torch.Tensor):
+        return torch.where(beta == 0.0, 0.0, beta * kl)
+    return beta * kl if beta else torch.zeros_like(kl)

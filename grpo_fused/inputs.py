@@ -1,0 +1,109 @@
+"""Arguments of the public functions, checked and brought into the shapes that launchers take."""
+
+import torch
+
+from grpo_fused import validation
+from grpo_fused.autograd import Scales, Tokens, Weights
+from grpo_fused.sequences import Packed, Padded
+from grpo_fused.weights import divisors
+
+
+def prepare_tokens(
+    logits, ids, mask, cu_seqlens, inplace, ids_name="completion_ids", mask_name="mask", **values
+):
+    """(logits (B, L, V), Tokens, sequences): a packed batch (N, V) becomes one row (1, N, V).
+
+    Args:
+        logits, ids, mask, cu_seqlens, inplace: as `grpo_loss`.
+        ids_name, mask_name: how messages call them.
+        values: by the names of `grpo_loss`; those that are missing are None.
+    """
+    shape = validation.check_layout(logits, ids, ids_name, cu_seqlens)
+    number = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    validation.check_tokens(logits, shape, number, {ids_name: ids, mask_name: mask, **values})
+
+    def tokens(value):
+        """Values per token as (B, T), values per sequence as (B,)."""
+        if value is None:
+            return None
+        if tuple(value.shape) == shape:
+            value = value[None] if len(shape) == 1 else value
+        elif value.dim() == 2:
+            value = value[:, 0]
+        return value.detach()
+
+    ids, mask = tokens(ids), tokens(mask)
+    logits = logits[None] if len(shape) == 1 else logits
+    validation.check_logits(logits, ids, ids_name, inplace)
+    validation.check_ids(logits, ids, ids_name, mask)
+    sequences = Padded(ids, mask) if cu_seqlens is None else Packed(ids, mask, cu_seqlens)
+
+    def constants(name):
+        """Contiguous float32: log-probabilities go to the kernels as they are."""
+        value = tokens(values.get(name))
+        return None if value is None else value.float().contiguous()
+
+    def argument(name):
+        value = tokens(values.get(name))
+        return None if value is None else value.contiguous()
+
+    return (
+        logits,
+        Tokens(
+            ids.contiguous(),
+            sequences.active,
+            argument("advantages"),
+            constants("old_logps"),
+            constants("ref_logps"),
+            argument("importance_sampling_ratio"),
+            argument("policy_mask"),
+        ),
+        sequences,
+        shape,
+    )
+
+
+def for_launch(tokens, sequences):
+    """Tokens whose values per sequence are what launchers take for these sequences."""
+    spread = {
+        name: value if value is None or value.dim() != 1 else sequences.argument(value)
+        for name in ("advantages", "ratios", "policy_mask")
+        for value in [getattr(tokens, name)]
+    }
+    return tokens._replace(**spread)
+
+
+def prepare_scales(logits, shape, sequences, temperature, logit_scale, logit_softcap):
+    """Scales; `shape` is that of ids as the caller gave them."""
+    temperature = validation.check_temperature(temperature, logits, shape, sequences)
+    if isinstance(temperature, torch.Tensor) and temperature.dim():
+        if tuple(temperature.shape) == shape and len(shape) == 1:
+            temperature = temperature[None]
+        temperature = sequences.argument(temperature).contiguous()
+    if logit_softcap is not None:
+        logit_softcap = validation.check_scale("logit_softcap", logit_softcap, logits, True)
+    logit_scale = validation.check_scale("logit_scale", logit_scale, logits, positive=True)
+    return Scales(temperature, logit_scale, logit_softcap)
+
+
+def prepare_weights(sequences, normalizer, kl_normalizer, entropy_coef, **given):
+    """Weights of the three terms; a KL rule of None is the normalizer, a coefficient of 0 none."""
+    items, divisor = divisors(sequences, normalizer, **given)
+    kl = (items, divisor)
+    if kl_normalizer not in (None, normalizer):
+        kl = divisors(sequences, kl_normalizer, **given)
+    bonus = (None, None)
+    if isinstance(entropy_coef, torch.Tensor) or entropy_coef != 0:
+        count = items if normalizer == "token-mean-local" else sequences.total()
+        bonus = (count, entropy_coef)
+    return Weights(items, divisor, *kl, *bonus)
+
+
+def weights_for_launch(weights, sequences):
+    """Weights whose items per sequence are what launchers take for these sequences."""
+
+    def argument(items):
+        per_sequence = isinstance(items, torch.Tensor) and items.dim() == 1
+        return sequences.argument(items) if per_sequence else items
+
+    return weights._replace(items=argument(weights.items), kl_items=argument(weights.kl_items))

@@ -1,0 +1,60 @@
+"""Log-probabilities and entropies: for losses nobody has written yet, and to score without one."""
+
+from grpo_fused import validation
+from grpo_fused.autograd import LogProbOptions, log_probabilities
+from grpo_fused.inputs import prepare_scales, prepare_tokens
+
+
+def selective_log_softmax(
+    logits,
+    ids,
+    mask=None,
+    *,
+    temperature=1.0,
+    logit_softcap=None,
+    logit_scale=1.0,
+    compute_entropy=False,
+    inplace=False,
+    implementation="auto",
+):
+    """Log-probability of one token per row of logits, and the entropy of the row.
+
+        x = logit_softcap tanh(logit_scale logits / logit_softcap) / temperature
+        logp[b, t] = log_softmax(x[b, t])[ids[b, t]]
+        H[b, t] = -sum_v p[b, t, v] log p[b, t, v]
+
+    Both are differentiable in the logits with any upstream gradient:
+
+        dx_j = g (1[j = id] - p_j) - h p_j (log p_j + H)
+
+    for g = dL/dlogp and h = dL/dH. The softmax is never stored; backward recomputes it.
+
+    Args:
+        logits: (B, T, V), (B, T + 1, V) or (N, V), as in `grpo_loss`.
+        ids: (B, T) or (N,) integer.
+        mask: of the shape of ids, nonzero = active; None = all active. Masked results are 0.
+        temperature: number or 0-d tensor > 0, or one per sequence (B,) or token, as ids.
+        logit_softcap: number or 0-d tensor > 0; None = logits are not capped.
+        logit_scale: number or 0-d tensor > 0.
+        compute_entropy: whether to compute the entropies; they cost nothing when not.
+        inplace: write the gradient over the logits in backward, as in `grpo_loss`.
+        implementation: as in `grpo_loss`.
+
+    Returns:
+        (logps, entropies): float32 of the shape of ids; entropies is None without compute_entropy.
+
+    Raises:
+        ValueError: as `grpo_loss`.
+        RuntimeError: a second backward with inplace.
+    """
+    logits, tokens, sequences, shape = prepare_tokens(
+        logits, ids, mask, None, inplace, ids_name="ids"
+    )
+    scales = prepare_scales(logits, shape, sequences, temperature, logit_scale, logit_softcap)
+    options = LogProbOptions(
+        bool(compute_entropy), inplace, validation.choose_implementation(implementation, logits)
+    )
+    logps, entropies = log_probabilities(logits, tokens.ids, tokens.active, scales, options)
+    if len(shape) == 1:
+        logps, entropies = (None if t is None else t.squeeze(0) for t in (logps, entropies))
+    return logps, entropies

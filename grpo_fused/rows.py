@@ -1,0 +1,204 @@
+"""Rows of logits in torch: blocks of a few megabytes, their softmax statistics, their gradient.
+
+No temporary is as large as the logits; the exponentials are computed once and turned into the
+gradient in place. Statistics are relative to the row's maximum, as in the kernels, here in base e.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+BLOCK_BYTES = 8 << 20  # float32 scratch of a block of rows; "Measured facts" in CONTRIBUTING.md
+GAP_ELEMENTS = 1 << 14  # masked rows worth this little are computed with their neighbours
+FLOOR = -1.0e4  # e^z is exactly 0 below this, and 0 * FLOOR is 0 where 0 * -inf would be NaN
+
+
+def _active_blocks(active, V):
+    """Cut rows (N,) bool into (start, stop) blocks: runs of active ones on CPU, all elsewhere.
+
+    Only on CPU can active rows be listed without waiting for the device; elsewhere every row is
+    computed and the masked ones are selected away.
+    """
+    limit = max(1, BLOCK_BYTES // (4 * V))
+    if active.device.type == "cpu":
+        rows = active.nonzero().flatten()
+        cuts = (rows.diff() > 1 + GAP_ELEMENTS // V).nonzero().flatten() + 1
+        runs = [(run[0].item(), run[-1].item() + 1) for run in rows.tensor_split(cuts) if len(run)]
+    else:
+        runs = [(0, len(active))]
+    return [
+        (start, min(start + limit, stop))
+        for first, stop in runs
+        for start in range(first, stop, limit)
+    ]
+
+
+def _matrices(*tensors):
+    """(B, L, V) tensors as matrices of rows: one if the rows are evenly spaced, else B."""
+    if all(t is None or t.stride(0) == t.stride(1) * t.shape[1] for t in tensors):
+        return [tuple(None if t is None else t.flatten(0, 1) for t in tensors)]
+    return list(zip(*([None] * len(tensors[0]) if t is None else t for t in tensors), strict=True))
+
+
+def blocks(logits, dlogits, active):
+    """Yield (slice of the rows, block of logits, block of dlogits, rows to select away or None).
+
+    Rows of dlogits that are in no block are masked and zeroed here.
+    """
+    start = 0
+    for x, dx in _matrices(logits, dlogits):
+        rows = active[start : start + len(x)]
+        done = 0
+        for first, stop in _active_blocks(rows, x.shape[1]):
+            if dx is not None:
+                dx[done:first].zero_()
+            done = stop
+            masked = ~rows[first:stop]
+            if masked.device.type == "cpu" and not masked.any():
+                masked = None
+            block = slice(start + first, start + stop)
+            yield block, x[first:stop], None if dx is None else dx[first:stop], masked
+        if dx is not None:
+            dx[done:].zero_()
+        start += len(x)
+
+
+def spread(value, shape, positions):
+    """A value per token (B, T), per sequence (B,) or for all, as one per row (B * positions,).
+
+    Numbers, 0-d tensors and None stay as they are.
+    """
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    if value.dim() == 1:
+        value = value[:, None].expand(shape)
+    return F.pad(value, (0, positions - shape[1])).flatten()
+
+
+def at(value, block):
+    """The rows of a block of what `spread` returned."""
+    return value[block] if isinstance(value, torch.Tensor) and value.dim() else value
+
+
+def collect(outputs, rows, positions):
+    """Write rows, one value per row of logits, into the (B, T) outputs of their tokens."""
+    for output, values in zip(outputs, rows, strict=True):
+        if output is not None:
+            output.copy_(values.view(len(output), positions)[:, : output.shape[1]])
+
+
+def store(outputs, block, values, masked):
+    """Write values (n,), masked ones as 0, into the block of every output that is wanted."""
+    for output, value in zip(outputs, values, strict=True):
+        if output is not None:
+            output[block] = value if masked is None else value.masked_fill(masked, 0.0)
+
+
+class Scratch:
+    """float32 blocks for intermediate results, allocated once and used again for every block."""
+
+    def __init__(self, device):
+        self.device = device
+        self.buffers = {}
+
+    def __call__(self, name, shape):
+        if name not in self.buffers or len(self.buffers[name]) < shape[0]:
+            self.buffers[name] = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return self.buffers[name][: shape[0]]
+
+
+def targets(ids, V):
+    """Ids (n,) as (n, 1) column indices that are always in range, and which of them were."""
+    known = (ids >= 0) & (ids < V)
+    return torch.where(known, ids, 0).long()[:, None], known
+
+
+def sharpness(temperature, logit_scale, softcap):
+    """What logits are multiplied by: the scale too, unless `cap` has applied it already."""
+    return (logit_scale if softcap is None else 1.0) / temperature
+
+
+def cap(x, logit_scale, softcap, out):
+    """(softcap tanh(x logit_scale / softcap) in out, its derivative in x); (x, None) without."""
+    if softcap is None:
+        return x, None
+    v = x.float() * (logit_scale / softcap)
+    e = torch.exp(v.abs().mul_(-2.0))
+    torch.mul(v.tanh_(), softcap, out=out)
+    return out, e.mul(4.0 * logit_scale).div_(e.add_(1.0).square_())
+
+
+def _column(factor):
+    return factor[:, None] if isinstance(factor, torch.Tensor) and factor.dim() else factor
+
+
+def centered(u, maximum, factor, out):
+    """out = (u - maximum) factor in float32; out may be u."""
+    if u.dtype == torch.float32:
+        torch.sub(u, maximum[:, None], out=out)
+    else:
+        out.copy_(u).sub_(maximum[:, None])
+    if isinstance(factor, torch.Tensor) or factor != 1.0:
+        out.mul_(_column(factor))
+    return out
+
+
+class Statistics(NamedTuple):
+    exponentials: torch.Tensor  # (n, V), e^((u - maximum) factor)
+    maximum: torch.Tensor  # (n,)
+    total: torch.Tensor  # (n,), their sum
+    logp: torch.Tensor  # (n,)
+    entropy: torch.Tensor | None  # (n,)
+
+
+def statistics(u, target, known, factor, out, z_floored, product):
+    """Softmax statistics of capped rows u (n, V); out (n, V) holds the exponentials afterwards.
+
+    With z_floored and product (n, V), scratch which may be the same, the entropy too; z_floored
+    then holds what exponentials are of, no lower than FLOOR, unless product is the same.
+    """
+    maximum = u.amax(1).float()
+    z = centered(u, maximum, factor, out)
+    chosen = z.gather(1, target)[:, 0].masked_fill(~known, torch.nan)
+    if z_floored is not None:
+        z_floored.copy_(z).clamp_(min=FLOOR)
+    exponentials = z.exp_()
+    total = exponentials.sum(1)
+    entropy = None
+    if z_floored is not None:
+        weighted = torch.mul(z_floored, exponentials, out=product).sum(1)
+        entropy = (total.log() - weighted / total).clamp(min=0.0)
+    return Statistics(exponentials, maximum, total, chosen - total.log(), entropy)
+
+
+def gradient(row, z_floored, target, g, h, slope):
+    """Gradient of rows in place of their exponentials, target's column included.
+
+        dx_j = (g (1[j = target] - p_j) - h p_j (log p_j + H)) du_j / dx_j
+
+    Args:
+        row: Statistics; entropy is read only with h.
+        z_floored: (n, V) scratch with the exponents, overwritten; read only with h.
+        g, h: (n,) dL/dlogp and dL/dH times the sharpness; h may be None.
+        slope: (n, V) du / dx, or None for 1.
+    """
+    dtarget = g * -torch.expm1(row.logp)
+    if h is None:
+        dx = row.exponentials.mul_((-g / row.total)[:, None])
+    else:
+        constant = (g + h * (row.entropy - row.total.log())) / row.total
+        z_floored.mul_((-h / row.total)[:, None]).sub_(constant[:, None])
+        dx = row.exponentials.mul_(z_floored)
+        unlikely = row.logp <= FLOOR
+        dtarget -= (h * row.logp.exp() * (row.logp + row.entropy)).masked_fill(unlikely, 0.0)
+    dx.scatter_(1, target, dtarget[:, None])
+    return dx if slope is None else dx.mul_(slope)
+
+
+def write_gradient(dx, dlogits, masked):
+    """Clear masked rows, and convert into dlogits if dx is not that already."""
+    if masked is not None:
+        dx.masked_fill_(masked[:, None], 0.0)
+    if dx.data_ptr() != dlogits.data_ptr():
+        dlogits.copy_(dx)

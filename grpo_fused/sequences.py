@@ -1,0 +1,94 @@
+"""Which tokens make a sequence: rows of a padded batch, or stretches of a packed one.
+
+Both answer the same questions, so a loss that couples the tokens of a sequence is written once.
+Tokens are always (B, T) tensors; a packed batch of N tokens is one row, (1, N). What is not active
+is selected away, never multiplied by 0.
+"""
+
+import torch
+
+
+class Padded:
+    """One sequence a row: tokens (B, T)."""
+
+    def __init__(self, ids, mask):
+        self.active = None if mask is None else _as_bool(mask)
+        self.number, self.length = ids.shape
+        self.tokens = ids.numel()
+        self.device = ids.device
+
+    def select(self, values):
+        """Values of tokens, 0 where masked."""
+        return values if self.active is None else torch.where(self.active, values, 0.0)
+
+    def spread(self, values):
+        """Values per sequence (B,) so that they broadcast against tokens; others as they are."""
+        return values[:, None] if values.dim() == 1 else values
+
+    def argument(self, values):
+        """Values as launchers take them: per sequence (B,), or per token (B, T) contiguous."""
+        return values
+
+    def sum(self, values):
+        """Sums (B,) over the active tokens of every sequence."""
+        return self.select(values).sum(1)
+
+    def counts(self):
+        """Active tokens of every sequence: (B,), or a number that all of them share."""
+        return self.length if self.active is None else self.active.sum(1)
+
+    def total(self):
+        """Active tokens of the batch: a 0-d tensor or a number."""
+        return self.tokens if self.active is None else self.active.sum()
+
+    def padded_length(self):
+        """Tokens a sequence has room for."""
+        return self.length
+
+    def mean(self, values):
+        """Means (B,) over the active tokens of every sequence, 0 without any."""
+        counts = self.counts()
+        least = counts.clamp(min=1) if isinstance(counts, torch.Tensor) else max(counts, 1)
+        return self.sum(values) / least
+
+
+class Packed(Padded):
+    """Sequences one behind the other: tokens (1, N), cu_seqlens (B + 1,) their first tokens and N.
+
+    Sequences may be empty. A token's sequence is found without waiting for the device.
+    """
+
+    def __init__(self, ids, mask, cu_seqlens):
+        super().__init__(ids, mask)
+        self.number = len(cu_seqlens) - 1
+        self.offsets = cu_seqlens.long()
+        position = torch.arange(self.length, device=ids.device)
+        index = torch.searchsorted(self.offsets[1:], position, right=True)
+        # Past the last sequence there is nothing, but a device cannot be asked about it.
+        self.index = index.clamp_(max=max(self.number - 1, 0))
+
+    def spread(self, values):
+        return values[self.index][None] if values.dim() == 1 else values
+
+    def argument(self, values):
+        return self.spread(values).contiguous()
+
+    def padded_length(self):
+        raise ValueError(
+            "max_completion_length is needed with cu_seqlens for seq-mean-token-sum-norm: packed "
+            "sequences have no common length, got None"
+        )
+
+    def sum(self, values):
+        if self.number == 0:
+            return values.new_zeros(0)
+        tokens = self.select(values)[0]
+        return torch.segment_reduce(tokens, "sum", offsets=self.offsets, unsafe=True)
+
+    def counts(self):
+        ones = torch.ones(1, self.length, device=self.offsets.device)
+        return self.sum(ones)
+
+
+def _as_bool(mask):
+    return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
