@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo test bench aot lint clean
+.PHONY: demo test mutate bench aot lint clean
 
 demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
+
+mutate: .venv/ready
+	$(BIN)/python tests/mutate.py
 
 bench: .venv/ready
 	$(BIN)/python -m pytest benchmarks --benchmark-json benchmarks/results/$(DEVICE).json
@@ -27,5 +30,5 @@ clean:
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,parity,lint]"
 	touch $@

@@ -79,7 +79,7 @@ def compile_launches(target, run):
     """Call `run()`, and return [(kernel name, compiled)] of what it would have launched."""
     compiled = []
 
-    def compile_only(function, programs, *args, **options):
+    def compile_only(function, programs, *args, traffic=None, **options):
         variant = function.warmup(*args, grid=(programs,), **options)
         compiled.append((function.__name__, variant))
 

@@ -1,6 +1,13 @@
 """Fused losses of the GRPO family over logits, in Triton and in plain torch."""
 
-from grpo_fused.advantages import outcome_advantages
+from grpo_fused.advantages import (
+    gae_advantages,
+    mask_truncated,
+    outcome_advantages,
+    process_advantages,
+    whiten,
+)
+from grpo_fused.corrections import entropy_quantile_mask, off_policy_mask, rollout_weights
 from grpo_fused.logprob import selective_log_softmax
 from grpo_fused.loss import LossOutput, grpo_loss
 from grpo_fused.losses import LOSSES
@@ -19,8 +26,15 @@ __all__ = [
     "PolicyGradient",
     "Sapo",
     "Vespo",
+    "entropy_quantile_mask",
+    "gae_advantages",
     "grpo_loss",
+    "mask_truncated",
+    "off_policy_mask",
     "outcome_advantages",
+    "process_advantages",
+    "rollout_weights",
     "selective_log_softmax",
     "token_weights",
+    "whiten",
 ]

@@ -162,6 +162,7 @@ class FusedLoss(torch.autograd.Function):
         ctx.launchers, ctx.spent = LAUNCHERS[options.implementation], False
         _save(ctx, (dlogits,), (options.grad_scale,))
         ctx.mark_non_differentiable(*(t for t in results[1:] if t is not None))
+        ctx.set_materialize_grads(False)  # zeros for all of these would be launches
         return tuple(results)
 
     @staticmethod

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from grpo_fused.divergences import DIVERGENCES
+from grpo_fused.divergences import DIVERGENCES, corrected
 from grpo_fused.metrics import total
 from grpo_fused.objectives import Objective, clamped_exp
 from grpo_fused.sequence_objectives import SequenceObjective
@@ -89,8 +89,11 @@ def _policy(logps, log_ratio, level_log_ratio, tokens, options, sequences):
 
 def _penalty(logps, level_log_ratio, tokens, options):
     """KL (B, T) with the derivative of its estimator, times the ratio if it is to be corrected."""
-    value, derivative = DIVERGENCES[options.divergence](tokens.ref_logps - logps.detach())
-    kl = _Derivative.apply(logps, value, derivative)
+    divergence, difference = DIVERGENCES[options.divergence], tokens.ref_logps - logps.detach()
+    if options.bias_correction and options.level == "token":
+        ratio, dratio = clamped_exp(level_log_ratio.detach())
+        return _Derivative.apply(logps, *corrected(divergence, difference, ratio, dratio))
+    kl = _Derivative.apply(logps, *divergence(difference)[:2])
     return kl * clamped_exp(level_log_ratio)[0] if options.bias_correction else kl
 
 

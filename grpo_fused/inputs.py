@@ -22,45 +22,41 @@ def prepare_tokens(
     number = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     validation.check_tokens(logits, shape, number, {ids_name: ids, mask_name: mask, **values})
 
-    def tokens(value):
-        """Values per token as (B, T), values per sequence as (B,)."""
+    def per_token(value):
+        """(B, T) of what has the shape of ids."""
         if value is None:
             return None
-        if tuple(value.shape) == shape:
-            value = value[None] if len(shape) == 1 else value
-        elif value.dim() == 2:
-            value = value[:, 0]
-        return value.detach()
+        return value.detach()[None] if len(shape) == 1 else value.detach()
 
-    ids, mask = tokens(ids), tokens(mask)
+    def argument(name):
+        """Values per sequence as (B,), others as tokens; where N = B they are per sequence."""
+        value = values.get(name)
+        if value is None or (tuple(value.shape) == shape and value.shape != (number,)):
+            value = per_token(value)
+        else:
+            value = value.detach().flatten()
+        return None if value is None else value.contiguous()
+
+    def log_probabilities(name):
+        """float32: the kernels take them as they are."""
+        value = per_token(values.get(name))
+        return None if value is None else value.float().contiguous()
+
+    ids, mask = per_token(ids), per_token(mask)
     logits = logits[None] if len(shape) == 1 else logits
     validation.check_logits(logits, ids, ids_name, inplace)
     validation.check_ids(logits, ids, ids_name, mask)
     sequences = Padded(ids, mask) if cu_seqlens is None else Packed(ids, mask, cu_seqlens)
-
-    def constants(name):
-        """Contiguous float32: log-probabilities go to the kernels as they are."""
-        value = tokens(values.get(name))
-        return None if value is None else value.float().contiguous()
-
-    def argument(name):
-        value = tokens(values.get(name))
-        return None if value is None else value.contiguous()
-
-    return (
-        logits,
-        Tokens(
-            ids.contiguous(),
-            sequences.active,
-            argument("advantages"),
-            constants("old_logps"),
-            constants("ref_logps"),
-            argument("importance_sampling_ratio"),
-            argument("policy_mask"),
-        ),
-        sequences,
-        shape,
+    tokens = Tokens(
+        ids.contiguous(),
+        sequences.active,
+        argument("advantages"),
+        log_probabilities("old_logps"),
+        log_probabilities("ref_logps"),
+        argument("importance_sampling_ratio"),
+        argument("policy_mask"),
     )
+    return logits, tokens, sequences, shape
 
 
 def for_launch(tokens, sequences):
@@ -77,7 +73,7 @@ def prepare_scales(logits, shape, sequences, temperature, logit_scale, logit_sof
     """Scales; `shape` is that of ids as the caller gave them."""
     temperature = validation.check_temperature(temperature, logits, shape, sequences)
     if isinstance(temperature, torch.Tensor) and temperature.dim():
-        if tuple(temperature.shape) == shape and len(shape) == 1:
+        if len(shape) == 1 and temperature.shape != (sequences.number,):
             temperature = temperature[None]
         temperature = sequences.argument(temperature).contiguous()
     if logit_softcap is not None:

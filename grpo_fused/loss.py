@@ -99,7 +99,8 @@ def grpo_loss(
             raw: scale, softcap, temperature are applied here. Of T + 1 positions the last is
             ignored and its gradient is zero: pass `model(..., logits_to_keep=T + 1).logits` whole.
             Fills below -1e9 have probability 0; a row that is below -1e9 as a whole, or above 1e9,
-            is NaN. With cu_seqlens (N, V); what is (B, T) below is then (N,).
+            is NaN. With cu_seqlens (N, V); what is (B, T) below is then (N,), and what may be
+            (B,) is that if N = B.
         completion_ids: (B, T) integer. Any value is allowed where the mask is 0, -100 included. On
             a GPU an active id outside [0, V) makes its row's results NaN (no wait to check it).
         completion_mask: (B, T) bool, integer or float, nonzero = active; None = all active. What

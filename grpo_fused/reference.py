@@ -2,7 +2,7 @@
 
 import torch
 
-from grpo_fused.divergences import DIVERGENCES
+from grpo_fused.divergences import DIVERGENCES, corrected
 from grpo_fused.kernels.library import launcher
 from grpo_fused.metrics import total
 from grpo_fused.objectives import Objective, clamped_exp
@@ -44,8 +44,10 @@ def _nothing_if_zero(weight, value):
 
 def _penalty(difference, ratio, dratio, divergence, bias_correction):
     """(KL, its derivative in logp)."""
-    kl, dkl = DIVERGENCES[divergence](difference)
-    return (kl * ratio, dkl * ratio + kl * dratio) if bias_correction else (kl, dkl)
+    estimator = DIVERGENCES[divergence]
+    if bias_correction:
+        return corrected(estimator, difference, ratio, dratio)
+    return estimator(difference)[:2]
 
 
 @launcher

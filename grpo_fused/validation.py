@@ -149,9 +149,8 @@ def check_temperature(temperature, logits, shape, sequences):
     check_tokens(logits, shape, sequences.number, {"temperature": temperature})
     temperature = temperature.detach()
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-        of_tokens = (
-            temperature if tuple(temperature.shape) == shape else sequences.spread(temperature)
-        )
+        per_sequence = temperature.shape == (sequences.number,)
+        of_tokens = sequences.spread(temperature) if per_sequence else temperature
         wrong = ~((of_tokens > 0) & (of_tokens < math.inf))
         wrong = wrong if sequences.active is None else wrong & sequences.active
         if wrong.any():

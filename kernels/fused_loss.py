@@ -149,9 +149,9 @@ def _fused_loss_kernel(
             loss *= weight
             dlogp *= weight
             if ref_logps_ptr is not None:
-                kl, dkl = DIVERGENCE(tl.load(ref_logps_ptr + token) - logp)
+                kl, dkl, both = DIVERGENCE(tl.load(ref_logps_ptr + token) - logp)
                 if BIAS_CORRECTION:
-                    dkl = dkl * ratio + kl * dratio
+                    dkl = ratio * tl.where(dratio == ratio, both, dkl)
                     kl *= ratio
                 penalty = scalar(beta) * _weight(kl_items, kl_divisor, sequence, token)
                 loss += tl.where(penalty == 0.0, 0.0, penalty * kl)  # 0 * inf is no loss
@@ -285,6 +285,7 @@ def fused_loss(
         terms.stride(0),
         logps,
         entropies,
+        writes=dlogits is not None,
         persistent=True,
         DLOGITS_VECTOR=1 if dlogits is None else vector_width(dlogits),
         OBJECTIVE=OBJECTIVES[objective],

@@ -92,20 +92,28 @@ def on_device(tensor):
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
-def launch(function, programs, *args, **options):
-    """Launch a one-dimensional grid. The only place that does, so that offline compilation
-    can stand in for it.
+class Traffic(NamedTuple):
+    """Bytes of logits and their gradient that a launch moves at most: masked rows are not read."""
+
+    read: int
+    written: int
+
+
+def launch(function, programs, *args, traffic=None, **options):
+    """Launch a one-dimensional grid. The only place that does, so that offline compilation and
+    counting (of launches, and of `traffic`) can stand in for it.
     """
     function[(programs,)](*args, **options)
 
 
-def launch_rows(function, logits, *args, persistent=False, **constexprs):
+def launch_rows(function, logits, *args, writes=False, persistent=False, **constexprs):
     """Launch a kernel over rows: one program a row, or a grid that fills the device once.
 
     Args:
         function: kernel whose parameters are logits_ptr and its strides per sequence and position,
             rows (B * L), positions (L), V; then `args`; then the constexprs of the blocks.
         logits: (B, L, V).
+        writes: whether it also writes as much; a row's second read hits the caches.
         persistent: whether the kernel loops over rows in steps of the number of programs.
         constexprs: the kernel's own flags.
     """
@@ -132,6 +140,7 @@ def launch_rows(function, logits, *args, persistent=False, **constexprs):
             COLUMNS=math.gcd(V, vector),
             num_warps=tile.warps,
             enable_fp_fusion=True,
+            traffic=Traffic(logits.nbytes, logits.nbytes * writes),
             **constexprs,
         )
 

@@ -242,5 +242,6 @@ def logprob_bwd(
         totals,
         dlogps,
         dentropies,
+        writes=True,
         DLOGITS_VECTOR=vector_width(dlogits),
     )

@@ -2,8 +2,9 @@
 
 An objective is a jit function `per_token(logp, log_ratio, advantage, *knobs)` that returns
 (loss, d loss / d logp, clipped), clipped being -1, 0 or +1. A divergence takes d = ref - logp and
-returns (value, derivative in logp). A kernel receives them as constexprs; a torch.library op cannot
-carry a function, so ops carry names, which OBJECTIVES and DIVERGENCES resolve.
+returns (value, derivative in logp, their sum): the sum is the derivative of ratio * value over the
+ratio, whose large terms cancel for k3. A kernel receives them as constexprs; a torch.library op
+cannot carry a function, so ops carry names, which OBJECTIVES and DIVERGENCES resolve.
 """
 
 import importlib.util
@@ -53,17 +54,17 @@ def clamped_exp(x):
 
 @jit
 def k1(difference):
-    return -difference, 1.0
+    return -difference, 1.0, 1.0 - difference
 
 
 @jit
 def k2(difference):
-    return difference * difference / 2, -difference
+    return difference * difference / 2, -difference, difference * (difference / 2 - 1)
 
 
 @jit
 def k3(difference):
-    """Schulman's k3 estimator e^d - d - 1 of d = ref - logp, and its derivative in logp, 1 - e^d.
+    """Schulman's k3 estimator e^d - d - 1.
 
     Near 0 the three terms cancel; the series keeps every digit of a small divergence.
     """
@@ -76,28 +77,31 @@ def k3(difference):
     return (
         tl.where(near, d * d / 2 * series, value - d - 1.0),
         tl.where(near, -d * slope_series, 1.0 - derivative),
+        (value - derivative) - d,
     )
 
 
 @jit
 def absolute(difference):
     sign = tl.where(difference > 0.0, 1.0, tl.where(difference < 0.0, -1.0, difference))
-    return tl.abs(difference), -sign
+    return tl.abs(difference), -sign, tl.abs(difference) - sign
 
 
 @jit
 def k1_straight_through(difference):
-    return -difference, -difference
+    return -difference, -difference, -2 * difference
 
 
 @jit
 def k3_straight_through(difference):
-    return k3(difference)[0], -difference
+    value = k3(difference)[0]
+    return value, -difference, value - difference
 
 
 @jit
 def absolute_straight_through(difference):
-    return tl.abs(difference), -difference
+    value = tl.abs(difference)
+    return value, -difference, value - difference
 
 
 DIVERGENCES = {

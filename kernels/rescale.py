@@ -52,4 +52,4 @@ def _rescale_kernel(
 @launcher
 def rescale(dlogits, grad_output, grad_scale):
     """Turn dlogits (B, L, V), made for the upstream gradient grad_scale, into grad_output's."""
-    launch_rows(_rescale_kernel, dlogits, grad_output, grad_scale, persistent=True)
+    launch_rows(_rescale_kernel, dlogits, grad_output, grad_scale, writes=True, persistent=True)

@@ -18,6 +18,9 @@ import pytest  # noqa: E402
 import grpo_fused.autograd  # noqa: E402
 import grpo_fused.reference  # noqa: E402
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers share the cores: threads of threads only wait for each other
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

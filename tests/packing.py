@@ -4,7 +4,7 @@ import torch
 
 
 def pack(lengths, *tensors):
-    """(B, T, ...) tensors as (N, ...), the first lengths[b] tokens of every sequence; None stays."""
+    """(B, T, ...) tensors as (N, ...): the first lengths[b] tokens of sequence b; None stays."""
     return [
         None if t is None else torch.cat([row[:n] for row, n in zip(t, lengths, strict=True)])
         for t in tensors

@@ -93,6 +93,8 @@ def cases(draw):
     lengths = None
     if draw(st.booleans()):
         lengths = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in mask]
+        if sum(lengths) == B:  # (N,) would be taken for (B,)
+            lengths[0] += 1 if lengths[0] < T else -1
     return batch, lengths, options
 
 

@@ -115,9 +115,10 @@ def test_a_users_objective_in_both_implementations(implementation, device):
 @kernel
 def _divergence_kernel(difference_ptr, out_ptr, DIVERGENCE: tl.constexpr):
     i = tl.program_id(0)
-    value, derivative = DIVERGENCE(tl.load(difference_ptr + i))
-    tl.store(out_ptr + 2 * i, value)
-    tl.store(out_ptr + 2 * i + 1, derivative)
+    value, derivative, both = DIVERGENCE(tl.load(difference_ptr + i))
+    tl.store(out_ptr + 3 * i, value)
+    tl.store(out_ptr + 3 * i + 1, derivative)
+    tl.store(out_ptr + 3 * i + 2, both)
 
 
 def differences():
@@ -130,14 +131,16 @@ def test_divergences_agree_with_autograd_and_their_kernels(name, device):
     """A "+" has the value of its estimator and the gradient of k2."""
     d = differences().double()
     logp = (-d).requires_grad_(True)
-    value, derivative = DIVERGENCES[name](-logp)
+    value, derivative, both = DIVERGENCES[name](-logp)
     source = value if not name.endswith("+") else (-logp) ** 2 / 2
     (gradient,) = torch.autograd.grad(source.sum(), logp)
     torch.testing.assert_close(derivative.detach(), gradient)
+    cancelled = (both - (value + derivative)).abs() / (value.abs() + derivative.abs() + 1e-9)
+    assert (cancelled < 1e-9).all()
     torch.testing.assert_close(value.detach(), DIVERGENCES[name.rstrip("+")](d)[0])
-    got = torch.full((len(d), 2), torch.nan, device=device)
+    got = torch.full((len(d), 3), torch.nan, device=device)
     _divergence_kernel[(len(d),)](d.float().to(device), got, DIVERGENCE=KERNELS[name])
-    want = torch.stack([value, derivative], dim=1).detach()
+    want = torch.stack([value, derivative, both], dim=1).detach()
     torch.testing.assert_close(got.double().cpu(), want, rtol=1e-6, atol=1e-12)
 
 
@@ -150,9 +153,9 @@ def test_k3_keeps_its_digits(spelling, device):
     if spelling == "torch":
         got = torch.stack(DIVERGENCES["k3"](d), dim=1)
     else:
-        got = torch.full((len(d), 2), torch.nan, device=device)
+        got = torch.full((len(d), 3), torch.nan, device=device)
         _divergence_kernel[(len(d),)](d, got, DIVERGENCE=KERNELS["k3"])
-    errors = (got.double().cpu() - truth).abs() / truth.abs().clamp(min=1e-12)
+    errors = (got.double().cpu()[:, :2] - truth).abs() / truth.abs().clamp(min=1e-12)
     cancelled = 2e-7 / d.abs().cpu().clamp(min=1e-7) if spelling == "torch" else 0.0
     assert (errors[:, 0] < 1e-6 + cancelled).all()
     assert (errors[:, 1] < 1e-6).all()
@@ -160,7 +163,7 @@ def test_k3_keeps_its_digits(spelling, device):
 
 def test_k3_beyond_the_clamp():
     """The exponential stops at e^80 and has derivative 0 there; the linear term goes on."""
-    value, derivative = DIVERGENCES["k3"](torch.tensor([200.0, -200.0]))
+    value, derivative, _ = DIVERGENCES["k3"](torch.tensor([200.0, -200.0]))
     assert value[0].item() == pytest.approx(torch.tensor(80.0).double().exp().item(), rel=1e-6)
     assert value[1].item() == pytest.approx(199.0)
     assert derivative.tolist() == [1.0, 1.0]

@@ -1,0 +1,142 @@
+"""How often the device is called, and how many bytes of logits move: counted, on any machine."""
+
+import pytest
+import torch
+from batches import make_batch
+from packing import cu_seqlens, pack
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import grpo_fused.kernels.launch as launch
+from grpo_fused import LOSSES, grpo_loss, selective_log_softmax
+
+# Operators of torch that launch nothing: they allocate, or make another view.
+FREE = {"empty", "detach", "view", "expand", "select", "unsqueeze", "squeeze", "unbind", "t"}
+FREE |= {"alias", "_unsafe_view", "slice", "as_strided", "lift_fresh", "empty_strided", "_to_copy"}
+
+
+class Counter(TorchDispatchMode):
+    """Kernels that a device would launch: ours, and operators of torch that are not free."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.launches, self.traffic = [], []
+
+        def counted(function, programs, *args, traffic=None, **options):
+            self.launches.append(function.__name__)
+            self.traffic.append((function.__name__, traffic))
+            with _disable_current_modes():  # the interpreter's own copies are not launches
+                function[(programs,)](*args, **options)
+
+        monkeypatch.setattr(launch, "launch", counted)
+        monkeypatch.setattr("grpo_fused.autograd.torch", torch)  # no poison in its memory
+        # Values are looked at on the CPU only.
+        monkeypatch.setattr("grpo_fused.validation.check_ids", lambda *args: None)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in FREE:
+            self.launches.append(name)
+        return function(*args, **(kwargs or {}))
+
+    def take(self):
+        launches, self.launches = self.launches, []
+        return launches
+
+
+def options_of(batch, *names):
+    every = {
+        "old_logps": batch.old_logps,
+        "ref_logps": batch.ref_logps,
+        "beta": 0.1,
+        "importance_sampling_ratio": torch.ones(batch.mask.shape[0], 1),
+        "policy_mask": batch.mask != 0,
+        "entropy_coef": 0.01,
+        "kl_normalizer": "token-mean",
+    }
+    return {name: every[name] for name in names}
+
+
+PLAIN = ("old_logps", "ref_logps", "beta")
+FULL = (*PLAIN, "importance_sampling_ratio", "policy_mask", "entropy_coef", "kl_normalizer")
+TOKEN_LEVEL = [name for name, row in LOSSES.items() if row.level == "token" and name != "vespo"]
+
+
+@pytest.mark.parametrize("names", [(), PLAIN, FULL], ids=["on policy", "plain", "full"])
+@pytest.mark.parametrize("loss_type", TOKEN_LEVEL)
+def test_token_level_launches(loss_type, names, monkeypatch):
+    """6 forward and 3 backward at most: one over the vocabulary, the rest over tokens."""
+    batch = make_batch(B=2, T=3, V=17)
+    logits, options = batch.leaf(), options_of(batch, *names)
+    with Counter(monkeypatch) as counter:
+        out = grpo_loss(
+            *(logits, batch.ids, batch.mask, batch.advantages),
+            loss_type=loss_type,
+            implementation="triton",
+            **options,
+        )
+        forward = counter.take()
+        out.loss.backward()
+        backward = counter.take()
+    assert forward.count("_fused_loss_kernel") == forward.count("_reduce_kernel") == 1
+    assert len(forward) <= 6, forward
+    assert backward == ["ones_like", "_rescale_kernel"]
+
+
+def traffic_of(counter, *kernels):
+    chosen = [traffic for name, traffic in counter.traffic if name in kernels]
+    return sum(t.read for t in chosen), sum(t.written for t in chosen)
+
+
+ROWS = ("_fused_loss_kernel", "_logprob_fwd_kernel", "_logprob_bwd_kernel")
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "in place"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_bytes_of_logits(loss_type, inplace, monkeypatch):
+    """Read once and written once, or, for what couples tokens, read twice and written once."""
+    batch = make_batch(B=2, T=3, V=17)
+    logits = batch.leaf() * 1.0
+    with Counter(monkeypatch) as counter:
+        out = grpo_loss(
+            *(logits, batch.ids, batch.mask, batch.advantages),
+            loss_type=loss_type,
+            inplace=inplace,
+            implementation="triton",
+            **options_of(batch, *FULL),
+        )
+        out.loss.backward()
+    reads = 1 if loss_type in TOKEN_LEVEL else 2
+    assert traffic_of(counter, *ROWS) == (reads * logits.nbytes, logits.nbytes)
+    # Its program returns at once: the upstream gradient is the one that was expected.
+    rescaled = [name for name, _ in counter.traffic if name == "_rescale_kernel"]
+    assert len(rescaled) == (loss_type in TOKEN_LEVEL)
+
+
+def test_without_gradient_the_logits_are_only_read(monkeypatch):
+    batch = make_batch(B=2, T=3, V=17)
+    with Counter(monkeypatch) as counter, torch.no_grad():
+        for loss_type in LOSSES:
+            grpo_loss(
+                *(batch.logits, batch.ids, batch.mask, batch.advantages),
+                loss_type=loss_type,
+                implementation="triton",
+            )
+        selective_log_softmax(batch.logits, batch.ids, batch.mask, implementation="triton")
+    reads = len(LOSSES) + 1
+    assert traffic_of(counter, *ROWS) == (reads * batch.logits.nbytes, 0)
+
+
+def test_packed_logits_are_read_no_more_often(monkeypatch):
+    batch = make_batch(B=3, T=4, V=17)
+    lengths = batch.mask.sum(1).tolist()
+    logits, ids, mask = pack(lengths, batch.logits[:, :4], batch.ids, batch.mask)
+    logits.requires_grad_(True)
+    for loss_type, reads in (("grpo", 1), ("gspo", 2)):
+        with Counter(monkeypatch) as counter:
+            grpo_loss(
+                *(logits, ids, mask, batch.advantages),
+                cu_seqlens=cu_seqlens(lengths, "cpu"),
+                loss_type=loss_type,
+                implementation="triton",
+            ).loss.backward()
+        assert traffic_of(counter, *ROWS) == (reads * logits.nbytes, logits.nbytes)
