@@ -9,7 +9,7 @@ demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n $(if $(filter cpu,$(DEVICE)),auto,0)
 
 mutate: .venv/ready
 	$(BIN)/python tests/mutate.py

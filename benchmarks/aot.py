@@ -108,11 +108,12 @@ def launch_fused_loss(
     scale=1.0,
     temperature=1.0,
     beta=0.1,
+    objective=None,
     divergence="k3",
     bias_correction=True,
 ):
     """Launch the fused loss on (B, T + 1, V) zeros with every optional input of a token present."""
-    objective = Clip(0.2, 0.2 * scale, 4.0 * scale)
+    objective = objective or Clip(0.2, 0.2 * scale, 4.0 * scale)
     logits = torch.zeros(B, T + 1, V, dtype=dtype)
     tokens = torch.zeros(B, T)
     launchers.fused_loss(

@@ -1,9 +1,9 @@
 """The two autograd Functions: allocate, launch, save, return."""
 
+import functools
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from grpo_fused import reference
 from grpo_fused.kernels.objective import HAS_TRITON
@@ -93,6 +93,22 @@ def _spend(ctx, what):
     ctx.spent = True
 
 
+def first_order(backward):
+    """A backward that refuses to be differentiated: autograd would take its gradient for constant.
+
+    `once_differentiable` refuses only when the upstream gradient itself wants a gradient.
+    """
+
+    @functools.wraps(backward)
+    def refuse(ctx, *upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("there is no second derivative here: create_graph must be False")
+        with torch.no_grad():
+            return backward(ctx, *upstream)
+
+    return refuse
+
+
 def _save(ctx, tensors, scales):
     """Save tensors, and scales that are numbers or tensors: a changed tensor is then noticed."""
     ctx.numbers = tuple(None if isinstance(s, torch.Tensor) else (s,) for s in scales)
@@ -166,7 +182,7 @@ class FusedLoss(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_output, *_):
         _spend(ctx, "grpo_loss")
         (dlogits,), (grad_scale,) = _saved(ctx)
@@ -187,7 +203,7 @@ class LogProb(torch.autograd.Function):
         return logps, entropies
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dlogps, dentropies):
         options = ctx.options
         if options.inplace:

@@ -57,7 +57,8 @@ def _selected(tokens, sequences):
 def _log_ratios(logps, tokens, level, sequences):
     """(log-ratio of tokens, log-ratio of the level), (B, T), differentiable in logps."""
     if tokens.old_logps is None:
-        log_ratio = _Derivative.apply(logps, torch.zeros_like(logps), torch.ones_like(logps))
+        zero = torch.where(logps.isnan(), logps, 0.0).detach()
+        log_ratio = _Derivative.apply(logps, zero, torch.ones_like(logps))
     else:
         log_ratio = logps - tokens.old_logps
     log_ratio = sequences.select(log_ratio)
@@ -73,28 +74,44 @@ def _policy(logps, log_ratio, level_log_ratio, tokens, options, sequences):
     """(loss, clipped) of the policy term, (B, T): objective, correction, mask."""
     advantages = sequences.select(sequences.spread(tokens.advantages).float().expand_as(logps))
     objective, correction, on = options.objective, tokens.ratios, None
+    if tokens.policy_mask is not None:
+        # NaN that is only selected away behind the objective would come back in backward. Signs
+        # stay: they tell which bound was reached.
+        on = (sequences.spread(tokens.policy_mask) != 0).expand_as(logps)
+        advantages = torch.where(on, advantages, advantages.sign().nan_to_num())
+        known = on | ~level_log_ratio.isnan()
+        level_log_ratio = torch.where(known, level_log_ratio, 0.0)
     if isinstance(objective, SequenceObjective):
         loss, clipped = objective.evaluate(logps, log_ratio, advantages, correction, sequences)
         correction = None if objective.uses_correction else correction
     else:
         loss, _, clipped = objective.evaluate(logps, level_log_ratio, advantages)
-    if tokens.policy_mask is not None:
-        on = sequences.spread(tokens.policy_mask) != 0
-        loss = torch.where(on, loss, 0.0)
     if correction is not None:
         correction = sequences.spread(correction)
         loss = loss * (correction if on is None else torch.where(on, correction, 0.0))
-    return loss, clipped
+    return (loss if on is None else torch.where(on, loss, 0.0)), clipped
 
 
 def _penalty(logps, level_log_ratio, tokens, options):
-    """KL (B, T) with the derivative of its estimator, times the ratio if it is to be corrected."""
+    """(KL, beta KL), (B, T), the second differentiable; exactly 0 where beta is."""
+    ratio, dratio = clamped_exp(level_log_ratio)
+    of_own_token = options.bias_correction and options.level != "sequence"
     divergence, difference = DIVERGENCES[options.divergence], tokens.ref_logps - logps.detach()
-    if options.bias_correction and options.level == "token":
-        ratio, dratio = clamped_exp(level_log_ratio.detach())
-        return _Derivative.apply(logps, *corrected(divergence, difference, ratio, dratio))
-    kl = _Derivative.apply(logps, *divergence(difference)[:2])
-    return kl * clamped_exp(level_log_ratio)[0] if options.bias_correction else kl
+    if of_own_token:
+        value, slope = corrected(divergence, difference, ratio.detach(), dratio.detach())
+    else:
+        value, slope, _ = divergence(difference)
+    # Selected before anything is made of them: an infinite KL without weight is no loss, and 0
+    # times its derivative would be NaN.
+    without = options.beta == 0.0
+    if isinstance(without, bool):
+        without = torch.full((), without, device=logps.device)
+    penalty = _Derivative.apply(
+        logps, torch.where(without, 0.0, value), torch.where(without, 0.0, slope)
+    )
+    if options.bias_correction and not of_own_token:
+        value, penalty = value * ratio.detach(), penalty * ratio
+    return value, options.beta * penalty
 
 
 def coupled_loss(logps, entropies, tokens, weights, options, sequences):
@@ -105,11 +122,10 @@ def coupled_loss(logps, entropies, tokens, weights, options, sequences):
     tokens = _selected(tokens, sequences)
     log_ratio, level_log_ratio = _log_ratios(logps, tokens, options.level, sequences)
     policy, clipped = _policy(logps, log_ratio, level_log_ratio, tokens, options, sequences)
-    kl = torch.zeros_like(logps)
-    penalty = kl
+    kl = penalty = torch.zeros_like(logps)
     if tokens.ref_logps is not None:
-        kl = sequences.select(_penalty(logps, level_log_ratio, tokens, options))
-        penalty = _weighted(options.beta, kl)
+        kl, penalty = _penalty(logps, level_log_ratio, tokens, options)
+        kl = sequences.select(kl)
     bonus = 0.0
     if weights.entropy_coef is not None:
         bonus = weights.entropy_coef * entropies
@@ -136,10 +152,3 @@ def coupled_loss(logps, entropies, tokens, weights, options, sequences):
         entropy = None if entropies is None else entropies.detach()
         sums, metrics = total(loss.detach(), kl.detach(), entropy, clipped, ratio, active, units)
     return loss, sums, metrics
-
-
-def _weighted(beta, kl):
-    """beta * kl, exactly 0 where beta is: an infinite KL without weight is no loss."""
-    if isinstance(beta, torch.Tensor):
-        return torch.where(beta == 0.0, 0.0, beta * kl)
-    return beta * kl if beta else torch.zeros_like(kl)

@@ -37,10 +37,13 @@ def prepare_tokens(
             value = value.detach().flatten()
         return None if value is None else value.contiguous()
 
+    def floats(value):
+        return None if value is None else value.float()
+
     def log_probabilities(name):
         """float32: the kernels take them as they are."""
-        value = per_token(values.get(name))
-        return None if value is None else value.float().contiguous()
+        value = floats(per_token(values.get(name)))
+        return None if value is None else value.contiguous()
 
     ids, mask = per_token(ids), per_token(mask)
     logits = logits[None] if len(shape) == 1 else logits
@@ -53,7 +56,7 @@ def prepare_tokens(
         argument("advantages"),
         log_probabilities("old_logps"),
         log_probabilities("ref_logps"),
-        argument("importance_sampling_ratio"),
+        floats(argument("importance_sampling_ratio")),
         argument("policy_mask"),
     )
     return logits, tokens, sequences, shape
@@ -75,7 +78,7 @@ def prepare_scales(logits, shape, sequences, temperature, logit_scale, logit_sof
     if isinstance(temperature, torch.Tensor) and temperature.dim():
         if len(shape) == 1 and temperature.shape != (sequences.number,):
             temperature = temperature[None]
-        temperature = sequences.argument(temperature).contiguous()
+        temperature = sequences.argument(temperature.float()).contiguous()
     if logit_softcap is not None:
         logit_softcap = validation.check_scale("logit_softcap", logit_softcap, logits, True)
     logit_scale = validation.check_scale("logit_scale", logit_scale, logits, positive=True)
@@ -90,8 +93,7 @@ def prepare_weights(sequences, normalizer, kl_normalizer, entropy_coef, **given)
         kl = divisors(sequences, kl_normalizer, **given)
     bonus = (None, None)
     if isinstance(entropy_coef, torch.Tensor) or entropy_coef != 0:
-        count = items if normalizer == "token-mean-local" else sequences.total()
-        bonus = (count, entropy_coef)
+        bonus = (sequences.total, entropy_coef)
     return Weights(items, divisor, *kl, *bonus)
 
 

@@ -22,7 +22,6 @@ from grpo_fused.inputs import (
 )
 from grpo_fused.losses import LOSSES
 from grpo_fused.metrics import as_dict
-from grpo_fused.sequence_objectives import SequenceObjective
 
 
 class LossOutput(NamedTuple):
@@ -143,12 +142,14 @@ def grpo_loss(
     Returns:
         LossOutput. Without an active token the loss is a differentiable 0. A target whose logit is
         -inf has logp -inf: on policy a clipped loss is -A, off policy its ratio is e^-80, and with
-        a KL penalty the loss is -inf. NaN in an active token is NaN in the loss and in its row.
+        a KL penalty the loss is -inf; objectives of logp itself are infinite there. NaN in an
+        active token is NaN in the loss. A KL of e^80 times a ratio of e^80 overflows.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, named in the message;
             arguments that do not go together; an implementation that cannot serve.
-        RuntimeError: a second backward through the result (the gradient lives in one buffer).
+        RuntimeError: a second backward through a gradient that lives in one buffer: made in the
+            same pass, or inplace; create_graph=True.
 
     References:
         DeepSeekMath, https://arxiv.org/abs/2402.03300, eq. 3 and 4; the papers of LOSSES.
@@ -182,7 +183,7 @@ def grpo_loss(
     implementation = validation.choose_implementation(implementation, logits)
     weights = prepare_weights(
         sequences,
-        row.normalizer if normalizer is None else normalizer,
+        "token-sum" if reduction == "none" else normalizer or row.normalizer,
         kl_normalizer,
         entropy_coef,
         num_items_in_batch=num_items_in_batch,
@@ -195,7 +196,7 @@ def grpo_loss(
     # float16 has so little range that a gradient made before the loss scale is known would flush
     # to zero.
     too_small = logits.dtype == torch.float16 and needs_gradient and _is_one(grad_scale)
-    coupled = isinstance(objective, SequenceObjective) or level != "token"
+    coupled = not hasattr(objective, "per_token") or level != "token"
     if coupled or reduction == "none" or too_small:
         logps, entropies = log_probabilities(
             logits,

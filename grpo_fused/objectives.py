@@ -7,6 +7,7 @@ the two spellings together and their derivative to autograd.
 
 import math
 from dataclasses import astuple, dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -27,6 +28,8 @@ def check_knobs(objective, *names, zero=False):
     """Knobs are finite numbers > 0, or >= 0 with zero."""
     for name in names:
         value = getattr(objective, name)
+        if not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
         if not (math.isfinite(value) and (value >= 0 if zero else value > 0)):
             bound = ">= 0" if zero else "> 0"
             raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
@@ -39,7 +42,9 @@ def by_sign(positive, knob, other, like):
 
 @dataclass(frozen=True)
 class Objective:
-    """A policy objective per token. Fields are its knobs: floats, None meaning infinity.
+    """A policy objective per token. Fields are its knobs: numbers, None meaning infinity.
+
+    Launchers take knobs as floats, and the reference makes the objective again from these.
 
     A subclass gives the same mathematics twice:
 
@@ -48,24 +53,32 @@ class Objective:
 
     Both return (loss, d loss / d logp, clipped). log_ratio = logp - old_logp has derivative 1 in
     logp; `clipped` is -1 or +1 where the lower or the upper bound acted, else 0. The loss of
-    `evaluate` is differentiable by autograd too: that is what sequence levels use.
+    `evaluate` is differentiable by autograd too: that is what sequence levels use. Without
+    `per_token` an objective runs like those, on log-probabilities.
 
     Attributes:
         levels: importance sampling levels at which the objective has a meaning.
     """
 
     by_name: ClassVar[dict[str, type["Objective"]]] = {}
+    key: ClassVar[str]
     levels: ClassVar[tuple[str, ...]] = ("token",)
 
     def __init_subclass__(cls):
-        cls.by_name[cls.name()] = cls
+        # A class made twice, in a function or a notebook, is two: instances of both may be alive.
+        plain = f"{cls.__module__}.{cls.__qualname__}"
+        cls.key, number = plain, 1
+        while cls.key in cls.by_name:
+            number += 1
+            cls.key = f"{plain}#{number}"
+        cls.by_name[cls.key] = cls
         if hasattr(cls, "per_token"):
-            OBJECTIVES[cls.name()] = cls.per_token
+            OBJECTIVES[cls.key] = cls.per_token
 
     @classmethod
     def name(cls):
         """Key under which ops, whose arguments are strings and numbers, find the objective."""
-        return f"{cls.__module__}.{cls.__qualname__}"
+        return cls.key
 
     def knobs(self):
         """The fields as floats, in order."""
@@ -99,7 +112,7 @@ class Clip(Objective):
 
     def __post_init__(self):
         check_knobs(self, "epsilon_low", "epsilon_high", zero=True)
-        if self.delta is not None and not self.delta > 0:
+        if self.delta is not None and not (isinstance(self.delta, Real) and self.delta > 0):
             raise ValueError(f"delta must be None or a number > 0, got {self.delta!r}")
 
     def evaluate(self, logp, log_ratio, advantage):

@@ -31,7 +31,7 @@ def _active_rows(active, ids, positions):
 
 def _weight(items, divisor, block):
     items = at(items, block)
-    items = items.clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1.0)
+    items = items.float().clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1.0)
     return 1.0 / (items * divisor)
 
 
@@ -102,9 +102,9 @@ def fused_loss(
         u, slope = cap(x, logit_scale, logit_softcap, out)
         row = statistics(u, target, known, factor, out, exponents, product)
 
-        log_ratio = (
-            row.logp - old_logps[block] if old_logps is not None else torch.zeros_like(row.logp)
-        )
+        log_ratio = torch.where(row.logp.isnan(), row.logp, 0.0)
+        if old_logps is not None:
+            log_ratio = row.logp - old_logps[block]
         ratio, dratio = clamped_exp(log_ratio)
         loss, dlogp, clipped = evaluate(row.logp, log_ratio, at(advantages, block).float())
         if ratios is not None:

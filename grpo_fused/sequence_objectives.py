@@ -76,8 +76,9 @@ class Vespo(SequenceObjective):
         k = by_sign(positive, self.k_pos, self.k_neg, advantage)
         rate = by_sign(positive, self.lambda_pos, self.lambda_neg, advantage)
         phi = torch.exp(rate + k * s - rate * s.exp())
-        loss = torch.where(advantage == 0, 0.0, -phi * advantage * logp)
-        return loss, torch.zeros_like(loss)
+        nothing = advantage == 0
+        weight = torch.where(nothing, 0.0, -phi * advantage)
+        return torch.where(nothing, 0.0, weight * logp), torch.zeros_like(phi)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,41 @@ is selected away, never multiplied by 0.
 import torch
 
 
+class once:
+    """A property computed once. That of functools takes a lock, which Dynamo cannot trace."""
+
+    def __init__(self, compute):
+        self.compute, self.name = compute, compute.__name__
+
+    def __get__(self, instance, owner):
+        value = self.compute(instance)
+        setattr(instance, self.name, value)
+        return value
+
+
 class Padded:
-    """One sequence a row: tokens (B, T)."""
+    """One sequence a row: tokens (B, T).
+
+    Attributes:
+        active: (B, T) bool, or None: all are.
+        number: B. length: T. tokens: B T.
+        counts: active tokens of every sequence: (B,), or a number that all of them share.
+        total: active tokens of the batch: a 0-d tensor or a number.
+    """
 
     def __init__(self, ids, mask):
         self.active = None if mask is None else _as_bool(mask)
         self.number, self.length = ids.shape
         self.tokens = ids.numel()
         self.device = ids.device
+
+    @once
+    def counts(self):
+        return float(self.length) if self.active is None else self.active.sum(1)
+
+    @once
+    def total(self):
+        return float(self.tokens) if self.active is None else self.active.sum()
 
     def select(self, values):
         """Values of tokens, 0 where masked."""
@@ -29,43 +56,45 @@ class Padded:
         """Values as launchers take them: per sequence (B,), or per token (B, T) contiguous."""
         return values
 
+    def padded_length(self):
+        """Tokens a sequence has room for."""
+        return float(self.length)
+
     def sum(self, values):
         """Sums (B,) over the active tokens of every sequence."""
         return self.select(values).sum(1)
 
-    def counts(self):
-        """Active tokens of every sequence: (B,), or a number that all of them share."""
-        return self.length if self.active is None else self.active.sum(1)
-
-    def total(self):
-        """Active tokens of the batch: a 0-d tensor or a number."""
-        return self.tokens if self.active is None else self.active.sum()
-
-    def padded_length(self):
-        """Tokens a sequence has room for."""
-        return self.length
-
     def mean(self, values):
         """Means (B,) over the active tokens of every sequence, 0 without any."""
-        counts = self.counts()
-        least = counts.clamp(min=1) if isinstance(counts, torch.Tensor) else max(counts, 1)
+        counts = self.counts
+        least = counts.clamp(min=1) if isinstance(counts, torch.Tensor) else max(counts, 1.0)
         return self.sum(values) / least
 
 
 class Packed(Padded):
     """Sequences one behind the other: tokens (1, N), cu_seqlens (B + 1,) their first tokens and N.
 
-    Sequences may be empty. A token's sequence is found without waiting for the device.
+    Sequences may be empty. A token's sequence is found without waiting for the device; a device
+    cannot be asked about wrong cu_seqlens, so they are cut to what lies inside of the tokens.
     """
 
     def __init__(self, ids, mask, cu_seqlens):
         super().__init__(ids, mask)
         self.number = len(cu_seqlens) - 1
-        self.offsets = cu_seqlens.long()
-        position = torch.arange(self.length, device=ids.device)
+        self.offsets = cu_seqlens.long().clamp(0, self.length).cummax(0).values
+
+    @once
+    def index(self):
+        """(N,) number of the sequence of every token."""
+        position = torch.arange(self.length, device=self.device)
         index = torch.searchsorted(self.offsets[1:], position, right=True)
-        # Past the last sequence there is nothing, but a device cannot be asked about it.
-        self.index = index.clamp_(max=max(self.number - 1, 0))
+        return index.clamp_(max=max(self.number - 1, 0))
+
+    @once
+    def counts(self):
+        if self.active is None:
+            return self.offsets.diff()
+        return self.sum(self.active.to(torch.float32))
 
     def spread(self, values):
         return values[self.index][None] if values.dim() == 1 else values
@@ -80,14 +109,10 @@ class Packed(Padded):
         )
 
     def sum(self, values):
-        if self.number == 0:
-            return values.new_zeros(0)
         tokens = self.select(values)[0]
+        if self.number == 0:
+            return tokens[:0]
         return torch.segment_reduce(tokens, "sum", offsets=self.offsets, unsafe=True)
-
-    def counts(self):
-        ones = torch.ones(1, self.length, device=self.offsets.device)
-        return self.sum(ones)
 
 
 def _as_bool(mask):

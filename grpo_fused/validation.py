@@ -6,6 +6,7 @@ everywhere, ids and 0-d tensors on the CPU only.
 
 import functools
 import math
+from numbers import Real
 
 import torch
 
@@ -27,7 +28,11 @@ def check_layout(logits, ids, ids_name, cu_seqlens):
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     shape = tuple(ids.shape)
-    if cu_seqlens is None and not (ids_name == "ids" and logits.dim() == 2):
+    if cu_seqlens is None and ids_name != "ids" and logits.dim() == 2:
+        raise ValueError(f"logits {tuple(logits.shape)}, packed, need cu_seqlens, got None")
+    if cu_seqlens is None and logits.dim() != 2:
+        if len(shape) != 2:
+            raise ValueError(f"{ids_name} must be (B, T), got {shape}")
         return shape
     if logits.dim() != 2 or ids.dim() != 1 or len(logits) != len(ids):
         found = f"logits {tuple(logits.shape)} and {ids_name} {shape}"
@@ -133,7 +138,7 @@ def check_scale(name, value, logits, positive=False, nonzero=False):
         value = value.detach()
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return value
-    elif not isinstance(value, (int, float)):
+    elif not isinstance(value, Real):
         raise ValueError(f"{name} must be a number or a 0-d tensor, got {value!r}")
     number = float(value)
     if not abs(number) < math.inf or (positive and number <= 0) or (nonzero and number == 0):

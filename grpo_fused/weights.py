@@ -1,5 +1,7 @@
 """Reductions: every mean of the family is a sum with weights that mask and counts decide."""
 
+import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -97,13 +99,13 @@ def divisors(
     length = _divisor("max_completion_length", max_completion_length, sequences)
     number = float(sequences.number or 1) if number is None else number
     if rule == "seq-mean-token-mean":
-        return Divisors(sequences.counts(), number)
+        return Divisors(sequences.counts, number)
     if rule == "token-mean" and items is not None:
         return Divisors(items, 1.0)
     if rule in ("token-mean", "token-mean-local"):
-        return Divisors(sequences.total(), 1.0)
+        return Divisors(sequences.total, 1.0)
     if rule == "seq-mean-token-sum-norm":
-        length = sequences.padded_length() if length is None else length
+        length = max(sequences.padded_length(), 1.0) if length is None else length
         return Divisors(1.0, number * length)
     if rule == "seq-mean-token-sum":
         return Divisors(1.0, number)
@@ -128,9 +130,9 @@ def _divisor(name, value, sequences, at_least=None):
             raise ValueError(f"{name} must be a number or a 0-d tensor, got {found}")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return value.to(device)
-    elif not isinstance(value, (int, float)):
+    elif not isinstance(value, Real):
         raise ValueError(f"{name} must be a number or a 0-d tensor, got {value!r}")
-    if not (value > 0 if at_least is None else value >= at_least):
+    if not (value < math.inf and (value > 0 if at_least is None else value >= at_least)):
         bound = "> 0" if at_least is None else f">= {at_least}"
-        raise ValueError(f"{name} must be {bound}, got {value}")
+        raise ValueError(f"{name} must be {bound} and finite, got {value}")
     return value.to(device) if isinstance(value, torch.Tensor) else float(value)

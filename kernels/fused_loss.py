@@ -130,7 +130,7 @@ def _fused_loss_kernel(
                 "evict_last",
             )
             logp = log_probability(x, scale, maximum, total)
-            log_ratio = tl.full((), 0.0, tl.float32)
+            log_ratio = tl.where(logp == logp, 0.0, logp)
             if old_logps_ptr is not None:
                 log_ratio = logp - tl.load(old_logps_ptr + token)
             ratio, dratio = clamped_exp(log_ratio)

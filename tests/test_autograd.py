@@ -172,14 +172,19 @@ def test_second_backward_raises_and_says_why(retain, implementation, device):
             loss.backward()
 
 
-def test_no_second_derivative(implementation, device):
-    """once_differentiable: create_graph was silently wrong elsewhere (PEERS.md, bug 9)."""
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo", "vespo"])
+def test_no_second_derivative(loss_type, implementation, device):
+    """create_graph was silently wrong elsewhere (PEERS.md, bug 9): also where the first derivative
+    enters a loss beside other terms."""
     batch = make_batch(device=device)
     logits = batch.leaf()
-    loss = call(logits, batch, implementation).loss
-    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+    loss = grpo_loss(
+        *(logits, batch.ids, batch.mask, batch.advantages),
+        loss_type=loss_type,
+        implementation=implementation,
+    ).loss
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, logits, create_graph=True)
 
 
 def test_only_the_loss_is_differentiable(implementation, device):
@@ -204,6 +209,8 @@ def test_without_gradient_only_statistics_run(context, implementation, device, m
         def fused_loss(*args):
             launched.append(args[-1])
             launchers.fused_loss(*args)
+
+        reduce = staticmethod(launchers.reduce)
 
     monkeypatch.setitem(autograd.LAUNCHERS, implementation, Spy)
     with context():

@@ -128,28 +128,74 @@ def test_compiled_training_step_of_a_half_precision_head(dtype, implementation, 
 def op_arguments(name, batch, device):
     tokens = torch.rand(4, 6, device=device)
     outputs = [torch.zeros(4, 6, device=device) for _ in range(4)]
-    scalar = torch.ones((), device=device)
+    one = torch.ones((), device=device)
     active = batch.mask != 0
     dlogits = torch.zeros_like(batch.logits)
     clip = Clip()
+    inputs = (batch.logits, batch.ids, active)
+    scales = (one, one.clone(), 9 * one)
     return {
         "fused_loss": (
-            *(batch.logits, batch.ids, tokens, tokens.clone(), -tokens, -2 * tokens),
-            *(scalar, scalar.clone(), scalar.clone(), clip.name(), clip.knobs()),
-            *(torch.zeros(7, 4, 6, device=device), *outputs, tokens.clone(), dlogits),
+            *(*inputs, tokens[:, 0].contiguous(), -tokens, -2 * tokens, 1 + tokens, active.clone()),
+            *(active.sum(1), 4 * one, active.sum(), 3 * one, 24 * one, 0.1 * one),
+            *(*scales, one.clone(), one.clone(), clip.name(), clip.knobs(), "k3", True),
+            *(torch.zeros(4, 4, 6, device=device), *outputs[:2], dlogits),
         ),
-        "logprob_fwd": (batch.logits, batch.ids, active, scalar, *outputs),
+        "logprob_fwd": (*inputs, *scales, *outputs),
         "logprob_bwd": (
-            *(batch.logits, batch.ids, active, scalar, -tokens, tokens, tokens.clone()),
-            *(1 + tokens, tokens.clone(), tokens.clone(), dlogits),
+            *(*inputs, *scales, -tokens, tokens, tokens.clone(), 1 + tokens),
+            *(tokens.clone(), tokens.clone(), dlogits),
         ),
-        "rescale": (dlogits + 1, scalar, 2 * scalar),
+        "reduce": (
+            *(torch.rand(4, 4, 6, device=device), active, tokens),
+            *(torch.zeros(shape, device=device) for shape in ((), 8, 7)),
+        ),
+        "rescale": (dlogits + 1, one, 2 * one),
     }[name]
 
 
-@pytest.mark.parametrize("name", ["fused_loss", "logprob_fwd", "logprob_bwd", "rescale"])
+@pytest.mark.parametrize("name", ["fused_loss", "logprob_fwd", "logprob_bwd", "reduce", "rescale"])
 def test_opcheck(name, implementation, device):
     batch = make_batch(mask=torch.ones(4, 6), device=device)
     batch.logits = batch.logits.nan_to_num()
     op = getattr(autograd.LAUNCHERS[implementation], name).op
     torch.library.opcheck(op, op_arguments(name, batch, device))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("loss_type", ["cispo", "gspo", "gspo_token", "vespo", "gmpo"])
+def test_the_family_compiles_whole(loss_type, reduction, implementation, device):
+    """Ratios of sequences, objectives that couple tokens, packed input, schedules as tensors."""
+    batch = make_batch(B=3, T=4, V=33, extra=0, mask=torch.ones(3, 4), device=device)
+    ends = torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=device)
+    ratio = torch.rand(3, device=device) + 0.5
+
+    def loss_of(logits, beta):
+        packed = [t.flatten(0, 1) for t in (logits * 1, batch.ids, batch.mask)]
+        return grpo_loss(
+            *(*packed, batch.advantages),
+            old_logps=batch.old_logps.flatten(),
+            ref_logps=batch.ref_logps.flatten(),
+            importance_sampling_ratio=ratio,
+            beta=beta,
+            entropy_coef=0.5 * beta,
+            use_bias_correction_kl=True,
+            loss_type=loss_type,
+            reduction=reduction,
+            cu_seqlens=ends,
+            implementation=implementation,
+        )
+
+    # One row is compiled to the end; for the others it is the graph that could break.
+    compiled = compile_whole(loss_of)
+    if loss_type != "gspo":
+        compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    for beta in (0.1, 0.2):
+        results = []
+        for function in (loss_of, compiled):
+            logits = batch.leaf()
+            out = function(logits, torch.tensor(beta, device=device))
+            (out.loss * torch.arange(1.0, 1.0 + out.loss.numel(), device=device)).sum().backward()
+            results.append((out.loss.detach(), logits.grad, *out.metrics.values()))
+        for got, want in zip(results[1], results[0], strict=True):
+            assert relative_error(got, want) < (1e-6 if got.dim() else 2e-5)

@@ -127,12 +127,19 @@ def test_unknown_ids_make_their_gradient_nan(implementation, device, monkeypatch
     assert torch.isfinite(logps[0, 0]) and torch.isfinite(logits.grad[0, 0]).all()
 
 
-def test_results_are_float32_whatever_the_default(implementation, device):
-    batch = make_batch(device=device)
-    arguments = (batch.logits, batch.ids, batch.mask, batch.advantages)
-    options = {"compute_entropy": True, "implementation": implementation}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo", "gmpo"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_results_are_float32_whatever_the_default(packed, loss_type, dtype, implementation, device):
+    batch = make_batch(B=2, T=5, V=17, extra=0, device=device)
+    arguments = [batch.logits, batch.ids, batch.mask]
+    options = {"compute_entropy": True, "loss_type": loss_type, "implementation": implementation}
+    if packed:
+        arguments = [t.flatten(0, 1) for t in arguments]
+        options["cu_seqlens"] = torch.tensor([0, 5, 10], device=device)
+    arguments.append(batch.advantages)
     want = grpo_loss(*arguments, **options)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         got = grpo_loss(*arguments, **options)
     finally:

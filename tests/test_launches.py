@@ -11,7 +11,7 @@ from grpo_fused import LOSSES, grpo_loss, selective_log_softmax
 
 # Operators of torch that launch nothing: they allocate, or make another view.
 FREE = {"empty", "detach", "view", "expand", "select", "unsqueeze", "squeeze", "unbind", "t"}
-FREE |= {"alias", "_unsafe_view", "slice", "as_strided", "lift_fresh", "empty_strided", "_to_copy"}
+FREE |= {"alias", "_unsafe_view", "slice", "as_strided", "lift_fresh", "empty_strided"}
 
 
 class Counter(TorchDispatchMode):

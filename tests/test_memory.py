@@ -5,7 +5,7 @@ import torch
 from batches import make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import grpo_fused.reference as reference
+import grpo_fused.rows as rows
 from grpo_fused import grpo_loss, selective_log_softmax
 
 BLOCK = 1 << 16
@@ -36,7 +36,7 @@ class NewStorages(TorchDispatchMode):
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("function", ["loss", "log-probabilities"])
 def test_temporaries_are_blocks(function, inplace, dtype, monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", BLOCK)
     batch = make_batch(B=8, T=16, V=2000, dtype=dtype)
     logits = batch.leaf() * 1
     with NewStorages(logits) as storages:

@@ -174,6 +174,9 @@ BAD_KNOBS = [
     (Clip, {"epsilon_high": float("inf")}),
     (Clip, {"epsilon_low": float("nan")}),
     (Clip, {"delta": 0.0}),
+    (Clip, {"delta": "2"}),
+    (Clip, {"epsilon_low": None}),
+    (Clip, {"epsilon_high": torch.tensor(0.2)}),
     (Cispo, {"max_ratio": 0.0}),
     (Sapo, {"temperature_pos": -1.0}),
     (Sapo, {"temperature_neg": float("inf")}),
@@ -188,3 +191,70 @@ def test_bad_knobs_are_refused(cls, knobs):
     (name,) = knobs
     with pytest.raises(ValueError, match=name):
         cls(**knobs)
+
+
+def twin(sign):
+    """Two calls make two classes of one name: a cell of a notebook that ran again."""
+
+    @dataclass(frozen=True)
+    class Twin(Objective):
+        def evaluate(self, logp, log_ratio, advantage):
+            return sign * advantage * logp, sign * advantage, torch.zeros_like(logp)
+
+        per_token = staticmethod(gain if sign > 0 else PolicyGradient.per_token)
+
+    return Twin()
+
+
+@triton.jit
+def gain(logp, log_ratio, advantage):
+    return advantage * logp, advantage, 0.0 * advantage
+
+
+def test_classes_of_one_name_stay_apart(implementation, device):
+    batch = make_batch(device=device)
+    arguments = (batch.logits, batch.ids, batch.mask, batch.advantages)
+    plus, minus = twin(1), twin(-1)
+    losses = [
+        grpo_loss(*arguments, objective=objective, implementation=implementation).loss.item()
+        for objective in (plus, minus, PolicyGradient())
+    ]
+    assert losses[0] == -losses[1] and losses[1] == losses[2] != 0
+
+
+@dataclass(frozen=True)
+class OnlyTorch(Objective):
+    """-A log(1 + c rho) / c, not spelled for Triton."""
+
+    damping: float = 0.5
+
+    def evaluate(self, logp, log_ratio, advantage):
+        ratio = log_ratio.clamp(-20.0, 20.0).exp()
+        inside = log_ratio.abs() <= 20
+        derivative = torch.where(inside, -advantage * ratio / (1 + self.damping * ratio), 0.0)
+        loss = -advantage * torch.log(1 + self.damping * ratio) / self.damping
+        return torch.where(advantage == 0, 0.0, loss), derivative, torch.zeros_like(ratio)
+
+
+def test_an_objective_in_torch_alone(implementation, device):
+    """Runs on log-probabilities, between the two launches."""
+    assert check_objective(OnlyTorch(), device=device) == ["derivative"]
+    batch = make_batch(extra=0, mask=torch.ones(4, 6), device=device)
+    logits = batch.leaf()
+    grpo_loss(
+        *(logits, batch.ids, batch.mask, batch.advantages),
+        old_logps=batch.old_logps,
+        objective=OnlyTorch(0.7),
+        normalizer="token-sum",
+        implementation=implementation,
+    ).loss.backward()
+    leaf = batch.logits.double().requires_grad_(True)
+    logp = leaf.log_softmax(-1).gather(-1, batch.ids[..., None])[..., 0]
+    ratio = torch.exp(logp - batch.old_logps)
+    (-batch.advantages[:, None] * torch.log(1 + 0.7 * ratio) / 0.7).sum().backward()
+    assert relative_error(logits.grad, leaf.grad) < 2e-6
+
+
+def test_objectives_of_sequences_have_no_derivative_to_check():
+    with pytest.raises(ValueError, match="per token"):
+        check_objective(Vespo())

@@ -31,7 +31,7 @@ BAD = {
     "no objective": (dict(objective=0.2), "objective must be an Objective"),
     "integer logits": (dict(logits=lambda a: a["logits"].long()), "logits must be float32"),
     "float64 logits": (dict(logits=lambda a: a["logits"].double()), "logits must be float32"),
-    "2-D logits": (dict(logits=lambda a: a["logits"][0]), "logits must be"),
+    "2-D logits": (dict(logits=lambda a: a["logits"][0]), "packed, need cu_seqlens"),
     "T+2 positions": (
         dict(logits=lambda a: torch.cat([a["logits"], a["logits"][:, :1]], 1)),
         "logits must be",
@@ -78,6 +78,16 @@ BAD = {
     "sequences": (dict(num_sequences_in_batch=0, loss_type="grpo"), "num_sequences_in_batch"),
     "length": (dict(max_completion_length=0, loss_type="dr_grpo"), "max_completion_length"),
     "implementation": (dict(implementation="cuda"), "implementation must be one of"),
+    "infinite items": (dict(num_items_in_batch=float("inf")), "num_items_in_batch must be >= 0"),
+    "infinite length": (
+        dict(max_completion_length=float("inf"), loss_type="dr_grpo"),
+        "max_completion_length must be > 0 and finite",
+    ),
+    "packed without ends": (
+        dict(logits=lambda a: a["logits"][0], completion_ids=lambda a: a["completion_ids"][0]),
+        r"logits \(4, 11\), packed, need cu_seqlens",
+    ),
+    "0-d ids": (dict(completion_ids=torch.tensor(1)), r"completion_ids must be \(B, T\)"),
     "level": (dict(importance_sampling_level="group"), "importance_sampling_level must be one of"),
     "vespo at sequence level": (
         dict(loss_type="vespo", importance_sampling_level="sequence"),

@@ -1,0 +1,300 @@
+"""Mutation testing: one sign, bound, mask or index of the mathematics changed at a time.
+
+A mutant that every test passes is a survivor: a hole in the suite, or a change without a meaning,
+which EQUIVALENT explains. Mutants live in a copy of the tree and the kernels in Triton's
+interpreter. torch is imported once, every run of tests is a fork.
+"""
+
+import argparse
+import ast
+import copy
+import functools
+import importlib
+import itertools
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter, namedtuple
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FORK = get_context("fork")
+SECONDS = 1800  # of one run of tests: a loop that no longer ends is a killed mutant
+
+OBJECTIVES = "tests/test_objectives.py"
+FAMILY, KERNEL_FAMILY = (f"tests/test_family.py -k in_{name}" for name in ("torch", "triton"))
+ROWS = "tests/test_selective_log_softmax.py -k torch"
+COLUMNS = "tests/test_selective_log_softmax.py -k 'triton and (half or blocks or strided)'"
+LOSS = "tests/test_loss.py -k 'triton and (beta_temp or tensors or minus_inf)'"
+FILES = "loss extremes objectives selective_log_softmax masks weights_and_metrics family autograd"
+FILES = " ".join(f"tests/test_{name}.py" for name in f"{FILES} invariants equalities".split())
+TORCH, TRITON = f"{FILES} -k 'not triton'", f"{FILES} tests/test_launches.py -k 'not torch'"
+
+# Where the mathematics is: what kills its mutants fastest, then all that could.
+KILLERS = {
+    "grpo_fused/objectives.py": (OBJECTIVES, FAMILY, TORCH),
+    "grpo_fused/sequence_objectives.py": (FAMILY, TORCH),
+    "grpo_fused/divergences.py": (f"{OBJECTIVES} -k 'divergences or k3'", FAMILY, TORCH),
+    "grpo_fused/weights.py": ("tests/test_weights_and_metrics.py -k weights", FAMILY, TORCH),
+    "grpo_fused/sequences.py": (FAMILY, TORCH),
+    "grpo_fused/coupled.py": (FAMILY, TORCH),
+    "grpo_fused/corrections.py": ("tests/test_corrections.py",),
+    "grpo_fused/advantages.py": ("tests/test_advantages.py",),
+    "grpo_fused/metrics.py": (FAMILY, TORCH),
+    "grpo_fused/rows.py": (ROWS, FAMILY, "tests/test_memory.py", TORCH),
+    "grpo_fused/reference.py": (ROWS, FAMILY, "tests/test_memory.py", TORCH),
+    "kernels/objective.py": (OBJECTIVES, TRITON),
+    "kernels/online_softmax.py": (COLUMNS, LOSS, KERNEL_FAMILY, TRITON),
+    "kernels/row_gradient.py": (COLUMNS, LOSS, KERNEL_FAMILY, TRITON),
+    "kernels/fused_loss.py": (LOSS, KERNEL_FAMILY, TRITON),
+    "kernels/logprob.py": (COLUMNS, KERNEL_FAMILY, TRITON),
+    "kernels/reduce.py": (LOSS, KERNEL_FAMILY, TRITON),
+    "kernels/rescale.py": ("tests/test_autograd.py -k triton", TRITON),
+}
+
+# Why no test can tell: mutants by file, change and the first 40 characters of the line.
+EQUIVALENT = {
+    "without an advantage loss and gradient are 0, whatever the knob or the branch": [
+        "grpo_fused/objectives.py `LtE -> Lt` used = torch.where(free * advantage <= b",
+        "grpo_fused/objectives.py `LtE -> Lt` used = tl.where(free * advantage <= boun",
+        "grpo_fused/objectives.py `Gt -> GtE` t = by_sign(advantage > 0, self.temperat",
+        "grpo_fused/objectives.py `Gt -> GtE` t = tl.where(advantage > 0.0, temperatur",
+        "grpo_fused/sequence_objectives.py `GtE -> Gt` positive = advantage >= 0",
+    ],
+    "less than one item counts as one": [
+        "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, number * length)",
+        "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, number)",
+        "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, 1.0)",
+    ],
+    "e^-80 - 1 is -1 already": [
+        "grpo_fused/divergences.py `80.0 -> 160.0` growth = torch.expm1(difference.clamp(-8",
+        "grpo_fused/divergences.py `no min` growth = torch.expm1(difference.clamp(-8",
+    ],
+    "only the rounding of sums depends on the order within a group": [
+        "grpo_fused/advantages.py `True -> False` order = labels.argsort(stable=True)",
+    ],
+    "only time depends on it: masked rows are computed and selected away": [
+        'grpo_fused/rows.py `Eq -> NotEq` if active.device.type == "cpu":',
+    ],
+    "either spelling of a number is right, and as precise": [
+        "kernels/objective.py `floor -> ceil` whole = tl.floor(x * 1.4426950408889634 ",
+        "kernels/objective.py `10 -> 11` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
+        "kernels/objective.py `11 -> 12` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
+        "kernels/online_softmax.py `Gt -> Lt` if (x_ptr.dtype.element_ty == tl.bfloat1",
+    ],
+    "of a masked token: nothing reads it": [
+        "kernels/fused_loss.py `0.0 -> 1.0` kl = 0.0",
+        "kernels/fused_loss.py `0.0 -> 1.0` maximum = 0.0",
+        "kernels/logprob.py `0.0 -> 1.0` maximum = 0.0",
+    ],
+    "the last block of columns is empty, its mask is too": [
+        "kernels/row_gradient.py `Gt -> GtE` if remaining > 0:",
+        "kernels/row_gradient.py `Gt -> GtE #2` if remaining > 0:",
+    ],
+}
+
+# Validation is tested by its messages; what is only fast is measured.
+NOT_FUNCTIONS = ("_check", "check_", "__post_init__", "_is_number")
+NOT_KEYWORDS = {"eviction_policy", "num_warps", "writes", "persistent", "axis", "dim", "unsafe"}
+NOT_NAMES = {"GAP_ELEMENTS", "BLOCK_BYTES"}
+
+# The negation of < is killed by whatever kills <= (the bound itself) or > (the direction).
+SWAPS = [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.FloorDiv, ast.Mod), (ast.And, ast.Or)]
+SWAPS += [(ast.BitAnd, ast.BitOr), (ast.LShift, ast.RShift), (ast.Eq, ast.NotEq)]
+SWAPS += [(ast.Is, ast.IsNot), (ast.In, ast.NotIn), ("min", "max"), ("minimum", "maximum")]
+SWAPS += [("lesser", "greater"), ("amin", "amax"), ("cummin", "cummax"), ("floor", "ceil")]
+OTHER = {old: (new,) for pair in SWAPS for old, new in (pair, pair[::-1])}
+OTHER |= {ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.GtE)}
+OTHER |= {ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.LtE)}
+
+Mutant = namedtuple("Mutant", "path number line change source")
+
+
+def changes(node, role):
+    """Yield (change, new node); role is that of a node in its parent: "index", "test" or None."""
+
+    def changed(**fields):
+        new = copy.copy(node)
+        vars(new).update(fields)
+        return new
+
+    ops = [node.op] if hasattr(node, "op") else getattr(node, "ops", [])
+    for new in OTHER.get(type(ops[0]), ()) if len(ops) == 1 else ():
+        field = {"op": new()} if hasattr(node, "op") else {"ops": [new()]}
+        yield f"{type(ops[0]).__name__} -> {new.__name__}", changed(**field)
+    value = getattr(node, "value", None)
+    if isinstance(node, ast.UnaryOp):
+        yield f"{type(node.op).__name__} dropped", node.operand
+    elif isinstance(node, ast.Name) and role == "test":
+        yield f"not {node.id}", ast.UnaryOp(ast.Not(), node)
+    elif isinstance(value, bool):
+        yield f"{value} -> {not value}", changed(value=not value)
+    elif isinstance(value, float):
+        new = 1.0 - value if value in (0.0, 1.0) else 2.0 * value
+        yield f"{value} -> {new}", changed(value=new)
+    elif isinstance(value, int) and role == "index":
+        yield f"{value} -> {value + 1}", changed(value=value + 1)
+    field = "attr" if isinstance(getattr(node, "func", None), ast.Attribute) else "id"
+    name = getattr(getattr(node, "func", None), field, None)
+    for new in OTHER.get(name, ()):
+        func = copy.copy(node.func)
+        setattr(func, field, new)
+        yield f"{name} -> {new}", changed(func=func)
+    if name == "where" and isinstance(node.args[0], ast.Name):
+        yield "branches swapped", changed(args=[node.args[0], *node.args[:0:-1]])
+    if name in ("clamp", "clamp_"):
+        bounds = dict(zip(("min", "max"), node.args, strict=False))
+        bounds |= {keyword.arg: keyword.value for keyword in node.keywords}
+        for bound, other in (("min", "max"), ("max", "min")):
+            if bound in bounds:
+                kept = ast.keyword(other, bounds.get(other, bounds[bound]))
+                change = f"no {bound}" if other in bounds else f"{bound} -> {other}"
+                yield change, changed(args=[], keywords=[kept])
+
+
+def expressions(node, role=None):
+    """Yield (node, role) of all that is worth a change."""
+    body = getattr(node, "body", None)
+    children = [(child, None) for child in body] if isinstance(body, list) else []
+    if isinstance(node, ast.FunctionDef):
+        children = [] if node.name.startswith(NOT_FUNCTIONS) else children
+    elif isinstance(node, ast.ClassDef):
+        children = [pair for pair in children if isinstance(pair[0], ast.FunctionDef)]
+    elif isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.AnnAssign)):
+        children = []  # AnnAssign: a constexpr, a block size
+    elif isinstance(node, ast.If) and any(isinstance(child, ast.Raise) for child in body):
+        children = [(child, None) for child in node.orelse]
+    elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "multiple_of":
+        children = [(node.args[0], None)]
+    elif isinstance(node, ast.Assign) and any(name in ast.unparse(node) for name in NOT_NAMES):
+        children = []
+    elif not (isinstance(node, ast.keyword) and node.arg in NOT_KEYWORDS):
+        yield node, role
+        counts = isinstance(node, (ast.Subscript, ast.BinOp, ast.Compare, ast.AugAssign))
+        passes = role == "index" and isinstance(node, (ast.Slice, ast.UnaryOp, ast.Tuple))
+        role, test = "index" if counts or passes else None, getattr(node, "test", None)
+        children = [(x, "test" if x is test else role) for x in ast.iter_child_nodes(node)]
+    for child in children:
+        yield from expressions(*child)
+
+
+def mutants(path):
+    """Every mutant of a file; a change made again in the same line of code has a number."""
+    text = (ROOT / path).read_text()
+    lines = text.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(map(len, lines))]
+    seen = Counter()
+    code = [x for x in ast.parse(text).body if isinstance(x, (ast.FunctionDef, ast.ClassDef))]
+    for node, role in itertools.chain.from_iterable(map(expressions, code)):
+        for change, new in changes(node, role):
+            line = lines[node.lineno - 1].strip()
+            again = seen[line[:40], change] = seen[line[:40], change] + 1
+            change += f" #{again}" * (again > 1)
+            begin = starts[node.lineno - 1] + node.col_offset
+            end = starts[node.end_lineno - 1] + node.end_col_offset
+            word = ast.unparse(new) if isinstance(node, ast.stmt) else f"({ast.unparse(new)})"
+            yield Mutant(path, node.lineno, line, change, text[:begin] + word + text[end:])
+
+
+def enter(directory):
+    """In a worker: its copy of the tree, in lib/: conftest takes the tests' parent off sys.path."""
+    global COPY
+    COPY = Path(tempfile.mkdtemp(dir=directory))
+    ignore = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(ROOT / "grpo_fused", COPY / "lib/grpo_fused", ignore=ignore)
+    shutil.copytree(ROOT / "kernels", COPY / "lib/grpo_fused/kernels", ignore=ignore)
+    shutil.copytree(ROOT / "tests", COPY / "tests", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", COPY)
+
+
+def first_failure(arguments):
+    """Of pytest in a fork, or None if it is green."""
+    log = COPY / "log"
+    child = FORK.Process(target=run_pytest, args=(arguments, log))
+    child.start()
+    child.join(SECONDS)
+    if child.is_alive():
+        os.killpg(child.pid, signal.SIGKILL)
+        return "timeout"
+    failures = [x[7:] for x in log.read_text().splitlines() if x.startswith(("FAILED", "ERROR "))]
+    return (failures or [f"exit code {child.exitcode}"])[0] if child.exitcode else None
+
+
+def run_pytest(arguments, log):
+    import hypothesis.internal.conjecture.engine as engine
+    import pytest
+
+    engine.MAX_SHRINKS = 0  # any counterexample will do, the smallest takes minutes
+    os.setsid()
+    os.chdir(COPY)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    os.dup2(1, 2)
+    sys.path.insert(0, str(COPY / "lib"))
+    assert importlib.util.find_spec("grpo_fused").origin.startswith(str(COPY))
+    code = pytest.main(["-xq", "--tb=no", "-pno:cacheprovider", *shlex.split(arguments)])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@functools.cache
+def check_green(arguments):
+    """A test that fails without a mutation would kill every mutant."""
+    failure = first_failure(arguments)
+    assert failure is None, f"red without a mutation: {failure}"
+
+
+def killer(mutant):
+    """The first test that fails on a mutant, or None: it survived."""
+    path = COPY / "lib/grpo_fused" / mutant.path.removeprefix("grpo_fused/")
+    original = path.read_text()
+    for arguments in KILLERS[mutant.path]:
+        check_green(arguments)
+        path.write_text(mutant.source)
+        failure = first_failure(arguments)
+        path.write_text(original)
+        if failure:
+            return failure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="FILE", choices=KILLERS, default=[*KILLERS])
+    parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
+    parser.add_argument("--limit", type=int, help="number of mutants, evenly spread over all")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
+    options = parser.parse_args()
+    chosen = [mutant for path in options.only for mutant in mutants(path)]
+    limit = min(options.limit or len(chosen), len(chosen))
+    chosen = [chosen[i * len(chosen) // limit] for i in range(limit)]
+    if options.list:
+        print(*(f"{x.path}:{x.number} `{x.change}` {x.line}" for x in chosen), sep="\n")
+        print(f"{limit} mutants")
+        return 0
+    os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    sys.dont_write_bytecode = True  # a mutant may be as long as another, and of the same second
+    del sys.path[0]  # the tests of the working tree
+    count = Counter()
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants") as directory,
+        ProcessPoolExecutor(options.jobs, FORK, enter, (directory,)) as pool,
+    ):
+        for name in ("hypothesis", "pytest", "torch._dynamo", "triton"):
+            importlib.import_module(name)
+        for mutant, failure in zip(chosen, pool.map(killer, chosen), strict=True):
+            key = f"{mutant.path} `{mutant.change}` {mutant.line:.40}"
+            reason = failure or next((why for why in EQUIVALENT if key in EQUIVALENT[why]), "")
+            verdict = "killed" if failure else "explained" if reason else "SURVIVED"
+            count[verdict] += 1
+            print(f"{verdict:9} {key}  line {mutant.number}  {reason}", flush=True)
+    killed, explained, survived = (count[x] for x in ("killed", "explained", "SURVIVED"))
+    print(f"{limit} mutants, {killed} killed, {explained} explained, {survived} survived")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

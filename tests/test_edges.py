@@ -1,0 +1,116 @@
+"""Bounds to the last one: what a mutation run (`make mutate`) found that no other test held."""
+
+import math
+
+import pytest
+import torch
+import triton.language as tl
+from batches import make_batch
+
+from grpo_fused import Clip, Vespo, grpo_loss, rollout_weights
+from grpo_fused.divergences import DIVERGENCES
+from grpo_fused.kernels.launch import kernel
+from grpo_fused.kernels.objective import DIVERGENCES as KERNELS
+from grpo_fused.sequences import Padded
+from grpo_fused.testing import run_per_token
+
+VESPO = [
+    ([-25.0, -3.0, 2.0], None, -20 - 3 + 2),
+    ([-25.0, 8.0, 9.0], None, -20 + 8 + 9),
+    ([8.0, 9.0, -1.0], [0.0, 1.0, 0.5], 16 + math.log(1e-8) + math.log(0.5)),
+    ([-20.0, -9.0, 25.0], [1e12, 1.0, 1.0], 16.0),
+    ([-9.0, -9.5, 0.0], None, -18.5),
+    ([6.0, 7.0, 0.0], [0.0], 13 + math.log(1e-8)),
+]
+
+
+@pytest.mark.parametrize(("log_ratio", "weights", "s"), VESPO, ids=str)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_every_clamp_of_vespo(log_ratio, weights, s, advantage):
+    """Weights so small that sums of tokens hide them: compared one by one."""
+    vespo, logp = Vespo(), torch.full((1, 3), -0.5, dtype=torch.float64)
+    if weights is not None:
+        weights = torch.tensor(weights if len(weights) == 1 else [weights], dtype=torch.float64)
+    loss, clipped = vespo.evaluate(
+        logp,
+        torch.tensor([log_ratio], dtype=torch.float64),
+        torch.full_like(logp, advantage),
+        weights,
+        Padded(logp, None),
+    )
+    s = min(max(s, math.log(1e-8)), 20.0)
+    k, rate = (2.0, 3.0) if advantage > 0 else (3.0, 2.0)
+    want = -math.exp(rate + k * s - rate * math.exp(s)) * advantage * logp
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("spelling", ["torch", "triton"])
+def test_edges_of_the_clamp_of_exponentials(spelling, device):
+    """With epsilon_low 1 and A = -1 the loss is the ratio: e^clamp(x, -80, 80)."""
+    x = torch.tensor([-200.0, -80.0, 80.0, 200.0], device=device)
+    columns = (torch.zeros_like(x), x, -torch.ones_like(x))
+    clip = Clip(1.0, 0.2)
+    ratio, derivative, _ = (
+        clip.evaluate(*columns) if spelling == "torch" else run_per_token(clip, *columns)
+    )
+    inside = torch.tensor([0.0, 1.0, 1.0, 0.0], device=device)
+    torch.testing.assert_close(ratio, x.clamp(-80, 80).exp(), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(derivative, ratio * inside, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("V", [97, 128])
+def test_nothing_is_written_beside_the_rows(V, implementation, device):
+    """Columns past the vocabulary belong to someone else, under the mask too."""
+    batch = make_batch(V=V, device=device)
+    room = batch.logits.new_full((*batch.logits.shape[:2], V + 5), 7.0)
+    room[..., :V] = batch.logits
+    room = room.requires_grad_(True) * 1.0
+    logits = room[..., :V]
+    options = {"entropy_coef": 0.1, "implementation": implementation, "inplace": True}
+    grpo_loss(logits, batch.ids, batch.mask, batch.advantages, **options).loss.backward()
+    assert (batch.mask == 0).any() and (room.detach()[..., V:] == 7.0).all()
+
+
+@pytest.mark.parametrize("count", [0, 0.5])
+def test_less_than_one_item_divides_by_one(count, implementation, device):
+    batch = make_batch(device=device)
+    losses = [
+        grpo_loss(
+            batch.logits,
+            batch.ids,
+            batch.mask,
+            batch.advantages,
+            num_items_in_batch=n,
+            normalizer="token-mean",
+            implementation=implementation,
+        ).loss
+        for n in (count, 1, torch.tensor(count, device=device))
+    ]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_k3_at_the_clamp():
+    d = torch.tensor([-80.0, 80.0])
+    assert torch.equal(DIVERGENCES["k3"](d)[1], -torch.expm1(d))
+
+
+def test_bounds_of_masked_weights_are_kept():
+    ones = torch.zeros(2, 3)
+    for bounds in ({"cap": 1.0}, {"cap": 2.0, "floor": 1.0}):
+        assert (rollout_weights(ones, ones, mode="mask", **bounds) == 1.0).all()
+
+
+@kernel
+def _k3_kernel(difference_ptr, out_ptr, DIVERGENCE: tl.constexpr):
+    i = tl.program_id(0)
+    value = DIVERGENCE(tl.load(difference_ptr + i))[0]
+    tl.store(out_ptr + i, value)
+
+
+def test_the_series_of_k3_in_the_kernel(device):
+    d = torch.tensor([-0.999, 0.999], device=device)
+    got = torch.empty_like(d)
+    _k3_kernel[(2,)](d, got, DIVERGENCE=KERNELS["k3"])
+    torch.testing.assert_close(
+        got.double(), torch.expm1(d.double()) - d.double(), rtol=3e-7, atol=0.0
+    )

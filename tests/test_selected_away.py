@@ -1,0 +1,119 @@
+"""What is switched off, or has no weight, may be anything: selected away, never times 0."""
+
+import pytest
+import torch
+from batches import make_batch
+
+from grpo_fused import LOSSES, grpo_loss
+from grpo_fused.divergences import DIVERGENCES
+
+FAMILY = pytest.mark.parametrize("loss_type", LOSSES)
+
+
+def gradient(batch, **options):
+    logits = batch.leaf()
+    out = grpo_loss(logits, batch.ids, batch.mask, batch.advantages, **options)
+    out.loss.sum().backward()
+    return out, logits.grad
+
+
+@FAMILY
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("correction", [False, True], ids=["plain", "corrected"])
+def test_an_infinite_divergence_without_weight(
+    correction, reduction, loss_type, implementation, device
+):
+    """beta as a tensor, of which nobody knows that it is 0: TRL makes 0 * inf of it."""
+    batch = make_batch(B=3, T=4, V=17, extra=0, mask=torch.ones(3, 4), device=device)
+    options = {"loss_type": loss_type, "reduction": reduction, "implementation": implementation}
+    options["old_logps"] = batch.old_logps
+    want, plain = gradient(batch, **options)
+    batch.ref_logps[1, 2] = -torch.inf
+    for estimator in DIVERGENCES if implementation == "torch" else ("k1", "k3"):
+        out, grad = gradient(
+            batch,
+            ref_logps=batch.ref_logps,
+            beta=torch.zeros((), device=device),
+            kl_estimator=estimator,
+            use_bias_correction_kl=correction,
+            **options,
+        )
+        assert torch.equal(out.loss, want.loss) and torch.equal(grad, plain), estimator
+        assert out.metrics["kl"].isinf()
+
+
+@FAMILY
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_nan_where_the_policy_term_is_off(reduction, loss_type, implementation, device):
+    """In what only that token's policy term reads; the ratio of a sequence reads all its tokens."""
+    batch = make_batch(B=3, T=4, V=17, extra=0, per_token=True, device=device)
+    off = (torch.arange(4, device=device) == 1) & (batch.mask != 0)
+    ratio = torch.full_like(batch.old_logps, 0.8)
+    options = {
+        "loss_type": loss_type,
+        "reduction": reduction,
+        "policy_mask": ~off,
+        "implementation": implementation,
+    }
+    spoiled = ["importance_sampling_ratio", "advantages"]
+    if LOSSES[loss_type].level == "token" and loss_type != "vespo":
+        spoiled.append("old_logps")
+    given = {"importance_sampling_ratio": ratio, "old_logps": batch.old_logps}
+    want, plain = gradient(batch, **given, **options)
+    for name in spoiled:
+        if (name, loss_type) in (("importance_sampling_ratio", "vespo"), ("advantages", "gmpo")):
+            continue  # they enter the weight of the whole sequence
+        changed = make_batch(B=3, T=4, V=17, extra=0, per_token=True, device=device)
+        bad = dict(given)
+        if name == "advantages":
+            changed.advantages = batch.advantages.masked_fill(off, torch.nan)
+        else:
+            bad[name] = given[name].masked_fill(off, torch.nan)
+        out, grad = gradient(changed, **bad, **options)
+        assert torch.equal(out.loss, want.loss), name
+        assert torch.equal(grad, plain), name
+
+
+def test_half_and_double_precision_weights(implementation, device):
+    """Rollout weights and temperatures of any float dtype: arithmetic is float32."""
+    batch = make_batch(B=3, T=4, V=17, device=device)
+    for loss_type in ("grpo", "gspo", "vespo"):
+        results = []
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            out, grad = gradient(
+                batch,
+                old_logps=batch.old_logps,
+                importance_sampling_ratio=torch.full_like(batch.old_logps, 0.75).to(dtype),
+                temperature=torch.full_like(batch.old_logps, 1.25).to(dtype),
+                loss_type=loss_type,
+                implementation=implementation,
+            )
+            assert out.loss.dtype == out.sums.dtype == torch.float32
+            results.append((out.loss, grad))
+        for loss, grad in results[1:]:
+            assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+def test_nan_logits_are_nan_in_the_loss_at_every_level(implementation, device):
+    """On policy too, where the ratio is 1 whatever the logits are."""
+    for loss_type in LOSSES:
+        batch = make_batch(B=2, T=3, V=11, extra=0, mask=torch.ones(2, 3), device=device)
+        batch.logits[0, 1] = torch.nan
+        out, grad = gradient(batch, loss_type=loss_type, implementation=implementation)
+        assert out.loss.isnan(), loss_type
+        assert torch.isfinite(grad[1]).all(), loss_type
+
+
+def test_wrong_ends_read_nothing_outside(implementation, device, monkeypatch):
+    """A device cannot be asked about cu_seqlens: wrong ones are cut to the tokens there are."""
+    monkeypatch.setattr("grpo_fused.validation._check_cu_seqlens", lambda *args: None)
+    batch = make_batch(B=2, T=3, V=11, extra=0, mask=torch.ones(2, 3), device=device)
+    packed = [t.flatten(0, 1) for t in (batch.logits, batch.ids, batch.mask)]
+    for ends in ([0, 3, 10**10], [0, -5, 6], [4, 2, 3]):
+        out = grpo_loss(
+            *(*packed, batch.advantages),
+            cu_seqlens=torch.tensor(ends, device=device),
+            loss_type="gspo",
+            implementation=implementation,
+        )
+        assert torch.isfinite(out.loss)
