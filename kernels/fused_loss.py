@@ -90,7 +90,9 @@ def _fused_loss_kernel(
 ):
     BLOCK: tl.constexpr = THREADS * UNROLL * VECTOR
     logit_scale = scalar(logit_scale)
-    softcap = scalar(logit_softcap)
+    softcap = logit_softcap
+    if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
+        softcap = scalar(logit_softcap)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         sequence, position, token = locate(row, positions, tokens)
         x_ptr = row_pointer(

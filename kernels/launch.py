@@ -63,13 +63,13 @@ def tiling(V, itemsize, device):
     Four loads in flight a thread keep the statistics within 64 registers, without spills, on sm_80,
     sm_90 and sm_100 (`python -m benchmarks.aot`). A row that the gradient reads again must still be
     in L2 (H200: 60 MB in two halves): long rows get one program of 16 warps per multiprocessor (132
-    rows of 304 KB are 40 MB), short ones two of 8.
+    rows of 304 KB are 40 MB), short ones two of 8; warps of 64 lanes are half as many.
     """
     if device.architecture == "interpreter":
         return Tiling(warps=1, unroll=4, programs_per_multiprocessor=2)
     if V * itemsize > 128 * 1024:
-        return Tiling(warps=16, unroll=4, programs_per_multiprocessor=1)
-    return Tiling(warps=8, unroll=4, programs_per_multiprocessor=2)
+        return Tiling(512 // device.warp_size, unroll=4, programs_per_multiprocessor=1)
+    return Tiling(256 // device.warp_size, unroll=4, programs_per_multiprocessor=2)
 
 
 def vector_width(matrix):

@@ -53,7 +53,9 @@ def _logprob_fwd_kernel(
     COLUMNS: tl.constexpr,
 ):
     logit_scale = scalar(logit_scale)
-    softcap = scalar(logit_softcap)
+    softcap = logit_softcap
+    if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
+        softcap = scalar(logit_softcap)
     sequence, position, token = locate(tl.program_id(0), positions, tokens)
     if position < tokens:
         active = is_active(active_ptr, token)
@@ -134,7 +136,9 @@ def _logprob_bwd_kernel(
     )
     x_ptr = row_pointer(logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR)
     logit_scale = scalar(logit_scale)
-    softcap = scalar(logit_softcap)
+    softcap = logit_softcap
+    if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
+        softcap = scalar(logit_softcap)
     row_temperature = 1.0
     active = position < tokens
     if active:
