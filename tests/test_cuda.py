@@ -4,7 +4,7 @@ import pytest
 import torch
 from batches import make_batch, relative_error
 
-from grpo_fused import Clip, grpo_loss, selective_log_softmax
+from grpo_fused import LOSSES, Clip, grpo_loss, selective_log_softmax
 
 pytestmark = pytest.mark.cuda
 DTYPES = pytest.mark.parametrize(
@@ -117,6 +117,43 @@ def test_no_wait_for_the_device(dtype, as_tensors, implementation):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_no_waiting_for_the_device_in_the_family(loss_type, packed):
+    """With every option that comes as a tensor, in both reductions."""
+    batch = make_batch(B=3, T=4, V=33, extra=0, mask=torch.ones(3, 4), device="cuda")
+    inputs = [batch.leaf(), batch.ids, batch.mask]
+    tokens = {"old_logps": batch.old_logps, "ref_logps": batch.ref_logps}
+    tokens |= {"importance_sampling_ratio": batch.mask + 0.5, "policy_mask": batch.mask}
+    if packed:
+        inputs = [tensor.flatten(0, 1) for tensor in inputs]
+        tokens = {name: tensor.flatten() for name, tensor in tokens.items()}
+        tokens["cu_seqlens"] = torch.tensor([0, 4, 8, 12], device="cuda")
+    scalars = {"beta": 0.1, "entropy_coef": 0.01, "num_items_in_batch": 12.0}
+    scalars = {name: torch.tensor(value, device="cuda") for name, value in scalars.items()}
+
+    def step(reduction):
+        out = grpo_loss(
+            *(*inputs, batch.advantages),
+            loss_type=loss_type,
+            reduction=reduction,
+            max_completion_length=4,
+            use_bias_correction_kl=True,
+            **tokens,
+            **scalars,
+        )
+        out.loss.sum().backward(inputs=[inputs[0]])
+
+    for mode in ("default", "error"):  # first what compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            step("sum")
+            step("none")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
