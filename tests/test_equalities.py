@@ -188,3 +188,21 @@ def test_the_two_implementations(loss_type, device):
     assert out.loss.item() == pytest.approx(torch_out.loss.item(), rel=5e-6, abs=1e-7)
     assert relative_error(grad, torch_grad) < 2e-6
     assert relative_error(out.sums, torch_out.sums) < 1e-6
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_scalars_as_tensors(loss_type, implementation, device):
+    """A schedule comes as a 0-d tensor, of any dtype: read on the device, the same number."""
+    scalars = {"beta": 0.25, "entropy_coef": 0.125, "logit_softcap": 8.0, "logit_scale": 0.5}
+    scalars["temperature"] = 0.75
+    results = []
+    for dtype in (None, torch.float32, torch.float64):
+        given = arguments(batch_of(device)) | scalars
+        if dtype is not None:
+            given |= {n: torch.tensor(v, dtype=dtype, device=device) for n, v in scalars.items()}
+        out, grad = run(given, loss_type, implementation)
+        assert out.loss.dtype == torch.float32
+        results.append((out.loss.item(), grad))
+    for loss, grad in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        assert relative_error(grad, results[0][1]) < 1e-6
