@@ -7,6 +7,8 @@ arithmetic is float64; results round once, to float32.
 import torch
 import torch.nn.functional as F
 
+from grpo_fused.checks import check_choice, check_tensor
+
 # Keeps a group of almost equal rewards from being blown up; the value is TRL's.
 EPSILON = 1e-4
 SCALES = ("group", "batch", "none")
@@ -52,8 +54,8 @@ def outcome_advantages(
         Lite PPO, https://arxiv.org/abs/2508.08221 ("batch": mean of the group, std of the batch).
         Back to Basics (RLOO), https://arxiv.org/abs/2402.14740 (leave_one_out).
     """
-    _check_tensor("rewards", rewards, "(B,)", dims=1)
-    _check_choice("scale", scale, SCALES)
+    _check_dims("rewards", rewards, "(B,)")
+    check_choice("scale", scale, SCALES)
     labels = _group_labels("rewards", rewards, group_size, group_ids)
     num_rewards = rewards.shape[0]
     rewards = rewards.double()
@@ -100,12 +102,12 @@ def process_advantages(
     References:
         DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.3.
     """
-    _check_tensor("step_rewards", step_rewards, "(B, S)", dims=2)
+    _check_dims("step_rewards", step_rewards, "(B, S)")
     device = step_rewards.device
-    _check_beside("step_ends", step_ends, tuple(step_rewards.shape), device, integer=True)
+    check_tensor("step_ends", step_ends, tuple(step_rewards.shape), device, integer=True)
     if not isinstance(completion_length, int) or completion_length < 0:
         raise ValueError(f"completion_length must be an integer >= 0, got {completion_length!r}")
-    _check_choice("scale", scale, ("group", "none"))
+    check_choice("scale", scale, ("group", "none"))
     labels = _group_labels("step_rewards", step_rewards, group_size, group_ids)
     ends = step_ends.long()
     may_look = ends.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -153,8 +155,8 @@ def gae_advantages(rewards, values, mask=None, *, gamma=1.0, lam=0.95):
     References:
         High-Dimensional Continuous Control Using GAE, https://arxiv.org/abs/1506.02438, eq. 16.
     """
-    _check_tensor("rewards", rewards, "(B, T)", dims=2)
-    _check_beside("values", values, tuple(rewards.shape), rewards.device)
+    _check_dims("rewards", rewards, "(B, T)")
+    check_tensor("values", values, tuple(rewards.shape), rewards.device)
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
@@ -183,7 +185,7 @@ def whiten(advantages, mask=None):
     nonzero = active; None = all active. Returns float32, exactly 0 where the mask is 0. Call it
     before micro-batches are cut; TRL's and verl's PPO call it masked_whiten.
     """
-    _check_tensor("advantages", advantages)
+    check_tensor("advantages", advantages)
     active = _active(mask, advantages)
     count = active.sum()
     values = torch.where(active, advantages.double(), 0.0)
@@ -209,8 +211,8 @@ def mask_truncated(mask, truncated):
     References:
         DAPO, https://arxiv.org/abs/2503.14476, section 3.4 (overlong filtering).
     """
-    _check_tensor("mask", mask, "(B, T)", dims=2)
-    _check_beside("truncated", truncated, tuple(mask.shape[:1]), mask.device)
+    _check_dims("mask", mask, "(B, T)")
+    check_tensor("truncated", truncated, tuple(mask.shape[:1]), mask.device)
     if truncated.dtype != torch.bool:
         raise ValueError(f"truncated must be bool, got {truncated.dtype}")
     return mask.masked_fill(truncated[:, None], 0)
@@ -228,7 +230,7 @@ def _group_labels(name, rewards, group_size, group_ids):
         if num_sequences % group_size != 0:
             raise ValueError(f"group_size {group_size} does not divide the {num_sequences} {name}")
         return torch.arange(num_sequences, device=rewards.device) // group_size
-    _check_beside("group_ids", group_ids, (num_sequences,), rewards.device, integer=True)
+    check_tensor("group_ids", group_ids, (num_sequences,), rewards.device, integer=True)
     ids = group_ids.long()
     return torch.searchsorted(ids.sort().values, ids)  # the place of the first of its kind
 
@@ -270,27 +272,12 @@ def _suffix_scan(x, decay):
 def _active(mask, tensor):
     if mask is None:
         return torch.ones_like(tensor, dtype=torch.bool)
-    _check_beside("mask", mask, tuple(tensor.shape), tensor.device)
+    check_tensor("mask", mask, tuple(tensor.shape), tensor.device)
     return mask != 0
 
 
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_tensor(name, tensor, shape=None, dims=None):
-    if not isinstance(tensor, torch.Tensor) or tensor.is_complex():
-        got = tensor.dtype if isinstance(tensor, torch.Tensor) else repr(tensor)
-        raise ValueError(f"{name} must be a tensor of real numbers, got {got}")
-    if dims is not None and tensor.dim() != dims:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-
-
-def _check_beside(name, tensor, shape, device, integer=False):
-    _check_tensor(name, tensor)
-    if tuple(tensor.shape) != shape or tensor.device != device:
-        got = f"{tuple(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"{name} must have shape {shape} on {device}, got {got}")
-    if integer and (tensor.is_floating_point() or tensor.dtype == torch.bool):
-        raise ValueError(f"{name} must be integers, got {tensor.dtype}")
+def _check_dims(name, tensor, layout):
+    """A tensor of as many dimensions as its layout, "(B,)" or "(B, T)", has letters."""
+    check_tensor(name, tensor)
+    if tensor.dim() != sum(map(str.isalpha, layout)):
+        raise ValueError(f"{name} must have shape {layout}, got {tuple(tensor.shape)}")

@@ -9,6 +9,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+from grpo_fused.checks import check_choice, check_cu_seqlens, check_tensor
+from grpo_fused.sequences import Packed, Padded
+
 # Arguments of exp are kept within +-80, as everywhere in the package.
 LIMIT = 80.0
 LEVELS = ("token", "sequence")
@@ -62,24 +65,26 @@ def rollout_weights(
         https://fengyao.notion.site/off-policy-rl.
         When Speed Kills Stability (sequence level, masked), https://richardli.xyz/rl-collapse.
     """
-    _check_choice("level", level, LEVELS)
-    _check_choice("mode", mode, MODES)
+    check_choice("level", level, LEVELS)
+    check_choice("mode", mode, MODES)
     if cap is not None and not (_is_number(cap) and cap > 0):
         raise ValueError(f"cap must be a positive number or None, got {cap!r}")
     if floor is not None and not (_is_number(floor) and 0 <= floor < (cap or math.inf)):
         raise ValueError(f"floor must be None or in [0, cap), got {floor!r} with cap {cap!r}")
-    active, segments = _check_tokens("old_logps", old_logps, sampling_logps, mask, cu_seqlens)
-    difference = old_logps.double() - sampling_logps.double()
-    difference = torch.where(active & ~sampling_logps.isnan(), difference, 0.0)
-    if level == "sequence":
-        difference = _sequence_sum(difference, segments)
+    sequences, (old_logps, sampling_logps) = _tokens(
+        mask, cu_seqlens, old_logps=old_logps, sampling_logps=sampling_logps
+    )
+    difference = _difference(old_logps, sampling_logps)
+    difference = sequences.sum(difference) if level == "sequence" else sequences.select(difference)
     weights = difference.clamp(-LIMIT, LIMIT).exp()
     low, high = 0.0 if floor is None else floor, math.inf if cap is None else cap
     if mode == "truncate":
         weights = weights.clamp(low, high)
     else:
         weights = weights.masked_fill((weights < low) | (weights > high), 0.0)
-    return (weights if level == "sequence" else torch.where(active, weights, 1.0)).float()
+    if level == "token" and sequences.active is not None:
+        weights = torch.where(sequences.active, weights, 1.0)
+    return _as_given(weights, cu_seqlens).float()
 
 
 @torch.no_grad()
@@ -113,25 +118,23 @@ def off_policy_mask(advantages, logps, sampling_logps, mask=None, *, threshold, 
     """
     if not _is_number(threshold) or threshold < 0:
         raise ValueError(f"threshold must be a number >= 0, got {threshold!r}")
-    active, segments = _check_tokens("logps", logps, sampling_logps, mask, cu_seqlens)
-    num_sequences = logps.shape[0] if segments is None else segments.shape[0] - 1
-    _check_tensor("advantages", advantages)
-    wanted, shape = ((num_sequences,), tuple(logps.shape)), tuple(advantages.shape)
-    if shape not in wanted or advantages.device != logps.device:
+    shape = tuple(logps.shape) if isinstance(logps, torch.Tensor) else None
+    sequences, (logps, sampling_logps) = _tokens(
+        mask, cu_seqlens, logps=logps, sampling_logps=sampling_logps
+    )
+    check_tensor("advantages", advantages)
+    wanted = ((sequences.number,), shape)
+    if tuple(advantages.shape) not in wanted or advantages.device != logps.device:
         choice = f"{wanted[0]} or {wanted[1]} on {logps.device}"
-        raise ValueError(f"advantages must have shape {choice}, got {shape} on {advantages.device}")
-    difference = sampling_logps.double() - logps.double()
-    difference = torch.where(active & ~sampling_logps.isnan(), difference, 0.0)
-    total = _sequence_sum(difference, segments)  # (B, 1), packed (B,)
-    mean = total / _sequence_sum(active.double(), segments).clamp(min=1)
-    off_policy = mean > threshold
-    if shape == wanted[0]:
-        return ~(off_policy & (advantages.view_as(mean) < 0))
-    if segments is not None:
-        tokens = torch.arange(logps.shape[0], device=logps.device)
-        sequences = torch.searchsorted(segments[1:], tokens, right=True)
-        off_policy = F.pad(off_policy, (0, 1))[sequences]  # one more: tokens after the last end
-    return ~(off_policy & active & (advantages < 0))
+        got = f"{tuple(advantages.shape)} on {advantages.device}"
+        raise ValueError(f"advantages must have shape {choice}, got {got}")
+    off_policy = sequences.mean(-_difference(logps, sampling_logps)) > threshold
+    if tuple(advantages.shape) == wanted[0]:
+        return _as_given(~(off_policy & (advantages < 0)), cu_seqlens)
+    dropped = sequences.spread(off_policy) & (advantages < 0)
+    if sequences.active is not None:
+        dropped = dropped & sequences.active
+    return _as_given(~dropped, cu_seqlens)
 
 
 @torch.no_grad()
@@ -165,8 +168,11 @@ def entropy_quantile_mask(entropies, mask=None, *, share, process_group=None):
         raise ValueError(f"share must be a number in [0, 1], got {share!r}")
     if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
         raise ValueError(f"process_group must be a group of this process, got {process_group!r}")
-    _check_tensor("entropies", entropies)
-    active = _active(mask, entropies)
+    check_tensor("entropies", entropies)
+    active = torch.ones_like(entropies, dtype=torch.bool)
+    if mask is not None:
+        check_tensor("mask", mask, tuple(entropies.shape), entropies.device)
+        active = mask != 0
 
     def over_ranks(number, op="SUM"):
         if process_group is not None:
@@ -203,59 +209,38 @@ def _swap_order(bits):
     return bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)
 
 
-def _sequence_sum(x, segments):
-    """(B, T) to (B, 1), packed (N,) to (B,)."""
-    if segments is None:
-        return x.sum(dim=1, keepdim=True)
-    return torch.segment_reduce(x, "sum", offsets=segments, unsafe=True)
-
-
-def _active(mask, tensor):
-    if mask is None:
-        return torch.ones_like(tensor, dtype=torch.bool)
-    _check_tensor("mask", mask, tuple(tensor.shape), tensor.device)
-    return mask != 0
-
-
-def _check_tokens(name, logps, sampling_logps, mask, cu_seqlens):
-    """Checks what lies side by side; the mask as bool, and cu_seqlens as int64 or None."""
-    _check_tensor(name, logps)
-    shape, layout = tuple(logps.shape), "(B, T)" if cu_seqlens is None else "(N,) with cu_seqlens"
-    if len(shape) != (2 if cu_seqlens is None else 1):
-        remedy = "; packed tensors need cu_seqlens" if len(shape) == 1 else ""
-        raise ValueError(f"{name} must have shape {layout}, got {shape}{remedy}")
-    _check_tensor("sampling_logps", sampling_logps, shape, logps.device)
-    active = _active(mask, logps)
+def _tokens(mask, cu_seqlens, **tensors):
+    """(sequences, tensors (B, T)) of checked tensors that lie side by side; packed (1, N)."""
+    shape = device = None
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, shape, device)
+        shape, device = tuple(tensor.shape), tensor.device
+        layout = "(B, T)" if cu_seqlens is None else "(N,) with cu_seqlens"
+        if len(shape) != (2 if cu_seqlens is None else 1):
+            remedy = "; packed tensors need cu_seqlens" if len(shape) == 1 else ""
+            raise ValueError(f"{name} must have shape {layout}, got {shape}{remedy}")
+    if mask is not None:
+        check_tensor("mask", mask, shape, device)
     if cu_seqlens is None:
-        return active, None
-    _check_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.device != logps.device:
-        got = f"{cu_seqlens.dtype} on {cu_seqlens.device}"
-        raise ValueError(f"cu_seqlens must be int32 or int64 on {logps.device}, got {got}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
-    num_tokens = shape[0]
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != num_tokens or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens must rise from 0 to N = {num_tokens}, got {ends}")
-    # Where values are not looked at, wrong ones must not read another tensor's memory.
-    return active, cu_seqlens.long().clamp(0, num_tokens).cummax(0).values
+        tensors = list(tensors.values())
+        return Padded(tensors[0], mask), tensors
+    check_cu_seqlens(cu_seqlens, shape[0], device)
+    tensors = [tensor[None] for tensor in tensors.values()]
+    return Packed(tensors[0], None if mask is None else mask[None], cu_seqlens), tensors
+
+
+def _difference(logps, sampling_logps):
+    """logps - sampling_logps in float64, 0 for a token that the sampler could not score."""
+    difference = logps.double() - sampling_logps.double()
+    return torch.where(sampling_logps.isnan(), 0.0, difference)
+
+
+def _as_given(values, cu_seqlens):
+    """Values of tokens as they came; of sequences as (B, 1), packed (B,)."""
+    if cu_seqlens is not None:
+        return values.flatten()
+    return values[:, None] if values.dim() == 1 else values
 
 
 def _is_number(value):
     return isinstance(value, (int, float)) and not math.isnan(value)
-
-
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_tensor(name, tensor, shape=None, device=None):
-    if not isinstance(tensor, torch.Tensor) or tensor.is_complex():
-        got = tensor.dtype if isinstance(tensor, torch.Tensor) else repr(tensor)
-        raise ValueError(f"{name} must be a tensor of real numbers, got {got}")
-    if shape is not None and (tuple(tensor.shape) != shape or tensor.device != device):
-        got = f"{tuple(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"{name} must have shape {shape} on {device}, got {got}")

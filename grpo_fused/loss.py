@@ -12,6 +12,7 @@ from grpo_fused.autograd import (
     log_probabilities,
     run_fused_loss,
 )
+from grpo_fused.checks import check_choice
 from grpo_fused.coupled import CoupledOptions, coupled_loss
 from grpo_fused.inputs import (
     for_launch,
@@ -154,8 +155,7 @@ def grpo_loss(
     References:
         DeepSeekMath, https://arxiv.org/abs/2402.03300, eq. 3 and 4; the papers of LOSSES.
     """
-    if loss_type not in LOSSES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}, got {loss_type!r}")
+    check_choice("loss_type", loss_type, LOSSES)
     row = LOSSES[loss_type]
     objective = row.objective if objective is None else objective
     level = row.level if importance_sampling_level is None else importance_sampling_level

@@ -10,6 +10,7 @@ from numbers import Real
 
 import torch
 
+from grpo_fused.checks import check_choice, check_cu_seqlens
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.objective import HAS_TRITON
 from grpo_fused.objectives import LEVELS, Objective
@@ -38,25 +39,8 @@ def check_layout(logits, ids, ids_name, cu_seqlens):
         found = f"logits {tuple(logits.shape)} and {ids_name} {shape}"
         raise ValueError(f"logits (N, V) need {ids_name} (N,), got {found}")
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, logits)
+        check_cu_seqlens(cu_seqlens, len(logits), logits.device)
     return shape
-
-
-def _check_cu_seqlens(cu_seqlens, logits):
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1 or not len(cu_seqlens):
-        found = getattr(cu_seqlens, "shape", cu_seqlens)
-        raise ValueError(f"cu_seqlens must be a tensor (B + 1,), got {found}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != logits.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, logits are on {logits.device}")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(logits):
-        found = f"{cu_seqlens[0].item()} to {cu_seqlens[-1].item()}"
-        raise ValueError(f"cu_seqlens must go from 0 to N = {len(logits)}, got {found}")
-    if (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
 
 
 def check_logits(logits, ids, ids_name, inplace):
@@ -168,10 +152,7 @@ def check_objective(objective, level):
     """An Objective, at a level at which it has a meaning."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must be an Objective such as Clip(), got {objective!r}")
-    if level not in LEVELS:
-        raise ValueError(
-            f"importance_sampling_level must be one of {', '.join(LEVELS)}, got {level!r}"
-        )
+    check_choice("importance_sampling_level", level, LEVELS)
     if level not in objective.levels:
         raise ValueError(
             f"importance_sampling_level {level!r} has no meaning for {type(objective).__name__}: "
@@ -181,16 +162,13 @@ def check_objective(objective, level):
 
 def check_choices(reduction, kl_estimator, normalizer, kl_normalizer):
     """Arguments that are one of a few words, and those that do not go together."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if kl_estimator not in DIVERGENCES:
-        raise ValueError(
-            f"kl_estimator must be one of {', '.join(DIVERGENCES)}, got {kl_estimator!r}"
-        )
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("kl_estimator", kl_estimator, DIVERGENCES)
     for name, rule in (("normalizer", normalizer), ("kl_normalizer", kl_normalizer)):
-        if rule is not None and rule not in RULES:
-            raise ValueError(f"{name} must be one of {', '.join(RULES)}, got {rule!r}")
-        if rule is not None and reduction == "none":
+        if rule is None:
+            continue
+        check_choice(name, rule, RULES)
+        if reduction == "none":
             raise ValueError(f'{name}={rule!r} has no meaning with reduction="none": leave it None')
 
 
@@ -214,10 +192,7 @@ def _has_driver(device_type):
 
 def choose_implementation(implementation, logits):
     """Resolve "auto"; refuse "triton" where it cannot serve."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
-        )
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
     serves = triton_serves(logits.device.type)
     if implementation == "auto":
         return "triton" if serves else "torch"

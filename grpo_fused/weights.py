@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from grpo_fused.checks import check_choice
 from grpo_fused.sequences import Padded
 
 RULES = (
@@ -92,8 +93,7 @@ def divisors(
     max_completion_length=None,
 ):
     """Divisors of a rule for tokens in sequences; arguments and errors as `token_weights`."""
-    if rule not in RULES:
-        raise ValueError(f"normalizer must be one of {', '.join(RULES)}, got {rule!r}")
+    check_choice("normalizer", rule, RULES)
     items = _divisor("num_items_in_batch", num_items_in_batch, sequences, at_least=0)
     number = _divisor("num_sequences_in_batch", num_sequences_in_batch, sequences)
     length = _divisor("max_completion_length", max_completion_length, sequences)

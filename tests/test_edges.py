@@ -114,3 +114,12 @@ def test_the_series_of_k3_in_the_kernel(device):
     torch.testing.assert_close(
         got.double(), torch.expm1(d.double()) - d.double(), rtol=3e-7, atol=0.0
     )
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_only_the_sampler_may_fail_to_score(level):
+    """A NaN of its own is no difference; one of the policy's is a fault that must show."""
+    logps, sampling = torch.full((1, 3), -1.0), torch.full((1, 3), -1.5)
+    logps[0, 1] = torch.nan
+    assert rollout_weights(logps, sampling, level=level, cap=None).isnan().any()
+    assert rollout_weights(sampling, logps, level="token", cap=None)[0, 1] == 1.0

@@ -21,8 +21,8 @@ SOURCES = sorted([*ROOT.glob("grpo_fused/**/*.py"), *ROOT.glob("kernels/*.py")])
 # What may import what: a file imports only from lines above its own.
 ORDER = [
     ["kernels"],
-    ["advantages", "corrections", "metrics", "objectives", "rows", "sequences"],
-    ["divergences", "sequence_objectives", "weights"],
+    ["checks", "metrics", "objectives", "rows", "sequences"],
+    ["advantages", "corrections", "divergences", "sequence_objectives", "weights"],
     ["losses", "reference", "validation"],
     ["autograd"],
     ["coupled", "inputs"],

@@ -129,11 +129,20 @@ BAD = {
 PACKED = {
     "a list": ([0, 2, 6], "cu_seqlens must be a tensor"),
     "floats": (torch.tensor([0.0, 2.0, 6.0]), "cu_seqlens must be int32 or int64"),
-    "2-D": (torch.zeros(2, 2).long(), "cu_seqlens must be a tensor"),
-    "not from 0": (torch.tensor([1, 2, 6]), "cu_seqlens must go from 0 to N = 6, got 1 to 6"),
-    "not to N": (torch.tensor([0, 2, 5]), "cu_seqlens must go from 0 to N = 6, got 0 to 5"),
-    "negative length": (torch.tensor([0, 4, 2, 6]), "cu_seqlens must not decrease"),
-    "elsewhere": (torch.tensor([0, 2, 6], device="meta"), "cu_seqlens is on meta"),
+    "2-D": (torch.zeros(2, 2).long(), r"cu_seqlens must have shape \(B \+ 1,\), got \(2, 2\)"),
+    "not from 0": (
+        torch.tensor([1, 2, 6]),
+        r"cu_seqlens must rise from 0 to N = 6, got \[1, 2, 6\]",
+    ),
+    "not to N": (torch.tensor([0, 2, 5]), r"cu_seqlens must rise .* to N = 6, got \[0, 2, 5\]"),
+    "negative length": (
+        torch.tensor([0, 4, 2, 6]),
+        r"cu_seqlens must rise from 0 to N = 6, got \[0, 4, 2, 6\]",
+    ),
+    "elsewhere": (
+        torch.tensor([0, 2, 6], device="meta"),
+        "cu_seqlens must be int32 or int64 on cpu, got torch.int64 on meta",
+    ),
 }
 
 
