@@ -47,8 +47,8 @@ class Scales(NamedTuple):
     logit_softcap: float | torch.Tensor | None
 
 
-class LossOptions(NamedTuple):
-    """What the fused loss is called with besides tensors and scales."""
+class Formula(NamedTuple):
+    """What the fused loss computes: names that the launchers resolve, and numbers."""
 
     beta: float | torch.Tensor
     grad_scale: float | torch.Tensor
@@ -56,13 +56,10 @@ class LossOptions(NamedTuple):
     knobs: list[float]
     divergence: str
     bias_correction: bool
-    compute_entropy: bool
-    inplace: bool
-    implementation: str
 
 
-class LogProbOptions(NamedTuple):
-    """What the log-probabilities are called with besides tensors and scales."""
+class Options(NamedTuple):
+    """How it is computed, the loss or log-probabilities alone."""
 
     compute_entropy: bool
     inplace: bool
@@ -138,12 +135,12 @@ class LossResults(NamedTuple):
     entropies: torch.Tensor | None  # (B, T)
 
 
-def run_fused_loss(logits, tokens, weights, scales, options, dlogits=None):
+def run_fused_loss(logits, tokens, weights, scales, formula, options, dlogits=None):
     """Launch the fused loss and the reduction of what its tokens report.
 
     Args:
         logits: (B, L, V).
-        tokens, weights, scales, options: Tokens, Weights, Scales, LossOptions.
+        tokens, weights, scales, formula, options: Tokens, Weights, Scales, Formula, Options.
         dlogits: (B, L, V) to write the gradient into, or None.
     """
     shape = tokens.ids.shape
@@ -151,7 +148,7 @@ def run_fused_loss(logits, tokens, weights, scales, options, dlogits=None):
     entropies = _output(*shape, like=logits) if options.compute_entropy else None
     launchers = LAUNCHERS[options.implementation]
     launchers.fused_loss(
-        *(logits, *tokens, *weights, *scales, *options[:6]), terms, logps, entropies, dlogits
+        *(logits, *tokens, *weights, *scales, *formula), terms, logps, entropies, dlogits
     )
     loss, sums = _output(like=logits), _output(len(SUMS), like=logits)
     metrics = _output(len(METRICS), like=logits)
@@ -171,12 +168,12 @@ class FusedLoss(torch.autograd.Function):
     """Loss whose gradient in the logits is made in forward: LossResults."""
 
     @staticmethod
-    def forward(ctx, logits, tokens, weights, scales, options):
+    def forward(ctx, logits, tokens, weights, scales, formula, options):
         dlogits = _gradient_memory(logits, options.inplace)
-        results = run_fused_loss(logits, tokens, weights, scales, options, dlogits)
+        results = run_fused_loss(logits, tokens, weights, scales, formula, options, dlogits)
         _note_overwritten(logits, dlogits)
         ctx.launchers, ctx.spent = LAUNCHERS[options.implementation], False
-        _save(ctx, (dlogits,), (options.grad_scale,))
+        _save(ctx, (dlogits,), (formula.grad_scale,))
         ctx.mark_non_differentiable(*(t for t in results[1:] if t is not None))
         ctx.set_materialize_grads(False)  # zeros for all of these would be launches
         return tuple(results)
@@ -188,7 +185,7 @@ class FusedLoss(torch.autograd.Function):
         (dlogits,), (grad_scale,) = _saved(ctx)
         dlogits = dlogits.detach()
         ctx.launchers.rescale(dlogits, grad_output, grad_scale)
-        return dlogits, None, None, None, None
+        return dlogits, None, None, None, None, None
 
 
 class LogProb(torch.autograd.Function):

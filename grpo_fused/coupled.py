@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from grpo_fused.divergences import DIVERGENCES, corrected
+from grpo_fused.divergences import DIVERGENCES, corrected, weighted
 from grpo_fused.metrics import total
 from grpo_fused.objectives import Objective, clamped_exp
 from grpo_fused.sequence_objectives import SequenceObjective
 from grpo_fused.weights import per_token
 
 
-class CoupledOptions(NamedTuple):
-    """What a loss on log-probabilities is called with besides tensors."""
+class CoupledFormula(NamedTuple):
+    """What is computed of log-probabilities."""
 
     beta: float | torch.Tensor
     objective: Objective
@@ -70,10 +70,10 @@ def _log_ratios(logps, tokens, level, sequences):
     return log_ratio, mean
 
 
-def _policy(logps, log_ratio, level_log_ratio, tokens, options, sequences):
+def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
     """(loss, clipped) of the policy term, (B, T): objective, correction, mask."""
     advantages = sequences.select(sequences.spread(tokens.advantages).float().expand_as(logps))
-    objective, correction, on = options.objective, tokens.ratios, None
+    objective, correction, on = formula.objective, tokens.ratios, None
     if tokens.policy_mask is not None:
         # NaN that is only selected away behind the objective would come back in backward. Signs
         # stay: they tell which bound was reached.
@@ -92,44 +92,39 @@ def _policy(logps, log_ratio, level_log_ratio, tokens, options, sequences):
     return (loss if on is None else torch.where(on, loss, 0.0)), clipped
 
 
-def _penalty(logps, level_log_ratio, tokens, options):
+def _penalty(logps, level_log_ratio, tokens, formula):
     """(KL, beta KL), (B, T), the second differentiable; exactly 0 where beta is."""
     ratio, dratio = clamped_exp(level_log_ratio)
-    of_own_token = options.bias_correction and options.level != "sequence"
-    divergence, difference = DIVERGENCES[options.divergence], tokens.ref_logps - logps.detach()
+    of_own_token = formula.bias_correction and formula.level != "sequence"
+    divergence, difference = DIVERGENCES[formula.divergence], tokens.ref_logps - logps.detach()
     if of_own_token:
         value, slope = corrected(divergence, difference, ratio.detach(), dratio.detach())
     else:
         value, slope, _ = divergence(difference)
-    # Selected before anything is made of them: an infinite KL without weight is no loss, and 0
-    # times its derivative would be NaN.
-    without = options.beta == 0.0
-    if isinstance(without, bool):
-        without = torch.full((), without, device=logps.device)
-    penalty = _Derivative.apply(
-        logps, torch.where(without, 0.0, value), torch.where(without, 0.0, slope)
-    )
-    if options.bias_correction and not of_own_token:
+    # Weighted before autograd sees them: 0 times an infinite derivative would be NaN.
+    terms = (weighted(formula.beta, term) for term in (value, slope))
+    penalty = _Derivative.apply(logps, *terms)
+    if formula.bias_correction and not of_own_token:
         value, penalty = value * ratio.detach(), penalty * ratio
-    return value, options.beta * penalty
+    return value, penalty
 
 
-def coupled_loss(logps, entropies, tokens, weights, options, sequences):
+def coupled_loss(logps, entropies, tokens, weights, formula, sequences):
     """(loss, sums, metrics) of `grpo_loss` from log-probabilities and entropies (B, T).
 
     The loss is () or, for reduction="none", (B, T); sums and metrics are detached.
     """
     tokens = _selected(tokens, sequences)
-    log_ratio, level_log_ratio = _log_ratios(logps, tokens, options.level, sequences)
-    policy, clipped = _policy(logps, log_ratio, level_log_ratio, tokens, options, sequences)
+    log_ratio, level_log_ratio = _log_ratios(logps, tokens, formula.level, sequences)
+    policy, clipped = _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences)
     kl = penalty = torch.zeros_like(logps)
     if tokens.ref_logps is not None:
-        kl, penalty = _penalty(logps, level_log_ratio, tokens, options)
+        kl, penalty = _penalty(logps, level_log_ratio, tokens, formula)
         kl = sequences.select(kl)
     bonus = 0.0
     if weights.entropy_coef is not None:
         bonus = weights.entropy_coef * entropies
-    if options.reduction == "none":
+    if formula.reduction == "none":
         loss = sequences.select(policy + penalty - bonus)
     else:
         terms = per_token(weights.items, weights.divisor, sequences) * policy
@@ -139,12 +134,13 @@ def coupled_loss(logps, entropies, tokens, weights, options, sequences):
         loss = sequences.select(terms).sum()
 
     with torch.no_grad():
-        active = sequences.select(torch.ones_like(logps)) != 0
+        active = torch.ones_like(logps, dtype=torch.bool)
+        active = active if sequences.active is None else sequences.active
         ratio, clipped = clamped_exp(level_log_ratio)[0], sequences.select(clipped)
         units = active
-        if isinstance(options.objective, SequenceObjective):
+        if isinstance(formula.objective, SequenceObjective):
             ratio = clamped_exp(log_ratio)[0]
-        elif options.level == "sequence" and tokens.advantages.dim() == 1:
+        elif formula.level == "sequence" and tokens.advantages.dim() == 1:
             units = torch.ones(sequences.number, dtype=torch.bool, device=logps.device)
             ratio = clamped_exp(sequences.mean(log_ratio))[0]
             clipped = sequences.mean(clipped)

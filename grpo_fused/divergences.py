@@ -47,6 +47,13 @@ def corrected(divergence, difference, ratio, dratio):
     return value * ratio, ratio * torch.where(dratio == ratio, both, derivative)
 
 
+def weighted(weight, value):
+    """weight * value, exactly 0 where the weight is: an infinite KL without weight is no loss."""
+    if isinstance(weight, torch.Tensor):
+        return torch.where(weight == 0.0, 0.0, weight * value)
+    return weight * value if weight else torch.zeros_like(value)
+
+
 DIVERGENCES = {
     "k1": k1,
     "k2": k2,

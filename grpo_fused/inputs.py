@@ -62,14 +62,14 @@ def prepare_tokens(
     return logits, tokens, sequences, shape
 
 
-def for_launch(tokens, sequences):
-    """Tokens whose values per sequence are what launchers take for these sequences."""
-    spread = {
-        name: value if value is None or value.dim() != 1 else sequences.argument(value)
-        for name in ("advantages", "ratios", "policy_mask")
-        for value in [getattr(tokens, name)]
-    }
-    return tokens._replace(**spread)
+def for_launch(inputs, sequences):
+    """Tokens or Weights whose values per sequence (B,) are what launchers take instead."""
+
+    def argument(value):
+        per_sequence = isinstance(value, torch.Tensor) and value.dim() == 1
+        return sequences.argument(value) if per_sequence else value
+
+    return inputs._replace(**{name: argument(getattr(inputs, name)) for name in inputs._fields})
 
 
 def prepare_scales(logits, shape, sequences, temperature, logit_scale, logit_softcap):
@@ -95,13 +95,3 @@ def prepare_weights(sequences, normalizer, kl_normalizer, entropy_coef, **given)
     if isinstance(entropy_coef, torch.Tensor) or entropy_coef != 0:
         bonus = (sequences.total, entropy_coef)
     return Weights(items, divisor, *kl, *bonus)
-
-
-def weights_for_launch(weights, sequences):
-    """Weights whose items per sequence are what launchers take for these sequences."""
-
-    def argument(items):
-        per_sequence = isinstance(items, torch.Tensor) and items.dim() == 1
-        return sequences.argument(items) if per_sequence else items
-
-    return weights._replace(items=argument(weights.items), kl_items=argument(weights.kl_items))

@@ -1,7 +1,7 @@
 """Log-probabilities and entropies: for losses nobody has written yet, and to score without one."""
 
 from grpo_fused import validation
-from grpo_fused.autograd import LogProbOptions, log_probabilities
+from grpo_fused.autograd import Options, log_probabilities
 from grpo_fused.inputs import prepare_scales, prepare_tokens
 
 
@@ -51,7 +51,7 @@ def selective_log_softmax(
         logits, ids, mask, None, inplace, ids_name="ids"
     )
     scales = prepare_scales(logits, shape, sequences, temperature, logit_scale, logit_softcap)
-    options = LogProbOptions(
+    options = Options(
         bool(compute_entropy), inplace, validation.choose_implementation(implementation, logits)
     )
     logps, entropies = log_probabilities(logits, tokens.ids, tokens.active, scales, options)

@@ -6,20 +6,19 @@ import torch
 
 from grpo_fused import validation
 from grpo_fused.autograd import (
+    Formula,
     FusedLoss,
-    LogProbOptions,
-    LossOptions,
+    Options,
     log_probabilities,
     run_fused_loss,
 )
 from grpo_fused.checks import check_choice
-from grpo_fused.coupled import CoupledOptions, coupled_loss
+from grpo_fused.coupled import CoupledFormula, coupled_loss
 from grpo_fused.inputs import (
     for_launch,
     prepare_scales,
     prepare_tokens,
     prepare_weights,
-    weights_for_launch,
 )
 from grpo_fused.losses import LOSSES
 from grpo_fused.metrics import as_dict
@@ -191,6 +190,8 @@ def grpo_loss(
         max_completion_length=max_completion_length,
     )
     compute_entropy = bool(compute_entropy) or weights.entropy_coef is not None
+    options = Options(compute_entropy, inplace, implementation)
+    use_bias_correction_kl = bool(use_bias_correction_kl)
 
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     # float16 has so little range that a gradient made before the loss scale is known would flush
@@ -198,26 +199,19 @@ def grpo_loss(
     too_small = logits.dtype == torch.float16 and needs_gradient and _is_one(grad_scale)
     coupled = not hasattr(objective, "per_token") or level != "token"
     if coupled or reduction == "none" or too_small:
-        logps, entropies = log_probabilities(
-            logits,
-            tokens.ids,
-            tokens.active,
-            scales,
-            LogProbOptions(compute_entropy, inplace, implementation),
+        logps, entropies = log_probabilities(logits, tokens.ids, tokens.active, scales, options)
+        formula = CoupledFormula(
+            beta, objective, level, kl_estimator, use_bias_correction_kl, reduction
         )
-        options = CoupledOptions(
-            beta, objective, level, kl_estimator, bool(use_bias_correction_kl), reduction
-        )
-        loss, sums, metrics = coupled_loss(logps, entropies, tokens, weights, options, sequences)
+        loss, sums, metrics = coupled_loss(logps, entropies, tokens, weights, formula, sequences)
     else:
-        options = LossOptions(
+        formula = Formula(
             *(beta, grad_scale, objective.name(), objective.knobs()),
-            *(kl_estimator, bool(use_bias_correction_kl), compute_entropy),
-            *(inplace, implementation),
+            *(kl_estimator, use_bias_correction_kl),
         )
+        inputs = (for_launch(inputs, sequences) for inputs in (tokens, weights))
         run = FusedLoss.apply if needs_gradient else run_fused_loss
-        inputs = (for_launch(tokens, sequences), weights_for_launch(weights, sequences))
-        loss, sums, metrics, logps, entropies = run(logits, *inputs, scales, options)
+        loss, sums, metrics, logps, entropies = run(logits, *inputs, scales, formula, options)
     results = (loss, logps.detach(), None if entropies is None else entropies.detach())
     if cu_seqlens is not None:  # (1, N) as (N,)
         results = (t if t is None or t.dim() == 0 else t[0] for t in results)

@@ -2,7 +2,7 @@
 
 import torch
 
-from grpo_fused.divergences import DIVERGENCES, corrected
+from grpo_fused.divergences import DIVERGENCES, corrected, weighted
 from grpo_fused.kernels.library import launcher
 from grpo_fused.metrics import total
 from grpo_fused.objectives import Objective, clamped_exp
@@ -33,21 +33,6 @@ def _weight(items, divisor, block):
     items = at(items, block)
     items = items.float().clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1.0)
     return 1.0 / (items * divisor)
-
-
-def _nothing_if_zero(weight, value):
-    """weight * value, exactly 0 where the weight is: an infinite KL without weight is no loss."""
-    if isinstance(weight, torch.Tensor):
-        return torch.where(weight == 0.0, 0.0, weight * value)
-    return weight * value if weight else torch.zeros_like(value)
-
-
-def _penalty(difference, ratio, dratio, divergence, bias_correction):
-    """(KL, its derivative in logp)."""
-    estimator = DIVERGENCES[divergence]
-    if bias_correction:
-        return corrected(estimator, difference, ratio, dratio)
-    return estimator(difference)[:2]
 
 
 @launcher
@@ -116,12 +101,14 @@ def fused_loss(
         loss, dlogp = weight * loss, weight * dlogp
         kl = torch.zeros_like(loss)
         if ref_logps is not None:
-            kl, dkl = _penalty(
-                ref_logps[block] - row.logp, ratio, dratio, divergence, bias_correction
-            )
+            estimator, difference = DIVERGENCES[divergence], ref_logps[block] - row.logp
+            if bias_correction:
+                kl, dkl = corrected(estimator, difference, ratio, dratio)
+            else:
+                kl, dkl, _ = estimator(difference)
             kl_weight = beta * _weight(kl_items, kl_divisor, block)
-            loss = loss + _nothing_if_zero(kl_weight, kl)
-            dlogp = dlogp + _nothing_if_zero(kl_weight, dkl)
+            loss = loss + weighted(kl_weight, kl)
+            dlogp = dlogp + weighted(kl_weight, dkl)
         h = None
         if entropy_coef is not None:
             bonus = entropy_coef * _weight(entropy_items, 1.0, block)
