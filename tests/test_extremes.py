@@ -59,23 +59,6 @@ def test_nan_is_not_swallowed(where, implementation, device):
     assert torch.isfinite(logits.grad[~broken]).all()
 
 
-@pytest.mark.parametrize("beta", [0.0, "tensor"])
-def test_an_infinite_divergence_without_weight(beta, implementation, device):
-    """0 * inf: the KL is reported as what it is, the loss does not know of it."""
-    batch = make_batch(extra=0, mask=torch.ones(4, 6), device=device)
-    batch.ref_logps[1, 2] = -torch.inf
-    beta = torch.zeros((), device=device) if beta == "tensor" else beta
-    arguments = (batch.ids, batch.mask, batch.advantages)
-    logits, plain = batch.leaf(), batch.leaf()
-    options = {"old_logps": batch.old_logps, "implementation": implementation}
-    out = grpo_loss(logits, *arguments, ref_logps=batch.ref_logps, beta=beta, **options)
-    want = grpo_loss(plain, *arguments, **options)
-    out.loss.backward()
-    want.loss.backward()
-    assert torch.equal(out.loss, want.loss) and torch.equal(logits.grad, plain.grad)
-    assert out.metrics["kl"].item() == torch.inf
-
-
 def test_entropy_gradient_of_a_target_at_minus_infinity(implementation, device):
     logits = torch.randn(1, 2, 50, generator=torch.Generator().manual_seed(0)).to(device)
     ids = torch.tensor([[7, 8]], device=device)

@@ -14,7 +14,7 @@ from grpo_fused import selective_log_softmax
 VOCABULARIES = [1, 7, 301, 2047, 2048, 2049, 32_000, 32_001, 50_257, 128_256, 151_936, 152_064]
 
 
-def check(logits, ids, implementation, mask=None, temperature=1.0, tolerance=2e-6):
+def check(logits, ids, implementation, mask=None, temperature=1.0, tolerance=2e-6, **transform):
     """Values and gradient with random upstream gradients against the oracle."""
     generator = torch.Generator().manual_seed(0)
     upstream = torch.randn(2, *ids.shape, generator=generator)
@@ -26,6 +26,7 @@ def check(logits, ids, implementation, mask=None, temperature=1.0, tolerance=2e-
         temperature=temperature,
         dlogps=dlogps,
         dentropies=dentropies,
+        **transform,
     )
     leaf = logits.detach().clone().requires_grad_(True)
     logps, entropies = selective_log_softmax(
@@ -35,6 +36,7 @@ def check(logits, ids, implementation, mask=None, temperature=1.0, tolerance=2e-
         temperature=temperature,
         compute_entropy=True,
         implementation=implementation,
+        **transform,
     )
     torch.autograd.backward([logps, entropies], [dlogps, dentropies])
     assert logps.dtype == entropies.dtype == torch.float32
@@ -56,6 +58,25 @@ def rows(V, *, T=2, dtype=torch.float32, device="cpu", scale=2.5):
 @pytest.mark.parametrize("V", VOCABULARIES)
 def test_every_vocabulary(V, implementation, device):
     check(*rows(V, device=device), implementation, temperature=0.9)
+
+
+@pytest.mark.parametrize("V", [7, 301, 2049])
+@pytest.mark.parametrize("logit_softcap", [None, 6.0])
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_scale_softcap_and_temperatures(per, logit_softcap, V, implementation, device):
+    """Logits from far inside the cap to far beyond it; what is past the row stays out."""
+    logits, ids = rows(V, T=4, scale=8.0, device=device)
+    logits, ids = logits.view(2, 2, V), ids.view(2, 2)
+    temperature = torch.tensor([[0.6, 1.0], [1.5, 0.8]], device=device)
+    temperature = temperature if per == "token" else temperature[:, 0]
+    transform = {"logit_softcap": logit_softcap, "logit_scale": 0.7}
+    check(logits, ids, implementation, temperature=temperature, **transform)
+    if per == "token":
+        options = {"compute_entropy": True, "implementation": implementation, **transform}
+        padded = selective_log_softmax(logits, ids, temperature=temperature, **options)
+        flat = (t.flatten(0, 1) for t in (logits, ids))
+        flat = selective_log_softmax(*flat, temperature=temperature.flatten(), **options)
+        assert all(torch.equal(a.flatten(), b) for a, b in zip(padded, flat, strict=True))
 
 
 @pytest.mark.parametrize("V", [1, 7, 2047, 2049, 32_001])
