@@ -64,12 +64,12 @@ def prepare_tokens(
 
 def for_launch(inputs, sequences):
     """Tokens or Weights whose values per sequence (B,) are what launchers take instead."""
-
-    def argument(value):
-        per_sequence = isinstance(value, torch.Tensor) and value.dim() == 1
-        return sequences.argument(value) if per_sequence else value
-
-    return inputs._replace(**{name: argument(getattr(inputs, name)) for name in inputs._fields})
+    made = {}
+    for name, value in inputs._asdict().items():
+        if isinstance(value, torch.Tensor) and value.dim() == 1:
+            same = [other for other in made if getattr(inputs, other) is value]
+            made[name] = made[same[0]] if same else sequences.argument(value)
+    return inputs._replace(**made)
 
 
 def prepare_scales(logits, shape, sequences, temperature, logit_scale, logit_softcap):

@@ -94,7 +94,7 @@ class Packed(Padded):
     def counts(self):
         if self.active is None:
             return self.offsets.diff()
-        return self.sum(self.active.to(torch.float32))
+        return self._sum(self.active.to(torch.float32))
 
     def spread(self, values):
         return values[self.index][None] if values.dim() == 1 else values
@@ -109,10 +109,12 @@ class Packed(Padded):
         )
 
     def sum(self, values):
-        tokens = self.select(values)[0]
+        return self._sum(self.select(values))
+
+    def _sum(self, values):
         if self.number == 0:
-            return tokens[:0]
-        return torch.segment_reduce(tokens, "sum", offsets=self.offsets, unsafe=True)
+            return values[0, :0]
+        return torch.segment_reduce(values[0], "sum", offsets=self.offsets, unsafe=True)
 
 
 def _as_bool(mask):

@@ -126,6 +126,25 @@ def test_without_gradient_the_logits_are_only_read(monkeypatch):
     assert traffic_of(counter, *ROWS) == (reads * batch.logits.nbytes, 0)
 
 
+@pytest.mark.parametrize(("loss_type", "launches"), [("dapo", 10), ("grpo", 13)])
+def test_packed_launches(loss_type, launches, monkeypatch):
+    """Small ones find a token's sequence; README says how many."""
+    monkeypatch.setattr("grpo_fused.validation.check_cu_seqlens", lambda *args: None)
+    batch = make_batch(B=3, T=4, V=17)
+    lengths = batch.mask.sum(1).tolist()
+    logits, ids, mask = pack(lengths, batch.logits[:, :4], batch.ids, batch.mask)
+    ends = cu_seqlens(lengths, "cpu")
+    with Counter(monkeypatch) as counter:
+        grpo_loss(
+            *(logits.requires_grad_(True), ids, mask, batch.advantages),
+            cu_seqlens=ends,
+            num_items_in_batch=9,
+            loss_type=loss_type,
+            implementation="triton",
+        )
+    assert len(counter.launches) <= launches, counter.launches
+
+
 def test_packed_logits_are_read_no_more_often(monkeypatch):
     batch = make_batch(B=3, T=4, V=17)
     lengths = batch.mask.sum(1).tolist()
