@@ -16,7 +16,25 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 
 import grpo_fused.autograd  # noqa: E402
+import grpo_fused.kernels.reduce  # noqa: E402
 import grpo_fused.rows  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # Triton patches its language again for every call of a device function, 60 % of the time of a
+    # launch. The launch has done that; what a function's own module needs lasts from its first call.
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patch_and_call, called = InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        if self in called:
+            return self.rewrite()(*args, **kwargs)
+        called.add(self)
+        return patch_and_call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+    # The interpreter calls a reduction's function once an element.
+    grpo_fused.kernels.reduce.BLOCK = 32
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores: threads of threads only wait for each other
