@@ -56,9 +56,8 @@ def peaks(steps, prepare, device):
     """(steps that ran, {name: figures}): peak memory, or that there was not enough."""
     ran, figures = {}, {}
     for name, step in steps.items():
-        prepare()
         try:
-            figures[name] = {"peak_bytes": measure.peak_bytes(step, device)}
+            figures[name] = {"peak_bytes": measure.peak_bytes(step, device, prepare)}
             ran[name] = step
         except torch.OutOfMemoryError:
             figures[name] = "out of memory"

@@ -8,6 +8,7 @@ import torch
 from grpo_fused import reference
 from grpo_fused.kernels.objective import HAS_TRITON
 from grpo_fused.metrics import METRICS, SUMS
+from grpo_fused.rows import gradient_memory
 
 LAUNCHERS = {"torch": reference}
 if HAS_TRITON:
@@ -66,9 +67,11 @@ class Options(NamedTuple):
     implementation: str
 
 
-def _gradient_memory(logits, inplace):
-    if inplace:
+def _gradient_memory(logits, options):
+    if options.inplace:
         return logits
+    if options.implementation == "torch":
+        return gradient_memory(logits)
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
@@ -169,7 +172,7 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, tokens, weights, scales, formula, options):
-        dlogits = _gradient_memory(logits, options.inplace)
+        dlogits = _gradient_memory(logits, options)
         results = run_fused_loss(logits, tokens, weights, scales, formula, options, dlogits)
         _note_overwritten(logits, dlogits)
         ctx.launchers, ctx.spent = LAUNCHERS[options.implementation], False
@@ -208,7 +211,7 @@ class LogProb(torch.autograd.Function):
         (logits, ids, active, *statistics), scales = _saved(ctx)
         dlogps = torch.zeros_like(statistics[0]) if dlogps is None else dlogps.contiguous()
         dentropies = None if dentropies is None else dentropies.contiguous()
-        dlogits = _gradient_memory(logits, options.inplace)
+        dlogits = _gradient_memory(logits, options)
         LAUNCHERS[options.implementation].logprob_bwd(
             *(logits, ids, active, *scales, *statistics, dlogps, dentropies, dlogits)
         )

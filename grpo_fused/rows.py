@@ -4,12 +4,14 @@ No temporary is as large as the logits; the exponentials are computed once and t
 gradient in place. Statistics are relative to the row's maximum, as in the kernels, here in base e.
 """
 
+import mmap
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 BLOCK_BYTES = 8 << 20  # float32 scratch of a block of rows; "Measured facts" in CONTRIBUTING.md
+LAZY_BYTES = 1 << 20  # from here on the C library takes memory from the system as well
 GAP_ELEMENTS = 1 << 14  # masked rows worth this little are computed with their neighbours
 FLOOR = -1.0e4  # e^z is exactly 0 below this, and 0 * FLOOR is 0 where 0 * -inf would be NaN
 
@@ -41,17 +43,35 @@ def _matrices(*tensors):
     return list(zip(*([None] * len(tensors[0]) if t is None else t for t in tensors), strict=True))
 
 
+def gradient_memory(logits):
+    """Memory for the gradient of logits, of which masked rows take none on a CPU.
+
+    Pages fresh from the system are zeros that exist once they are written: `blocks` lets them be.
+    """
+    size = logits.numel() * logits.element_size()
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or size < LAZY_BYTES:
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )
+    pages = mmap.mmap(-1, size, **private)
+    memory = torch.frombuffer(pages, dtype=logits.dtype).view(logits.shape)
+    memory.untouched = True
+    return memory
+
+
 def blocks(logits, dlogits, active):
     """Yield (slice of the rows, block of logits, block of dlogits, rows to select away or None).
 
-    Rows of dlogits that are in no block are masked and zeroed here.
+    Rows of dlogits that are in no block are masked and zero afterwards.
     """
     start = 0
+    untouched = getattr(dlogits, "untouched", False)
     for x, dx in _matrices(logits, dlogits):
         rows = active[start : start + len(x)]
         done = 0
         for first, stop in _active_blocks(rows, x.shape[1]):
-            if dx is not None:
+            if not (dx is None or untouched):
                 dx[done:first].zero_()
             done = stop
             masked = ~rows[first:stop]
@@ -59,7 +79,7 @@ def blocks(logits, dlogits, active):
                 masked = None
             block = slice(start + first, start + stop)
             yield block, x[first:stop], None if dx is None else dx[first:stop], masked
-        if dx is not None:
+        if not (dx is None or untouched):
             dx[done:].zero_()
         start += len(x)
 

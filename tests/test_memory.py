@@ -1,5 +1,8 @@
 """The torch implementation holds no second copy of the logits, whatever their size."""
 
+import mmap
+import sys
+
 import pytest
 import torch
 from batches import make_batch
@@ -101,3 +104,29 @@ def test_no_value_is_read_or_sent_off_the_cpu(dtype, as_tensors, monkeypatch):
         )
         (logps.sum() + entropies.sum()).backward()
     assert logits.grad.shape == logits.shape and out.logps.shape == (2, 3)
+
+
+def resident_bytes(tensor):
+    """Memory that the pages of a tensor take, as /proc/self/pagemap has it."""
+    first, size = tensor.data_ptr() // mmap.PAGESIZE, -(-tensor.nbytes // mmap.PAGESIZE)
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(8 * first)
+        entries = torch.frombuffer(bytearray(pagemap.read(8 * size)), dtype=torch.int64)
+    return mmap.PAGESIZE * (entries < 0).sum().item()  # the top bit: the page exists
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("function", ["loss", "log-probabilities"])
+def test_gradient_of_masked_rows_takes_no_memory(function):
+    mask = torch.tensor([1, 0])[:, None].expand(2, 64)
+    batch = make_batch(B=2, T=64, V=16384, extra=0, mask=mask)
+    logits = batch.leaf()
+    ids, advantages = batch.ids, batch.advantages
+    if function == "loss":
+        loss = grpo_loss(logits, ids, mask, advantages, implementation="torch").loss
+    else:
+        loss = selective_log_softmax(logits, ids, mask, implementation="torch")[0].sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    huge_page = 2 << 20
+    assert gradient[0].nbytes <= resident_bytes(gradient) <= gradient[0].nbytes + huge_page
+    assert gradient[0].any() and not gradient[1].any()
