@@ -8,8 +8,10 @@ from grpo_fused.advantages import (
     whiten,
 )
 from grpo_fused.corrections import entropy_quantile_mask, off_policy_mask, rollout_weights
+from grpo_fused.family import LossOutput
+from grpo_fused.linear import linear_grpo_loss, linear_selective_log_softmax
 from grpo_fused.logprob import selective_log_softmax
-from grpo_fused.loss import LossOutput, grpo_loss
+from grpo_fused.loss import grpo_loss
 from grpo_fused.losses import LOSSES
 from grpo_fused.objectives import Cispo, Clip, PolicyGradient, Sapo
 from grpo_fused.sequence_objectives import Gmpo, Vespo
@@ -29,6 +31,8 @@ __all__ = [
     "entropy_quantile_mask",
     "gae_advantages",
     "grpo_loss",
+    "linear_grpo_loss",
+    "linear_selective_log_softmax",
     "mask_truncated",
     "off_policy_mask",
     "outcome_advantages",

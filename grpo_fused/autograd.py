@@ -63,14 +63,13 @@ class Options(NamedTuple):
     """How it is computed, the loss or log-probabilities alone."""
 
     compute_entropy: bool
-    inplace: bool
     implementation: str
 
 
-def _gradient_memory(logits, options):
-    if options.inplace:
+def _gradient_memory(logits, inplace, implementation):
+    if inplace:
         return logits
-    if options.implementation == "torch":
+    if implementation == "torch":
         return gradient_memory(logits)
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
@@ -81,7 +80,7 @@ def _note_overwritten(logits, dlogits):
         torch.autograd.graph.increment_version(logits)
 
 
-def _spend(ctx, what):
+def spend(ctx, what):
     """Refuse to hand out, a second time, a gradient buffer that others may have written into."""
     if torch.compiler.is_compiling():
         return
@@ -109,13 +108,13 @@ def first_order(backward):
     return refuse
 
 
-def _save(ctx, tensors, scales):
+def save(ctx, tensors, scales):
     """Save tensors, and scales that are numbers or tensors: a changed tensor is then noticed."""
     ctx.numbers = tuple(None if isinstance(s, torch.Tensor) else (s,) for s in scales)
     ctx.save_for_backward(*tensors, *(s if isinstance(s, torch.Tensor) else None for s in scales))
 
 
-def _saved(ctx):
+def saved(ctx):
     """(tensors, scales) as they were saved."""
     saved = ctx.saved_tensors  # once: checkpointing unpacks them once
     count = len(saved) - len(ctx.numbers)
@@ -123,7 +122,7 @@ def _saved(ctx):
     return saved[:count], [tensor if number is None else number[0] for number, tensor in scales]
 
 
-def _output(*shape, like):
+def output(*shape, like):
     # Each of its own memory: views of one buffer, written by an op, come out wrong when compiled.
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
@@ -147,14 +146,14 @@ def run_fused_loss(logits, tokens, weights, scales, formula, options, dlogits=No
         dlogits: (B, L, V) to write the gradient into, or None.
     """
     shape = tokens.ids.shape
-    terms, logps = _output(4, *shape, like=logits), _output(*shape, like=logits)
-    entropies = _output(*shape, like=logits) if options.compute_entropy else None
+    terms, logps = output(4, *shape, like=logits), output(*shape, like=logits)
+    entropies = output(*shape, like=logits) if options.compute_entropy else None
     launchers = LAUNCHERS[options.implementation]
     launchers.fused_loss(
         *(logits, *tokens, *weights, *scales, *formula), terms, logps, entropies, dlogits
     )
-    loss, sums = _output(like=logits), _output(len(SUMS), like=logits)
-    metrics = _output(len(METRICS), like=logits)
+    loss, sums = output(like=logits), output(len(SUMS), like=logits)
+    metrics = output(len(METRICS), like=logits)
     launchers.reduce(terms, tokens.active, entropies, loss, sums, metrics)
     return LossResults(loss, sums, metrics, logps, entropies)
 
@@ -162,7 +161,7 @@ def run_fused_loss(logits, tokens, weights, scales, formula, options, dlogits=No
 def run_logprob(logits, ids, active, scales, options, gradient=False):
     """Launch the log-probabilities: (logps, entropies, maxima, totals), the last two or None."""
     wanted = (True, options.compute_entropy, gradient, gradient)
-    outputs = [_output(*ids.shape, like=logits) if want else None for want in wanted]
+    outputs = [output(*ids.shape, like=logits) if want else None for want in wanted]
     LAUNCHERS[options.implementation].logprob_fwd(logits, ids, active, *scales, *outputs)
     return outputs
 
@@ -171,12 +170,12 @@ class FusedLoss(torch.autograd.Function):
     """Loss whose gradient in the logits is made in forward: LossResults."""
 
     @staticmethod
-    def forward(ctx, logits, tokens, weights, scales, formula, options):
-        dlogits = _gradient_memory(logits, options)
+    def forward(ctx, logits, tokens, weights, scales, formula, options, inplace):
+        dlogits = _gradient_memory(logits, inplace, options.implementation)
         results = run_fused_loss(logits, tokens, weights, scales, formula, options, dlogits)
         _note_overwritten(logits, dlogits)
         ctx.launchers, ctx.spent = LAUNCHERS[options.implementation], False
-        _save(ctx, (dlogits,), (formula.grad_scale,))
+        save(ctx, (dlogits,), (formula.grad_scale,))
         ctx.mark_non_differentiable(*(t for t in results[1:] if t is not None))
         ctx.set_materialize_grads(False)  # zeros for all of these would be launches
         return tuple(results)
@@ -184,43 +183,35 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, grad_output, *_):
-        _spend(ctx, "grpo_loss")
-        (dlogits,), (grad_scale,) = _saved(ctx)
+        spend(ctx, "grpo_loss")
+        (dlogits,), (grad_scale,) = saved(ctx)
         dlogits = dlogits.detach()
         ctx.launchers.rescale(dlogits, grad_output, grad_scale)
-        return dlogits, None, None, None, None, None
+        return dlogits, None, None, None, None, None, None
 
 
 class LogProb(torch.autograd.Function):
     """Log-probabilities and entropies, differentiable with any upstream gradients."""
 
     @staticmethod
-    def forward(ctx, logits, ids, active, scales, options):
+    def forward(ctx, logits, ids, active, scales, options, inplace):
         logps, entropies, maxima, totals = run_logprob(logits, ids, active, scales, options, True)
-        ctx.options, ctx.spent = options, False
-        _save(ctx, (logits, ids, active, logps, entropies, maxima, totals), scales)
+        ctx.implementation, ctx.inplace, ctx.spent = options.implementation, inplace, False
+        save(ctx, (logits, ids, active, logps, entropies, maxima, totals), scales)
         ctx.set_materialize_grads(False)
         return logps, entropies
 
     @staticmethod
     @first_order
     def backward(ctx, dlogps, dentropies):
-        options = ctx.options
-        if options.inplace:
-            _spend(ctx, "logits with inplace=True")
-        (logits, ids, active, *statistics), scales = _saved(ctx)
+        if ctx.inplace:
+            spend(ctx, "logits with inplace=True")
+        (logits, ids, active, *statistics), scales = saved(ctx)
         dlogps = torch.zeros_like(statistics[0]) if dlogps is None else dlogps.contiguous()
         dentropies = None if dentropies is None else dentropies.contiguous()
-        dlogits = _gradient_memory(logits, options)
-        LAUNCHERS[options.implementation].logprob_bwd(
+        dlogits = _gradient_memory(logits, ctx.inplace, ctx.implementation)
+        LAUNCHERS[ctx.implementation].logprob_bwd(
             *(logits, ids, active, *scales, *statistics, dlogps, dentropies, dlogits)
         )
         _note_overwritten(logits, dlogits)
-        return dlogits.detach(), None, None, None, None
-
-
-def log_probabilities(logits, ids, active, scales, options):
-    """(logps, entropies) (B, T), differentiable if the logits are; entropies may be None."""
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return LogProb.apply(logits, ids, active, scales, options)
-    return tuple(run_logprob(logits, ids, active, scales, options)[:2])
+        return dlogits.detach(), None, None, None, None, None

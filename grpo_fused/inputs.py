@@ -9,18 +9,19 @@ from grpo_fused.weights import divisors
 
 
 def prepare_tokens(
-    logits, ids, mask, cu_seqlens, inplace, ids_name="completion_ids", mask_name="mask", **values
+    source, ids, mask, cu_seqlens, ids_name="completion_ids", mask_name="mask", **values
 ):
-    """(logits (B, L, V), Tokens, sequences): a packed batch (N, V) becomes one row (1, N, V).
+    """(Tokens, sequences, shape of ids): a packed batch (N, ...) becomes one row (1, N, ...).
 
     Args:
-        logits, ids, mask, cu_seqlens, inplace: as `grpo_loss`.
+        source: `sources.Logits` or `sources.Hidden`; checked, and given the dimension of sequences.
+        ids, mask, cu_seqlens: as `grpo_loss`.
         ids_name, mask_name: how messages call them.
         values: by the names of `grpo_loss`; those that are missing are None.
     """
-    shape = validation.check_layout(logits, ids, ids_name, cu_seqlens)
+    shape = validation.check_layout(source, ids, ids_name, cu_seqlens)
     number = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    validation.check_tokens(logits, shape, number, {ids_name: ids, mask_name: mask, **values})
+    validation.check_tokens(source, shape, number, {ids_name: ids, mask_name: mask, **values})
 
     def per_token(value):
         """(B, T) of what has the shape of ids."""
@@ -46,9 +47,11 @@ def prepare_tokens(
         return None if value is None else value.contiguous()
 
     ids, mask = per_token(ids), per_token(mask)
-    logits = logits[None] if len(shape) == 1 else logits
-    validation.check_logits(logits, ids, ids_name, inplace)
-    validation.check_ids(logits, ids, ids_name, mask)
+    if len(shape) == 1:
+        source.tensor = source.tensor[None]
+    validation.check_rows(source, ids, ids_name)
+    source.check()
+    validation.check_ids(source, ids, ids_name, mask)
     sequences = Padded(ids, mask) if cu_seqlens is None else Packed(ids, mask, cu_seqlens)
     tokens = Tokens(
         ids.contiguous(),
@@ -59,7 +62,7 @@ def prepare_tokens(
         floats(argument("importance_sampling_ratio")),
         argument("policy_mask"),
     )
-    return logits, tokens, sequences, shape
+    return tokens, sequences, shape
 
 
 def for_launch(inputs, sequences):
@@ -72,16 +75,16 @@ def for_launch(inputs, sequences):
     return inputs._replace(**made)
 
 
-def prepare_scales(logits, shape, sequences, temperature, logit_scale, logit_softcap):
+def prepare_scales(source, shape, sequences, temperature, logit_scale, logit_softcap):
     """Scales; `shape` is that of ids as the caller gave them."""
-    temperature = validation.check_temperature(temperature, logits, shape, sequences)
+    temperature = validation.check_temperature(temperature, source, shape, sequences)
     if isinstance(temperature, torch.Tensor) and temperature.dim():
         if len(shape) == 1 and temperature.shape != (sequences.number,):
             temperature = temperature[None]
         temperature = sequences.argument(temperature.float()).contiguous()
     if logit_softcap is not None:
-        logit_softcap = validation.check_scale("logit_softcap", logit_softcap, logits, True)
-    logit_scale = validation.check_scale("logit_scale", logit_scale, logits, positive=True)
+        logit_softcap = validation.check_scale("logit_softcap", logit_softcap, source, True)
+    logit_scale = validation.check_scale("logit_scale", logit_scale, source, positive=True)
     return Scales(temperature, logit_scale, logit_softcap)
 
 

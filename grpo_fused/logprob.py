@@ -1,8 +1,9 @@
 """Log-probabilities and entropies: for losses nobody has written yet, and to score without one."""
 
 from grpo_fused import validation
-from grpo_fused.autograd import Options, log_probabilities
+from grpo_fused.autograd import Options
 from grpo_fused.inputs import prepare_scales, prepare_tokens
+from grpo_fused.sources import Logits
 
 
 def selective_log_softmax(
@@ -47,14 +48,14 @@ def selective_log_softmax(
         ValueError: as `grpo_loss`.
         RuntimeError: a second backward with inplace.
     """
-    logits, tokens, sequences, shape = prepare_tokens(
-        logits, ids, mask, None, inplace, ids_name="ids"
-    )
-    scales = prepare_scales(logits, shape, sequences, temperature, logit_scale, logit_softcap)
-    options = Options(
-        bool(compute_entropy), inplace, validation.choose_implementation(implementation, logits)
-    )
-    logps, entropies = log_probabilities(logits, tokens.ids, tokens.active, scales, options)
-    if len(shape) == 1:
-        logps, entropies = (None if t is None else t.squeeze(0) for t in (logps, entropies))
-    return logps, entropies
+    source = Logits(logits, inplace)
+    tokens, sequences, shape = prepare_tokens(source, ids, mask, None, ids_name="ids")
+    scales = prepare_scales(source, shape, sequences, temperature, logit_scale, logit_softcap)
+    implementation = validation.choose_implementation(implementation, logits.device)
+    options = Options(bool(compute_entropy), implementation)
+    return as_ids(source.log_probabilities(tokens, scales, options), shape)
+
+
+def as_ids(values, shape):
+    """Values (1, N) of ids that came as (N,) in that shape, None as it is."""
+    return tuple(t if t is None or len(shape) == 2 else t.squeeze(0) for t in values)

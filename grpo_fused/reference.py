@@ -1,9 +1,12 @@
 """The launchers in plain torch: the default on CPU and wherever Triton is not."""
 
+import functools
+
 import torch
 
 from grpo_fused.divergences import DIVERGENCES, corrected, weighted
 from grpo_fused.kernels.library import launcher
+from grpo_fused.kernels.linear_launchers import RowLaunchers, linear_launchers
 from grpo_fused.metrics import total
 from grpo_fused.objectives import Objective, clamped_exp
 from grpo_fused.rows import (
@@ -24,6 +27,8 @@ from grpo_fused.rows import (
     write_gradient,
 )
 
+torch_launcher = functools.partial(launcher, suffix="_torch")
+
 
 def _active_rows(active, ids, positions):
     return spread(torch.ones_like(ids) if active is None else active, ids.shape, positions) != 0
@@ -35,7 +40,7 @@ def _weight(items, divisor, block):
     return 1.0 / (items * divisor)
 
 
-@launcher
+@torch_launcher
 def fused_loss(
     logits,
     ids,
@@ -122,7 +127,7 @@ def fused_loss(
     collect(outputs, rows, positions)
 
 
-@launcher
+@torch_launcher
 def logprob_fwd(
     logits,
     ids,
@@ -153,7 +158,7 @@ def logprob_fwd(
     collect(outputs, rows, positions)
 
 
-@launcher
+@torch_launcher
 def logprob_bwd(
     logits,
     ids,
@@ -192,7 +197,7 @@ def logprob_bwd(
         write_gradient(gradient(row, exponents, target, g, h, slope), dx, masked)
 
 
-@launcher
+@torch_launcher
 def reduce(terms, active, entropies, loss, sums, metrics):
     """As `grpo_fused.kernels.reduce.reduce`."""
     _, kl, clipped, ratio = terms
@@ -203,9 +208,14 @@ def reduce(terms, active, entropies, loss, sums, metrics):
     loss.copy_(sums[0])
 
 
-@launcher
+@torch_launcher
 def rescale(dlogits, grad_output, grad_scale):
     """As `grpo_fused.kernels.rescale.rescale`; waits for nothing but a number on the CPU."""
     factor = grad_output / grad_scale
     if factor.device.type != "cpu" or factor != 1.0:
         dlogits.mul_(factor)
+
+
+linear_loss, linear_logprob_fwd, linear_logprob_bwd = linear_launchers(
+    RowLaunchers(fused_loss, logprob_fwd, logprob_bwd), suffix="_torch"
+)

@@ -74,7 +74,7 @@ def check_objective(objective, *, device="cpu", rtol=1e-5):
 def can_run_kernels(device):
     """Whether Triton runs on the device, by its driver or by the interpreter."""
     try:
-        return HAS_TRITON and choose_implementation("triton", torch.empty(0, device=device))
+        return HAS_TRITON and choose_implementation("triton", torch.device(device))
     except ValueError:
         return False
 

@@ -23,39 +23,49 @@ REDUCTIONS = ("sum", "none")
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 
-def check_layout(logits, ids, ids_name, cu_seqlens):
+def check_layout(source, ids, ids_name, cu_seqlens):
     """The shape of ids, (B, T) or (N,), after a look at what decides between the two."""
-    for name, tensor in (("logits", logits), (ids_name, ids)):
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    shape = tuple(ids.shape)
-    if cu_seqlens is None and ids_name != "ids" and logits.dim() == 2:
-        raise ValueError(f"logits {tuple(logits.shape)}, packed, need cu_seqlens, got None")
-    if cu_seqlens is None and logits.dim() != 2:
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(f"{ids_name} must be a tensor, got {type(ids).__name__}")
+    shape, found = tuple(ids.shape), tuple(source.tensor.shape)
+    if cu_seqlens is None and ids_name != "ids" and len(found) == 2:
+        raise ValueError(f"{source.name} {found}, packed, need cu_seqlens, got None")
+    if cu_seqlens is None and len(found) != 2:
         if len(shape) != 2:
             raise ValueError(f"{ids_name} must be (B, T), got {shape}")
         return shape
-    if logits.dim() != 2 or ids.dim() != 1 or len(logits) != len(ids):
-        found = f"logits {tuple(logits.shape)} and {ids_name} {shape}"
-        raise ValueError(f"logits (N, V) need {ids_name} (N,), got {found}")
+    if len(found) != 2 or ids.dim() != 1 or found[0] != shape[0]:
+        wanted = f"{source.name} (N, {source.columns}) need {ids_name} (N,)"
+        raise ValueError(f"{wanted}, got {source.name} {found} and {ids_name} {shape}")
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, len(logits), logits.device)
+        check_cu_seqlens(cu_seqlens, shape[0], source.tensor.device)
     return shape
 
 
-def check_logits(logits, ids, ids_name, inplace):
-    """Shapes and dtypes of logits (B, T, V) or (B, T + 1, V) and ids (B, T)."""
-    if logits.dtype not in FLOATS:
-        raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
+def check_rows(source, ids, ids_name):
+    """Shapes and dtypes of rows (B, T, ...) or (B, T + 1, ...) and ids (B, T)."""
+    rows, name, columns = source.tensor, source.name, source.columns
+    check_floats(name, rows)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{ids_name} must be integers, got {ids.dtype}")
-    shape, wanted = tuple(logits.shape), tuple(ids.shape)
-    fits = logits.dim() == 3 and ids.dim() == 2 and shape[0] == wanted[0]
+    shape, wanted = tuple(rows.shape), tuple(ids.shape)
+    fits = rows.dim() == 3 and ids.dim() == 2 and shape[0] == wanted[0]
     if not (fits and shape[1] in (wanted[1], wanted[1] + 1) and shape[2] > 0):
         raise ValueError(
-            f"logits must be (B, T, V) or (B, T + 1, V) for {ids_name} (B, T), "
-            f"got logits {shape} and {ids_name} {wanted}"
+            f"{name} must be (B, T, {columns}) or (B, T + 1, {columns}) for {ids_name} (B, T), "
+            f"got {name} {shape} and {ids_name} {wanted}"
         )
+
+
+def check_floats(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_logits(logits, inplace):
+    """What kernels need of logits, and who may lose their values."""
     if logits.stride(2) != 1 and logits.shape[2] > 1:
         raise ValueError(
             f"logits must be contiguous in the last dimension, got strides {logits.stride()}"
@@ -77,7 +87,59 @@ def _holds_values_of_a_leaf(logits):
     return logits._base is not None and logits._base.is_leaf
 
 
-def check_tokens(logits, shape, number, tensors):
+def check_head(source):
+    """What a head needs of its weight, bias and main_grad: `sources.Hidden`."""
+    weight, bias, main_grad = source.weight, source.bias, source.main_grad
+    check_floats("weight", weight)
+    _check_not_sharded("weight", weight)
+    H = source.tensor.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != H or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must be (V, {H}) for hidden (..., {H}), got {tuple(weight.shape)}"
+        )
+    V = weight.shape[0]
+    wanted = {"weight": (weight, (V, H)), "bias": (bias, (V,)), "main_grad": (main_grad, (V, H))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        check_floats(name, tensor)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+        check_device(name, tensor, source)
+        if name != "main_grad" and not source.converts and tensor.dtype != source.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, hidden is {source.dtype}: convert one, use autocast, "
+                "or upcast=True for logits in float32"
+            )
+    if main_grad is None:
+        return
+    if main_grad.dtype != torch.float32 or main_grad.requires_grad:
+        raise ValueError(
+            f"main_grad must be float32 that requires no gradient, got {main_grad.dtype}"
+        )
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError("main_grad is given, but weight requires no gradient to add to it")
+
+
+def _check_not_sharded(name, tensor):
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, DTensor):
+        raise ValueError(
+            f"{name} is a DTensor, sharded over ranks: call the function inside of the forward of "
+            "the module that owns it, where FSDP has gathered it, or pass full_tensor() with "
+            'grad_placements=[Partial("avg")]'
+        )
+
+
+def check_chunk_bytes(chunk_bytes):
+    if chunk_bytes is not None and not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
+        raise ValueError(f"chunk_bytes must be a positive integer or None, got {chunk_bytes!r}")
+
+
+def check_tokens(source, shape, number, tensors):
     """Tensors that go with ids of a shape, (B, T) or (N,), in a number of sequences."""
     for name, tensor in tensors.items():
         if tensor is None and name != "advantages":
@@ -95,15 +157,21 @@ def check_tokens(logits, shape, number, tensors):
             raise ValueError(f"{name} must have shape {choice} for ids {shape}, got {found}")
         if name in FLOATING and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device}, logits are on {logits.device}")
+        check_device(name, tensor, source)
 
 
-def check_ids(logits, ids, ids_name, mask):
+def check_device(name, tensor, source):
+    """A tensor is where the logits, or what makes them, are."""
+    device = source.tensor.device
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, {source.name} are on {device}")
+
+
+def check_ids(source, ids, ids_name, mask):
     """Active ids lie in the vocabulary; checked on the CPU only, where reading them is free."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    V = logits.shape[2]
+    V = source.vocabulary
     outside = (ids < 0) | (ids >= V)
     if mask is not None:
         outside &= mask != 0
@@ -112,13 +180,12 @@ def check_ids(logits, ids, ids_name, mask):
         raise ValueError(f"{ids_name} must lie in [0, {V}) where the mask is nonzero, got {found}")
 
 
-def check_scale(name, value, logits, positive=False, nonzero=False):
+def check_scale(name, value, source, positive=False, nonzero=False):
     """A number, returned as a float, or a 0-d tensor on the device of the logits."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got {tuple(value.shape)}")
-        if value.device != logits.device:
-            raise ValueError(f"{name} is on {value.device}, logits are on {logits.device}")
+        check_device(name, value, source)
         value = value.detach()
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return value
@@ -131,11 +198,11 @@ def check_scale(name, value, logits, positive=False, nonzero=False):
     return value if isinstance(value, torch.Tensor) else number
 
 
-def check_temperature(temperature, logits, shape, sequences):
+def check_temperature(temperature, source, shape, sequences):
     """As `check_scale`, or one temperature per sequence or token; masked ones may be anything."""
     if not isinstance(temperature, torch.Tensor) or temperature.dim() == 0:
-        return check_scale("temperature", temperature, logits, positive=True)
-    check_tokens(logits, shape, sequences.number, {"temperature": temperature})
+        return check_scale("temperature", temperature, source, positive=True)
+    check_tokens(source, shape, sequences.number, {"temperature": temperature})
     temperature = temperature.detach()
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
         per_sequence = temperature.shape == (sequences.number,)
@@ -190,10 +257,10 @@ def _has_driver(device_type):
     return driver.active.get_active_torch_device().type == device_type
 
 
-def choose_implementation(implementation, logits):
+def choose_implementation(implementation, device):
     """Resolve "auto"; refuse "triton" where it cannot serve."""
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    serves = triton_serves(logits.device.type)
+    serves = triton_serves(device.type)
     if implementation == "auto":
         return "triton" if serves else "torch"
     if implementation == "triton" and not serves:
@@ -204,6 +271,6 @@ def choose_implementation(implementation, logits):
         if not INTERPRETED:
             raise ValueError(
                 f'implementation="triton" needs a device with a Triton driver, got logits on '
-                f'{logits.device}; use "torch", or set TRITON_INTERPRET=1 before the first import'
+                f'{device}; use "torch", or set TRITON_INTERPRET=1 before the first import'
             )
     return implementation

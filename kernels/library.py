@@ -9,29 +9,40 @@ import functools
 
 import torch
 
+# What a head makes logits of, and the gradients that come back to it: `linear.Head`.
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? order, Tensor? counts, "
+DHEAD = "Tensor(x!)? dhidden, Tensor(y!)? dweight, Tensor(z!)? dbias"
+SCALES = "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap, "
+LOSS = (
+    "Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? ratios, "
+    "Tensor? policy_mask, Tensor items, Tensor divisor, Tensor kl_items, Tensor kl_divisor, "
+    f"Tensor? entropy_items, Tensor? entropy_coef, {SCALES}Tensor beta, Tensor grad_scale, "
+    "str objective, float[] knobs, str divergence, bool bias_correction, "
+)
+LOSS_OUTPUTS = "Tensor(a!) terms, Tensor(b!) logps, Tensor(c!)? entropies, "
+LOGPROB_OUTPUTS = "Tensor(a!) logps, Tensor(b!)? entropies, Tensor(c!)? maxima, Tensor(d!)? totals"
+LOGPROB_GRADIENTS = (
+    "Tensor logps, Tensor? entropies, Tensor maxima, Tensor totals, "
+    "Tensor dlogps, Tensor? dentropies, "
+)
+
 # What every implementation's launchers take, in the notation of torch.library: `(a!)` marks an
 # output. In eager calls a number may stand for a 0-d tensor.
 SIGNATURES = {
-    "logprob_fwd": (
-        "Tensor logits, Tensor ids, Tensor? active, "
-        "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap, "
-        "Tensor(a!) logps, Tensor(b!)? entropies, Tensor(c!)? maxima, Tensor(d!)? totals"
-    ),
+    "logprob_fwd": f"Tensor logits, Tensor ids, Tensor? active, {SCALES}{LOGPROB_OUTPUTS}",
     "logprob_bwd": (
-        "Tensor logits, Tensor ids, Tensor? active, "
-        "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap, "
-        "Tensor logps, Tensor? entropies, Tensor maxima, Tensor totals, "
-        "Tensor dlogps, Tensor? dentropies, Tensor(a!) dlogits"
+        f"Tensor logits, Tensor ids, Tensor? active, {SCALES}{LOGPROB_GRADIENTS}Tensor(a!) dlogits"
     ),
     "fused_loss": (
-        "Tensor logits, Tensor ids, Tensor? active, Tensor advantages, "
-        "Tensor? old_logps, Tensor? ref_logps, Tensor? ratios, Tensor? policy_mask, "
-        "Tensor items, Tensor divisor, Tensor kl_items, Tensor kl_divisor, "
-        "Tensor? entropy_items, Tensor? entropy_coef, "
-        "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap, "
-        "Tensor beta, Tensor grad_scale, "
-        "str objective, float[] knobs, str divergence, bool bias_correction, "
-        "Tensor(a!) terms, Tensor(b!) logps, Tensor(c!)? entropies, Tensor(d!)? dlogits"
+        f"Tensor logits, Tensor ids, Tensor? active, {LOSS}{LOSS_OUTPUTS}Tensor(d!)? dlogits"
+    ),
+    "linear_loss": f"{HEAD}Tensor ids, {LOSS}int chunk_bytes, {LOSS_OUTPUTS}{DHEAD}",
+    "linear_logprob_fwd": (
+        f"{HEAD}Tensor ids, {SCALES}int chunk_bytes, {LOGPROB_OUTPUTS}, Tensor(e!)? logits"
+    ),
+    "linear_logprob_bwd": (
+        f"{HEAD}Tensor ids, {SCALES}int chunk_bytes, {LOGPROB_GRADIENTS}bool accumulate, "
+        f"Tensor(a!)? logits, {DHEAD}"
     ),
     "reduce": (
         "Tensor terms, Tensor? active, Tensor? entropies, "
@@ -41,19 +52,19 @@ SIGNATURES = {
 }
 
 
-def launcher(function):
-    """Register a function named in SIGNATURES as `grpo_fused::<name>`, `..._torch` in reference.
+def launcher(function, name=None, suffix=""):
+    """Register a function named in SIGNATURES as `grpo_fused::<name><suffix>`.
 
     Floats become 0-d tensors on the way into the op, so that a new value is new data and not a new
     graph.
     """
-    signature = SIGNATURES[function.__name__]
+    name = name or function.__name__
+    signature = SIGNATURES[name]
     parameters = [parameter.strip() for parameter in signature.split(",")]
     outputs = [parameter.split()[-1] for parameter in parameters if "!" in parameter]
     is_tensor = [parameter.startswith("Tensor") for parameter in parameters]
-    suffix = "_torch" if function.__module__.endswith(".reference") else ""
     op = torch.library.custom_op(
-        f"grpo_fused::{function.__name__}{suffix}",
+        f"grpo_fused::{name}{suffix}",
         function,
         mutates_args=outputs,
         schema=f"({signature}) -> ()",

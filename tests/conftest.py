@@ -17,6 +17,7 @@ import pytest  # noqa: E402
 
 import grpo_fused.autograd  # noqa: E402
 import grpo_fused.kernels.reduce  # noqa: E402
+import grpo_fused.linear_autograd  # noqa: E402
 import grpo_fused.rows  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -87,5 +88,5 @@ def poisoned_memory(monkeypatch):
             memory = torch.empty(*args, **kwargs)
             return memory if torch.compiler.is_compiling() else memory.fill_(torch.nan)
 
-    for module in (grpo_fused.autograd, grpo_fused.rows):
+    for module in (grpo_fused.autograd, grpo_fused.linear_autograd, grpo_fused.rows):
         monkeypatch.setattr(module, "torch", Torch())

@@ -1,0 +1,196 @@
+"""The autograd Functions over hidden states and a head: allocate, launch, save, return."""
+
+from typing import NamedTuple
+
+import torch
+
+from grpo_fused.autograd import (
+    LAUNCHERS,
+    Formula,
+    LossResults,
+    Options,
+    Scales,
+    Tokens,
+    Weights,
+    first_order,
+    output,
+    save,
+    saved,
+    spend,
+)
+from grpo_fused.kernels.linear import chunk_limit, logits_memory
+from grpo_fused.metrics import METRICS, SUMS
+from grpo_fused.ordering import Order
+
+
+class Gradients(NamedTuple):
+    """Memory for the gradients that are wanted, the others None."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+NONE = Gradients(None, None, None)
+
+
+def gradients_of(hidden, weight, bias, wanted, order, chunk_bytes):
+    """Gradients to write into; what several chunks add up in is float32."""
+    dhidden, dweight, dbias = None, None, None
+    if wanted[0]:
+        dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    if wanted[1]:
+        rows = hidden.shape[0] * hidden.shape[1]
+        if order.counts is not None and not torch.compiler.is_compiling():
+            rows = int(order.counts[1])
+        one_chunk = rows <= chunk_limit(len(weight), hidden.dtype, chunk_bytes)
+        dtype = weight.dtype if one_chunk and weight.dtype == hidden.dtype else torch.float32
+        dweight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if wanted[2]:
+        dbias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
+    return Gradients(dhidden, dweight, dbias)
+
+
+def as_parameters(gradients, weight, bias):
+    """Gradients in the dtypes of what they belong to."""
+    dhidden, dweight, dbias = gradients
+    dweight = None if dweight is None else dweight.to(weight.dtype)
+    return dhidden, dweight, None if dbias is None else dbias.to(bias.dtype)
+
+
+def narrowed(weight, dtype):
+    """The weight in a lower precision, as autocast has it; a higher one is made in blocks."""
+    return weight.to(dtype) if dtype.itemsize < weight.dtype.itemsize else weight
+
+
+class TokenLosses(NamedTuple):
+    """A loss that knows of one token at a time: one launch a chunk."""
+
+    tokens: Tokens
+    weights: Weights
+    scales: Scales
+    formula: Formula
+    options: Options
+    order: Order
+    chunk_bytes: int
+
+    @property
+    def grad_scale(self):
+        return self.formula.grad_scale
+
+    def run(self, hidden, weight, bias, gradients):
+        """LossResults; writes into Gradients."""
+        ids, active, *constants = self.tokens
+        launchers = LAUNCHERS[self.options.implementation]
+        terms, logps = output(4, *ids.shape, like=hidden), output(*ids.shape, like=hidden)
+        entropies = output(*ids.shape, like=hidden) if self.options.compute_entropy else None
+        launchers.linear_loss(
+            *(hidden, narrowed(weight, hidden.dtype), bias, *self.order, ids, *constants),
+            *(*self.weights, *self.scales, *self.formula, self.chunk_bytes),
+            *(terms, logps, entropies, *gradients),
+        )
+        loss, sums = output(like=hidden), output(len(SUMS), like=hidden)
+        metrics = output(len(METRICS), like=hidden)
+        launchers.reduce(terms, active, entropies, loss, sums, metrics)
+        return LossResults(loss, sums, metrics, logps, entropies)
+
+
+class LinearLoss(torch.autograd.Function):
+    """Loss whose gradients in hidden states and head are made in forward: LossResults."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, main_grad, losses):
+        wanted, order = ctx.needs_input_grad, losses.order
+        gradients = gradients_of(hidden, weight, bias, wanted, order, losses.chunk_bytes)
+        results = losses.run(hidden, weight, bias, gradients)
+        ctx.launchers, ctx.spent = LAUNCHERS[losses.options.implementation], False
+        ctx.main_grad = main_grad
+        if main_grad is None:
+            gradients = as_parameters(gradients, weight, bias)
+        save(ctx, gradients, (losses.grad_scale,))
+        ctx.mark_non_differentiable(*(t for t in results[1:] if t is not None))
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_output, *_):
+        spend(ctx, "linear_grpo_loss")
+        gradients, (grad_scale,) = saved(ctx)
+        dhidden, dweight, dbias = (None if t is None else t.detach() for t in gradients)
+        if ctx.main_grad is not None:
+            ctx.main_grad.addcmul_(dweight, grad_output / grad_scale)
+            dweight = None
+        for gradient in (dhidden, dweight, dbias):
+            if gradient is not None:
+                rows = gradient[(None,) * (3 - gradient.dim())]
+                ctx.launchers.rescale(rows, grad_output, grad_scale)
+        return dhidden, dweight, dbias, None, None
+
+
+class LogProbOptions(NamedTuple):
+    """How log-probabilities are made of hidden states."""
+
+    scales: Scales
+    options: Options
+    order: Order
+    chunk_bytes: int
+    save_logits: bool
+
+
+def run_linear_logprob(hidden, weight, bias, ids, how, gradient=False):
+    """(logps, entropies, maxima, totals, logits), what is not wanted None."""
+    wanted = (True, how.options.compute_entropy, gradient, gradient)
+    outputs = [output(*ids.shape, like=hidden) if want else None for want in wanted]
+    logits = None
+    if how.save_logits and gradient:
+        counts = how.order.counts
+        known = counts is not None and not torch.compiler.is_compiling()
+        rows = int(counts[1]) if known else ids.numel()
+        logits = logits_memory(rows, len(weight), hidden.dtype, hidden.device)
+    LAUNCHERS[how.options.implementation].linear_logprob_fwd(
+        *(hidden, narrowed(weight, hidden.dtype), bias, *how.order, ids, *how.scales),
+        *(how.chunk_bytes, *outputs, logits),
+    )
+    return *outputs, logits
+
+
+class LinearLogProb(torch.autograd.Function):
+    """Log-probabilities and entropies of hidden states, with any upstream gradients."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, main_grad, ids, how):
+        *statistics, logits = run_linear_logprob(hidden, weight, bias, ids, how, True)
+        ctx.how, ctx.main_grad, ctx.spent = how, main_grad, False
+        saved_tensors = (hidden, weight, bias, how.order.tokens, ids, *statistics, logits)
+        save(ctx, saved_tensors, how.scales)
+        ctx.set_materialize_grads(False)
+        return tuple(statistics[:2])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dlogps, dentropies):
+        how, main_grad = ctx.how, ctx.main_grad
+        if how.save_logits:
+            spend(ctx, "log-probabilities with save_logits=True")
+        (hidden, weight, bias, tokens, ids, *statistics, logits), scales = saved(ctx)
+        if weight.untyped_storage().nbytes() == 0:
+            raise RuntimeError(
+                "the weight's memory was freed between forward and backward, as FSDP and ZeRO-3 do "
+                "outside of the module that owns it: call the function inside of its forward"
+            )
+        dlogps = torch.zeros_like(statistics[0]) if dlogps is None else dlogps.contiguous()
+        dentropies = None if dentropies is None else dentropies.contiguous()
+        order, accumulate = Order(tokens, how.order.counts), main_grad is not None
+        wanted = ctx.needs_input_grad
+        wanted = (wanted[0], wanted[1] and not accumulate, wanted[2])
+        gradients = gradients_of(hidden, weight, bias, wanted, order, how.chunk_bytes)
+        if accumulate:
+            gradients = gradients._replace(weight=main_grad)
+        LAUNCHERS[how.options.implementation].linear_logprob_bwd(
+            *(hidden, narrowed(weight, hidden.dtype), bias, *order, ids, *scales, how.chunk_bytes),
+            *(*statistics, dlogps, dentropies, accumulate, logits, *gradients),
+        )
+        if accumulate:
+            gradients = gradients._replace(weight=None)
+        return *as_parameters(gradients, weight, bias), None, None, None

@@ -1,0 +1,92 @@
+"""Which tokens a head is applied to, and in which order: those that want a gradient first.
+
+Masked tokens are left out, and tokens whose gradient is exactly 0 are read forward only. The counts
+come to the host in one copy; without a mask there is nothing to count.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Order(NamedTuple):
+    """Tokens as `kernels.linear.Head` takes them; None: all of them, as they come."""
+
+    tokens: torch.Tensor | None  # (B * T,) indices: with gradient, active, masked
+    counts: torch.Tensor | None  # (2,) on the CPU: how many want a gradient, how many are active
+
+
+class SequenceOrder(NamedTuple):
+    """Sequences in the order of their tokens."""
+
+    index: torch.Tensor | None  # (B,), or None: as they come
+    lengths: torch.Tensor  # (B,) active tokens
+    on_host: list[int]  # the same
+
+
+def tokens_with_gradient(tokens, weights, beta, sequences, *, coupled):
+    """(B, T) bool, or None: all. Without advantage, or switched off, the policy term has none.
+
+    Where the tokens of a sequence are `coupled`, one that has a gradient gives all of them one.
+    """
+    penalised = tokens.ref_logps is not None and (isinstance(beta, torch.Tensor) or beta != 0)
+    if penalised or weights.entropy_coef is not None or sequences.active is None:
+        return None
+    live = sequences.spread(tokens.advantages) != 0
+    if tokens.policy_mask is not None:
+        live = live & (sequences.spread(tokens.policy_mask) != 0)
+    live = live.expand(tokens.ids.shape)
+    if coupled:
+        live = sequences.spread(sequences.sum(live.float()) > 0).expand_as(live)
+    return live
+
+
+def order_tokens(sequences, live=None):
+    """Order of the active tokens of a batch, those that are `live` first."""
+    if sequences.active is None:
+        return Order(None, None)
+    rank = _rank(sequences, live)
+    counts = torch.stack([(rank == 0).sum(), (rank < 2).sum()])
+    return Order(rank.flatten().argsort(stable=True), counts.cpu())
+
+
+def order_sequences(sequences, live=None):
+    """(Order, SequenceOrder): sequences stay whole, those that are `live` first."""
+    number = sequences.number
+    if sequences.active is None:
+        if isinstance(sequences.counts, torch.Tensor):
+            lengths = sequences.counts.long()
+            return Order(None, None), SequenceOrder(None, lengths, lengths.tolist())
+        length = int(sequences.counts)
+        lengths = torch.full((number,), length, device=sequences.device)
+        return Order(None, None), SequenceOrder(None, lengths, [length] * number)
+    counts = sequences.counts.long()
+    index = None
+    if live is not None:
+        index = (sequences.sum(live.float()) == 0).to(torch.uint8).argsort(stable=True)
+        counts = counts[index]
+    rank = _rank(sequences, live)
+    totals = torch.stack([(rank == 0).sum(), (rank < 2).sum()])
+    on_host = torch.cat([totals, counts]).cpu()
+    order = Order(rank.flatten().argsort(stable=True), on_host[:2])
+    return order, SequenceOrder(index, counts, on_host[2:].tolist())
+
+
+def _rank(sequences, live):
+    """(B, T) uint8: 0 with gradient, 1 active without one, 2 masked."""
+    if live is None:
+        return torch.where(sequences.active, 0, 2).to(torch.uint8)
+    return torch.where(sequences.active, torch.where(live, 0, 1), 2).to(torch.uint8)
+
+
+def cut_at_ends(lengths, limit):
+    """Groups [first, last) of sequences, at most `limit` tokens each; None: one is longer."""
+    if max(lengths, default=0) > limit:
+        return None
+    groups, first, size = [], 0, 0
+    for k, length in enumerate(lengths):
+        if size + length > limit:
+            groups.append((first, k))
+            first, size = k, 0
+        size += length
+    return [*groups, (first, len(lengths))]

@@ -1,0 +1,141 @@
+"""Where logits come from: given as a whole, or made of hidden states by the head in chunks.
+
+A source knows how to run each kind of loss on what it has; the rest of the package does not ask.
+"""
+
+import torch
+
+from grpo_fused import validation
+from grpo_fused.autograd import FusedLoss, LogProb, run_fused_loss, run_logprob
+from grpo_fused.coupled import coupled_loss
+from grpo_fused.kernels.linear import chunk_limit
+from grpo_fused.linear_autograd import (
+    NONE,
+    LinearLogProb,
+    LinearLoss,
+    LogProbOptions,
+    TokenLosses,
+    run_linear_logprob,
+)
+from grpo_fused.linear_coupled import SequenceLosses
+from grpo_fused.ordering import (
+    cut_at_ends,
+    order_sequences,
+    order_tokens,
+    tokens_with_gradient,
+)
+
+# Logits of a chunk. On a GPU long enough for its matmuls to be bound by arithmetic and for dW to be
+# touched rarely; on a CPU what its caches nearly hold.
+CHUNK_BYTES = {"cpu": 32 << 20}
+DEVICE_CHUNK_BYTES = 1 << 30
+
+
+class Logits:
+    """Logits (B, L, V) that exist."""
+
+    name, columns = "logits", "V"
+
+    def __init__(self, logits, inplace):
+        validation.check_floats(self.name, logits)
+        self.tensor, self.inplace = logits, inplace
+        self.vocabulary, self.dtype = logits.shape[-1] if logits.dim() else 0, logits.dtype
+
+    def check(self):
+        validation.check_logits(self.tensor, self.inplace)
+
+    def wants_gradient(self):
+        return torch.is_grad_enabled() and self.tensor.requires_grad
+
+    def log_probabilities(self, tokens, scales, options):
+        """(logps, entropies) (B, T), differentiable if the logits are; entropies may be None."""
+        arguments = (self.tensor, tokens.ids, tokens.active, scales, options)
+        if self.wants_gradient():
+            return LogProb.apply(*arguments, self.inplace)
+        return tuple(run_logprob(*arguments)[:2])
+
+    def fused_loss(self, tokens, weights, scales, formula, options, sequences):
+        """LossResults of a loss that knows of one token at a time."""
+        arguments = (self.tensor, tokens, weights, scales, formula, options)
+        if self.wants_gradient():
+            return FusedLoss.apply(*arguments, self.inplace)
+        return run_fused_loss(*arguments)
+
+    def coupled_loss(self, tokens, weights, scales, formula, options, sequences, grad_scale):
+        """LossResults of a loss on log-probabilities."""
+        logps, entropies = self.log_probabilities(tokens, scales, options)
+        results = coupled_loss(logps, entropies, tokens, weights, formula, sequences)
+        return *results, logps, entropies
+
+
+class Hidden:
+    """Hidden states (B, L, H), and the head (V, H) that would make logits of them."""
+
+    name, columns = "hidden", "H"
+
+    def __init__(self, hidden, weight, bias, chunk_bytes, upcast, main_grad, save_logits=False):
+        validation.check_floats(self.name, hidden)
+        self.tensor, self.weight, self.bias, self.main_grad = hidden, weight, bias, main_grad
+        self.save_logits = save_logits
+        device = hidden.device.type
+        self.dtype = hidden.dtype
+        if upcast:
+            self.dtype = torch.float32
+        elif torch.is_autocast_enabled(device):
+            self.dtype = torch.get_autocast_dtype(device)
+        self.converts = upcast or self.dtype != hidden.dtype
+        validation.check_chunk_bytes(chunk_bytes)
+        self.chunk_bytes = chunk_bytes or CHUNK_BYTES.get(device, DEVICE_CHUNK_BYTES)
+        self.vocabulary = len(weight) if isinstance(weight, torch.Tensor) and weight.dim() else 0
+
+    def check(self):
+        validation.check_head(self)
+        self.tensor = self.tensor.to(self.dtype)
+
+    def wants_gradient(self):
+        parameters = (self.tensor, self.weight, self.bias)
+        wanted = any(t is not None and t.requires_grad for t in parameters)
+        return torch.is_grad_enabled() and wanted
+
+    def log_probabilities(self, tokens, scales, options, order):
+        """(logps, entropies) (B, T), differentiable if anything here is; entropies may be None."""
+        how = LogProbOptions(scales, options, order, self.chunk_bytes, self.save_logits)
+        head = (self.tensor, self.weight, self.bias)
+        if self.wants_gradient():
+            return LinearLogProb.apply(*head, self.main_grad, tokens.ids, how)
+        return run_linear_logprob(*head, tokens.ids, how)[:2]
+
+    def fused_loss(self, tokens, weights, scales, formula, options, sequences):
+        """LossResults of a loss that knows of one token at a time."""
+        live = tokens_with_gradient(tokens, weights, formula.beta, sequences, coupled=False)
+        order = order_tokens(sequences, live)
+        rest = (scales, formula, options, order, self.chunk_bytes)
+        return self._run(TokenLosses(tokens, weights, *rest))
+
+    def coupled_loss(self, tokens, weights, scales, formula, options, sequences, grad_scale):
+        """LossResults of a loss on log-probabilities.
+
+        Where the longest sequence fits a chunk the gradient is made with it; else, or when the
+        upstream gradient is not known, the logits are made twice.
+        """
+        live = tokens_with_gradient(tokens, weights, formula.beta, sequences, coupled=True)
+        known = formula.reduction == "sum" and grad_scale is not None
+        if known and not torch.compiler.is_compiling():  # autograd does not run inside of an op
+            order, by_sequence = order_sequences(sequences, live)
+            limit = chunk_limit(self.vocabulary, self.dtype, self.chunk_bytes)
+            groups = cut_at_ends(by_sequence.on_host, limit)
+            if groups is not None:
+                how = (order, self.chunk_bytes, grad_scale, by_sequence, groups)
+                rest = (scales, formula, options, sequences, *how)
+                return self._run(SequenceLosses(tokens, weights, *rest))
+        else:
+            order = order_tokens(sequences, live)
+        logps, entropies = self.log_probabilities(tokens, scales, options, order)
+        results = coupled_loss(logps, entropies, tokens, weights, formula, sequences)
+        return *results, logps, entropies
+
+    def _run(self, losses):
+        head = (self.tensor, self.weight, self.bias)
+        if self.wants_gradient():
+            return LinearLoss.apply(*head, self.main_grad, losses)
+        return losses.run(*head, NONE)
