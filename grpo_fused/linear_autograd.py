@@ -174,7 +174,7 @@ class LinearLogProb(torch.autograd.Function):
         if how.save_logits:
             spend(ctx, "log-probabilities with save_logits=True")
         (hidden, weight, bias, tokens, ids, *statistics, logits), scales = saved(ctx)
-        if weight.untyped_storage().nbytes() == 0:
+        if not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0:
             raise RuntimeError(
                 "the weight's memory was freed between forward and backward, as FSDP and ZeRO-3 do "
                 "outside of the module that owns it: call the function inside of its forward"

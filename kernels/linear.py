@@ -187,7 +187,7 @@ class Head:
             if k == 0:
                 torch.mm(dlogits[:, columns], weight, out=target)
             else:
-                target.addmm_(dlogits[:, columns], weight)
+                torch.addmm(target, dlogits[:, columns], weight, out=target)
         if self.rows is not None:
             self.dhidden.index_copy_(0, self.rows[start:stop], target)
 
@@ -214,7 +214,7 @@ def add_product(total, dlogits, hidden, accumulate):
     """
     if total.dtype == dlogits.dtype:
         if accumulate:
-            total.addmm_(dlogits.t(), hidden)
+            torch.addmm(total, dlogits.t(), hidden, out=total)
         else:
             torch.mm(dlogits.t(), hidden, out=total)
     elif adds_up_in_float32(total.device, dlogits.dtype):

@@ -9,12 +9,13 @@ import os
 import pytest
 import torch
 from batches import make_batch
+from heads import chunk_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packing import cu_seqlens, pack, unpack
 
 import oracle
-from grpo_fused import LOSSES, Clip, grpo_loss
+from grpo_fused import LOSSES, Clip, grpo_loss, linear_grpo_loss
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.weights import RULES
 
@@ -98,8 +99,11 @@ def cases(draw):
     return batch, lengths, options
 
 
-def call(batch, lengths, options, implementation, device, upstream):
-    """(LossOutput with tokens (B, T), gradient (B, L, V)) of our loss on padded or packed input."""
+def call(batch, lengths, options, implementation, device, upstream, rows=None):
+    """(LossOutput with tokens (B, T), gradient (B, L, V)) of our loss on padded or packed input.
+
+    Given a number of rows, over a head whose logits are its hidden states, in chunks of so many.
+    """
     inputs = (batch.logits, batch.ids, batch.mask, batch.advantages)
     B, shape = len(batch.ids), batch.mask.shape
     if lengths is not None:
@@ -115,9 +119,14 @@ def call(batch, lengths, options, implementation, device, upstream):
     inputs = [t.to(device) for t in inputs]
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     logits = inputs[0].clone().requires_grad_(True)
-    out = grpo_loss(
-        logits, *inputs[1:], compute_entropy=True, implementation=implementation, **options
-    )
+    options |= {"compute_entropy": True, "implementation": implementation}
+    if rows is None:
+        out = grpo_loss(logits, *inputs[1:], **options)
+    else:
+        weight = torch.eye(logits.shape[-1], device=device)
+        out = linear_grpo_loss(
+            *(logits, weight, *inputs[1:]), chunk_bytes=chunk_bytes(rows, len(weight)), **options
+        )
     out.loss.backward(upstream.to(device) if out.loss.dim() else None)
     grad = logits.grad.cpu()
     if lengths is not None:
@@ -128,19 +137,22 @@ def call(batch, lengths, options, implementation, device, upstream):
     return out, grad
 
 
-@given(case=cases())
+ROWS = st.sampled_from([None, 1, 4, 5, 100])
+
+
+@given(case=cases(), rows=ROWS)
 @settings(max_examples=CASES["torch"])
-def test_everything_with_everything_in_torch(case, device):
-    check(case, "torch", device)
+def test_everything_with_everything_in_torch(case, rows, device):
+    check(case, rows, "torch", device)
 
 
-@given(case=cases())
+@given(case=cases(), rows=ROWS)
 @settings(max_examples=CASES["triton"])
-def test_everything_with_everything_in_triton(case, device):
-    check(case, "triton", device)
+def test_everything_with_everything_in_triton(case, rows, device):
+    check(case, rows, "triton", device)
 
 
-def check(case, implementation, device):
+def check(case, rows, implementation, device):
     """Value, gradient, log-probabilities, entropies and metrics against the oracle."""
     batch, lengths, options = case
     upstream = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(1))
@@ -153,7 +165,7 @@ def check(case, implementation, device):
     }
     inputs = (batch.logits, batch.ids, batch.mask, batch.advantages)
     truth = oracle.grpo_loss(*inputs, upstream=upstream, **oracle_options)
-    out, grad = call(batch, lengths, options, implementation, device, upstream)
+    out, grad = call(batch, lengths, options, implementation, device, upstream, rows)
 
     # Terms of both signs cancel, in the loss and in its gradient: errors are measured against the
     # size of the terms too.

@@ -1,0 +1,160 @@
+"""What a head costs: matmuls, memory, and rounding, which do not grow with the number of chunks."""
+
+import pytest
+import torch
+from batches import relative_error
+from heads import chunk_bytes, exact, loss_of, make_head_batch
+from test_memory import NewStorages
+from torch.utils.flop_counter import FlopCounterMode
+
+import grpo_fused.rows as rows
+from grpo_fused import linear_grpo_loss, linear_selective_log_softmax
+from grpo_fused.kernels.linear import TILE_COLUMNS, TILE_ROWS, chunk_rows
+
+V, H = 53, 16
+ONE = 2 * V * H  # flops of one matmul for one row
+
+
+def flops(step):
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "matmuls"), [("", 1), ("b", 1), ("h", 2), ("w", 2), ("hw", 3), ("hwb", 3)]
+)
+@pytest.mark.parametrize("size", [100, 7])
+@pytest.mark.parametrize("loss_type", ["dapo", "luspo"])
+def test_matmuls_of_active_rows_alone(loss_type, size, wanted, matmuls):
+    head = make_head_batch()
+    rows = int(head.batch.mask.sum())
+    assert rows < head.batch.mask.numel()
+    b, leaves = head.batch, head.leaves(wanted)
+    options = {"old_logps": b.old_logps, "ref_logps": b.ref_logps, "beta": 0.1}
+
+    def step():
+        out, _ = loss_of(
+            head, "torch", leaves, loss_type=loss_type, chunk_bytes=chunk_bytes(size), **options
+        )
+        if wanted:
+            out.loss.backward()
+
+    assert flops(step) == matmuls * rows * ONE
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "luspo"])
+@pytest.mark.parametrize("size", [100, 7, 3], ids=["one_chunk", "whole_sequences", "short"])
+def test_rows_without_a_gradient_cost_one_matmul(size, loss_type):
+    head = make_head_batch()
+    lengths = head.batch.mask.sum(1)
+    dead = int(lengths[1])  # its advantage is 0
+    active = int(lengths.sum())
+    assert 0 < dead < active
+
+    def step():
+        out, _ = loss_of(
+            head,
+            "torch",
+            loss_type=loss_type,
+            chunk_bytes=chunk_bytes(size),
+            old_logps=head.batch.old_logps,
+        )
+        out.loss.backward()
+
+    twice = loss_type == "luspo" and size == 3  # a sequence longer than a chunk: logits twice
+    assert flops(step) == (active + (3 if twice else 2) * (active - dead)) * ONE
+
+
+@pytest.mark.parametrize(("save_logits", "matmuls"), [(False, 4), (True, 3)])
+def test_saved_logits_spare_a_matmul(save_logits, matmuls):
+    head = make_head_batch()
+    b = head.batch
+    hidden, weight, bias = head.leaves()
+
+    def step():
+        logps, _ = linear_selective_log_softmax(
+            *(hidden, weight, b.ids, b.mask),
+            bias=bias,
+            chunk_bytes=chunk_bytes(5),
+            save_logits=save_logits,
+        )
+        logps.sum().backward()
+
+    assert flops(step) == matmuls * int(b.mask.sum()) * ONE
+
+
+@pytest.mark.parametrize("kind", ["fused", "coupled", "again", "log-probabilities", "no_grad"])
+def test_memory_is_a_chunk_of_logits_and_the_gradients(kind, monkeypatch):
+    """Every allocation counted: nothing of the size of the logits, nor twice that of a gradient."""
+    V, H, T = 4096, 8, 64
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 16)
+    head = make_head_batch(T=T, V=V, H=H, mask=torch.ones(4, T), bias=False)
+    b, budget = head.batch, chunk_bytes(64, V)
+    hidden, weight, _ = head.leaves()
+    loss_type = "dapo" if kind == "fused" else "luspo"
+    budget = chunk_bytes(16, V) if kind == "again" else budget
+    with NewStorages(hidden, weight) as storages, torch.set_grad_enabled(kind != "no_grad"):
+        if kind in ("log-probabilities", "no_grad"):
+            inputs = (hidden, weight, b.ids, b.mask)
+            out = linear_selective_log_softmax(*inputs, chunk_bytes=budget)[0].sum()
+        else:
+            out = linear_grpo_loss(
+                *(hidden, weight, b.ids, b.mask, b.advantages),
+                old_logps=b.old_logps,
+                loss_type=loss_type,
+                chunk_bytes=budget,
+                implementation="torch",
+            ).loss
+        if out.requires_grad:
+            torch.autograd.grad(out, (hidden, weight))
+    chunks = 2 if kind in ("again", "log-probabilities") else 1  # forward's, then backward's
+    gradient = [] if kind == "no_grad" else [weight.nbytes]
+    assert storages.larger_than(1 << 16) == sorted([budget] * chunks + gradient)
+    assert 4 * budget <= head.batch.ids.numel() * V * 4
+
+
+def test_memory_of_a_frozen_head(monkeypatch):
+    """LoRA on the trunk: neither the gradient of the head nor memory for it."""
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 12)
+    head = make_head_batch(V=2048, H=64, bias=False)
+    leaves = head.leaves("h")
+    with NewStorages(*leaves[:2]) as storages:
+        budget = chunk_bytes(4, 2048)
+        out, _ = loss_of(head, "torch", leaves, chunk_bytes=budget, loss_type="dapo")
+        torch.autograd.grad(out.loss, leaves[0])
+    assert storages.larger_than(budget) == []
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 8, 32])
+def test_rounding_of_the_weights_gradient_is_flat_in_chunks(chunks, implementation, device):
+    """Liger adds up chunks in bfloat16: 1.0 % off where one chunk is 0.36 % off."""
+    head = make_head_batch(
+        *(8, 32, 300, 64), mask=torch.ones(8, 32), dtype=torch.bfloat16, device=device
+    )
+    head.batch.logits = head.batch.logits.bfloat16().double()
+    options = {"loss_type": "dapo", "old_logps": head.batch.old_logps}
+    _, (_, want, _) = exact(head, **options)
+    budget = chunk_bytes(256 // chunks, 300, 2)
+    out, leaves = loss_of(head, implementation, chunk_bytes=budget, **options)
+    out.loss.backward()
+    assert relative_error(leaves[1].grad, want) < 7e-3  # the interpreter truncates: twice rounding
+
+
+def test_chunks_fill_the_device():
+    """On 132 processors, of at most 4,096 rows: PERFORMANCE.md's table of waves."""
+
+    def filled(length, H, processors=132):
+        tiles = -(-length // TILE_ROWS) * -(-H // TILE_COLUMNS)
+        return tiles / (-(-tiles // processors) * processors)
+
+    for H in (896, 1536, 2048, 3584, 4096, 5120):
+        length = chunk_rows(65_536, 4096, H, 132)
+        assert 2048 <= length <= 4096 and length % TILE_ROWS == 0
+        assert filled(length, H) >= filled(4096, H)
+    assert filled(4096, 1536) < 0.74 and filled(chunk_rows(65_536, 4096, 1536, 132), 1536) > 0.95
+
+
+@pytest.mark.parametrize(("total", "want"), [(0, 1), (1, 1), (7, 7), (8, 4), (15, 5), (21, 7)])
+def test_chunks_are_even_on_one_processor(total, want):
+    assert chunk_rows(total, 7, H, 1) == want
