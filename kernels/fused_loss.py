@@ -88,7 +88,6 @@ def _fused_loss_kernel(
     DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    BLOCK: tl.constexpr = THREADS * UNROLL * VECTOR
     logit_scale = scalar(logit_scale)
     softcap = logit_softcap
     if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
@@ -199,7 +198,8 @@ def _fused_loss_kernel(
                 entropy,
                 dlogp,
                 dentropy,
-                BLOCK,
+                UNROLL,
+                THREADS * VECTOR,
                 VECTOR,
                 COLUMNS,
                 entropy_coef is not None,

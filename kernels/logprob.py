@@ -124,7 +124,6 @@ def _logprob_bwd_kernel(
     DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    BLOCK: tl.constexpr = THREADS * UNROLL * VECTOR
     sequence, position, token = locate(tl.program_id(0), positions, tokens)
     dx_ptr = row_pointer(
         dlogits_ptr,
@@ -168,7 +167,8 @@ def _logprob_bwd_kernel(
         entropy,
         tl.where(active & (known == 0), float("nan"), dlogp),
         dentropy,
-        BLOCK,
+        UNROLL,
+        THREADS * VECTOR,
         VECTOR,
         COLUMNS,
         dentropies_ptr is not None,

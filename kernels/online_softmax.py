@@ -1,7 +1,7 @@
 """Device functions for one row of logits: softmax statistics in one read.
 
-A row is read in blocks of UNROLL x THREADS x VECTOR columns. The reshape to those three axes puts
-axes 0 and 2 inside one thread (VECTOR columns are one 128-bit load), so every thread keeps an
+A row is read in blocks of UNROLL lines of THREADS x VECTOR columns. The reshape to those three axes
+puts axes 0 and 2 inside one thread (VECTOR columns are one 128-bit load), so every thread keeps an
 online softmax of its own and nothing is exchanged before the last block.
 
 Everything is in base 2 and relative to the rounded maximum: with x the logits, capped if they have
@@ -92,54 +92,71 @@ def capped(x, logit_scale, softcap):
 
 
 @triton.jit
-def load(
-    x_ptr,
-    remaining,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    EVICTION: tl.constexpr,
-):
-    """The first BLOCK columns at x_ptr as (BLOCK,) float32, -inf from `remaining` on unless None.
+def line_pointers(x_ptr, LINE: tl.constexpr, VECTOR: tl.constexpr):
+    """Pointers to the first line of a block, for `load`: one vector a thread.
 
     bfloat16 is read in 32-bit words: one shift and one mask make two float32, where unpacking
     16-bit registers takes three instructions.
     """
-    columns = tl.arange(0, BLOCK)
     if (x_ptr.dtype.element_ty == tl.bfloat16) & (VECTOR > 1):
-        pairs = tl.arange(0, BLOCK // 2)
-        word_ptr = x_ptr.to(tl.pointer_type(tl.int32)) + pairs
+        return x_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, LINE // 2)
+    else:
+        return x_ptr + tl.arange(0, LINE)
+
+
+@triton.jit
+def block_of(line, UNROLL: tl.constexpr):
+    """Columns, or pointers to them, of the UNROLL lines that start with this one.
+
+    A loop that moves one line and derives the others keeps one address a thread: the distance
+    between lines is a constant in the instruction.
+    """
+    return line[None, :] + (tl.arange(0, UNROLL) * line.shape[0])[:, None]
+
+
+@triton.jit
+def load(x_ptrs, remaining, UNROLL: tl.constexpr, LINE: tl.constexpr, EVICTION: tl.constexpr):
+    """The block (UNROLL, LINE) in float32, -inf from column `remaining` on unless None.
+
+    x_ptrs are `line_pointers` to its first line.
+    """
+    PAIRS: tl.constexpr = x_ptrs.shape[0] < LINE
+    x_ptrs = block_of(x_ptrs, UNROLL)
+    columns = block_of(tl.arange(0, LINE), UNROLL)
+    if PAIRS:
         if remaining is None:
-            words = tl.load(word_ptr, eviction_policy=EVICTION)
+            words = tl.load(x_ptrs, eviction_policy=EVICTION)
         else:
-            words = tl.load(word_ptr, 2 * pairs < remaining, 0, eviction_policy=EVICTION)
+            pairs = block_of(tl.arange(0, LINE // 2), UNROLL)
+            words = tl.load(x_ptrs, 2 * pairs < remaining, 0, eviction_policy=EVICTION)
         even = (words << 16).to(tl.float32, bitcast=True)
         odd = (words & -65536).to(tl.float32, bitcast=True)
-        x = tl.reshape(tl.join(even, odd), (BLOCK,))
+        x = tl.reshape(tl.join(even, odd), (UNROLL, LINE))
         if remaining is not None:
             x = tl.where(columns < remaining, x, -float("inf"))
     elif remaining is None:
-        x = tl.load(x_ptr + columns, eviction_policy=EVICTION)
+        x = tl.load(x_ptrs, eviction_policy=EVICTION)
     else:
-        x = tl.load(x_ptr + columns, columns < remaining, -float("inf"), eviction_policy=EVICTION)
+        x = tl.load(x_ptrs, columns < remaining, -float("inf"), eviction_policy=EVICTION)
     return x.to(tl.float32)
 
 
 @triton.jit
 def _load_capped(
-    x_ptr,
+    x_ptrs,
     remaining,
     logit_scale,
     softcap,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LINE: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """`load`, capped; what lies outside the row stays -inf."""
-    x = load(x_ptr, remaining, BLOCK, VECTOR, EVICTION)
+    x = load(x_ptrs, remaining, UNROLL, LINE, EVICTION)
     if softcap is not None:
         x = capped(x, logit_scale, softcap)[0]
         if remaining is not None:
-            x = tl.where(tl.arange(0, BLOCK) < remaining, x, -float("inf"))
+            x = tl.where(block_of(tl.arange(0, LINE), UNROLL) < remaining, x, -float("inf"))
     return x
 
 
@@ -175,17 +192,18 @@ def row_statistics(
 ):
     """Read a row once: (maximum, total, weighted) of the module; without ENTROPY weighted is 0."""
     tile: tl.constexpr = (UNROLL, THREADS, VECTOR)
-    BLOCK: tl.constexpr = UNROLL * THREADS * VECTOR
+    LINE: tl.constexpr = THREADS * VECTOR
     maximum = tl.full((THREADS,), START, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
     weighted = tl.zeros((THREADS,), tl.float32)
-    blocks, remaining = split_columns(V, BLOCK, COLUMNS)
+    blocks, remaining = split_columns(V, UNROLL * LINE, COLUMNS)
+    x_ptrs = line_pointers(x_ptr, LINE, VECTOR)
     for _ in range(blocks):
-        x = _load_capped(x_ptr, None, logit_scale, softcap, BLOCK, VECTOR, EVICTION)
+        x = _load_capped(x_ptrs, None, logit_scale, softcap, UNROLL, LINE, EVICTION)
         maximum, total, weighted = _fold(x, scale, maximum, total, weighted, tile, ENTROPY)
-        x_ptr += BLOCK
+        x_ptrs += UNROLL * x_ptrs.shape[0]
     if remaining > 0:
-        x = _load_capped(x_ptr, remaining, logit_scale, softcap, BLOCK, VECTOR, EVICTION)
+        x = _load_capped(x_ptrs, remaining, logit_scale, softcap, UNROLL, LINE, EVICTION)
         maximum, total, weighted = _fold(x, scale, maximum, total, weighted, tile, ENTROPY)
     row_maximum = tl.max(maximum, axis=0)
     shift = maximum - row_maximum

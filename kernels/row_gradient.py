@@ -3,19 +3,41 @@
 import triton
 import triton.language as tl
 
-from .online_softmax import FLOOR, LN2, LOG2E, capped, load, sharpness, split_columns
+from .online_softmax import (
+    FLOOR,
+    LN2,
+    LOG2E,
+    block_of,
+    capped,
+    line_pointers,
+    load,
+    sharpness,
+    split_columns,
+)
 
 
 @triton.jit
-def _gradient(
-    x, scale, logit_scale, softcap, maximum, constant, slope, dtype, ENTROPY: tl.constexpr
+def _write_block(
+    x_ptrs,
+    dx_ptrs,
+    remaining,
+    coefficients,
+    UNROLL: tl.constexpr,
+    LINE: tl.constexpr,
+    ENTROPY: tl.constexpr,
 ):
-    u, du = capped(x, logit_scale, softcap)
+    """Write the gradient of a block from pointers to its first line, up to column `remaining`."""
+    scale, logit_scale, softcap, maximum, constant, slope = coefficients
+    u, du = capped(load(x_ptrs, remaining, UNROLL, LINE, "evict_first"), logit_scale, softcap)
     z = tl.fma(u, scale, -maximum)
     factor = constant
     if ENTROPY:
         factor = tl.fma(tl.maximum(z, FLOOR), slope, constant)
-    return (tl.exp2(z) * factor * du).to(dtype)
+    dx = (tl.exp2(z) * factor * du).to(dx_ptrs.dtype.element_ty)
+    within = None
+    if remaining is not None:
+        within = block_of(tl.arange(0, LINE), UNROLL) < remaining
+    tl.store(block_of(dx_ptrs, UNROLL), dx, within, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -23,36 +45,37 @@ def write_row_gradient(
     x_ptr,
     dx_ptr,
     V,
-    scale,
-    logit_scale,
-    softcap,
-    maximum,
-    constant,
-    slope,
-    BLOCK: tl.constexpr,
+    coefficients,
+    UNROLL: tl.constexpr,
+    LINE: tl.constexpr,
     VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
     """Write dx_j = 2^z_j (constant + slope z_j) du_j / dx_j for every column; dx may be x itself.
 
-    Backwards through the row: what the statistics read last is what the caches still hold.
+    Backwards through the row: what the statistics read last is what the caches still hold. Two
+    blocks an iteration share what the loop itself costs; written out, because the compiler's own
+    unrolling leaves it more addresses to move.
+
+    Args:
+        coefficients: (scale, logit_scale, softcap, maximum, constant, slope) of the row.
     """
-    columns = tl.arange(0, BLOCK)
-    dtype: tl.constexpr = dx_ptr.dtype.element_ty
+    BLOCK: tl.constexpr = UNROLL * LINE
     blocks, remaining = split_columns(V, BLOCK, COLUMNS)
-    x_ptr += blocks * BLOCK
-    dx_ptr += blocks * BLOCK
+    x_ptrs = line_pointers(x_ptr + blocks * BLOCK, LINE, VECTOR)
+    dx_ptrs = dx_ptr + blocks * BLOCK + tl.arange(0, LINE)
     if remaining > 0:
-        x = load(x_ptr, remaining, BLOCK, VECTOR, "evict_first")
-        dx = _gradient(x, scale, logit_scale, softcap, maximum, constant, slope, dtype, ENTROPY)
-        tl.store(dx_ptr + columns, dx, columns < remaining, eviction_policy="evict_first")
-    for _ in range(blocks):
-        x_ptr -= BLOCK
-        dx_ptr -= BLOCK
-        x = load(x_ptr, None, BLOCK, VECTOR, "evict_first")
-        dx = _gradient(x, scale, logit_scale, softcap, maximum, constant, slope, dtype, ENTROPY)
-        tl.store(dx_ptr + columns, dx, eviction_policy="evict_first")
+        _write_block(x_ptrs, dx_ptrs, remaining, coefficients, UNROLL, LINE, ENTROPY)
+    if blocks % 2 == 1:
+        x_ptrs -= UNROLL * x_ptrs.shape[0]
+        dx_ptrs -= BLOCK
+        _write_block(x_ptrs, dx_ptrs, None, coefficients, UNROLL, LINE, ENTROPY)
+    for _ in range(blocks // 2):
+        for _ in tl.static_range(2):
+            x_ptrs -= UNROLL * x_ptrs.shape[0]
+            dx_ptrs -= BLOCK
+            _write_block(x_ptrs, dx_ptrs, None, coefficients, UNROLL, LINE, ENTROPY)
 
 
 @triton.jit
@@ -85,7 +108,8 @@ def row_gradient(
     entropy,
     dlogp,
     dentropy,
-    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LINE: tl.constexpr,
     VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -100,23 +124,10 @@ def row_gradient(
     constant = -(g + h * (entropy - LN2 * tl.log2(total))) / total
     slope = -h * LN2 / total
     if (g == 0.0) & (h == 0.0):
-        write_row_zeros(dx_ptr, V, BLOCK, COLUMNS)
+        write_row_zeros(dx_ptr, V, UNROLL * LINE, COLUMNS)
     else:
-        write_row_gradient(
-            x_ptr,
-            dx_ptr,
-            V,
-            LOG2E * factor,
-            logit_scale,
-            softcap,
-            maximum,
-            constant,
-            slope,
-            BLOCK,
-            VECTOR,
-            COLUMNS,
-            ENTROPY,
-        )
+        coefficients = (LOG2E * factor, logit_scale, softcap, maximum, constant, slope)
+        write_row_gradient(x_ptr, dx_ptr, V, coefficients, UNROLL, LINE, VECTOR, COLUMNS, ENTROPY)
         # One store for the target, after every thread has written its columns, instead of a
         # compare in each of them.
         p = tl.exp2(logp * LOG2E)
