@@ -6,7 +6,7 @@ the two spellings together and their derivative to autograd.
 """
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import ClassVar
 
@@ -82,7 +82,8 @@ class Objective:
 
     def knobs(self):
         """The fields as floats, in order."""
-        return [math.inf if knob is None else float(knob) for knob in astuple(self)]
+        knobs = (getattr(self, field.name) for field in fields(self))
+        return [math.inf if knob is None else float(knob) for knob in knobs]
 
 
 @dataclass(frozen=True)
