@@ -49,7 +49,8 @@ def linear_grpo_loss(
 
     The same numbers, without memory of the size of the logits. Only active tokens are computed;
     those whose gradient is exactly 0 (no advantage, or switched off by policy_mask, without KL and
-    entropy bonus) cost one matmul instead of three. The gradients of hidden, weight and bias are
+    entropy bonus) cost one matmul instead of three, on a GPU if there is a mask: its count is the
+    one value that the host waits for. The gradients of hidden, weight and bias are
     made in forward wherever `grpo_loss` makes that of the logits, and for losses that couple the
     tokens of a sequence where its tokens fit a chunk; otherwise backward makes the logits again.
 
@@ -61,10 +62,11 @@ def linear_grpo_loss(
             its gradient's matmul nor its memory.
         completion_ids, completion_mask, advantages: as `grpo_loss`, as is all that is not here.
         bias: (V,) or None.
-        chunk_bytes: memory for the logits of a chunk; None = 1 GiB, on a CPU 32 MiB. Longer
-            sequences than it holds make a loss that couples their tokens compute logits twice.
+        chunk_bytes: memory for the logits of a chunk; None = 1 GiB, on a CPU 32 MiB or 240 rows.
+            Longer sequences than it holds make a loss that couples their tokens compute logits
+            twice.
         upcast: compute logits and gradients in float32, whatever hidden and weight are.
-        main_grad: (V, H) float32 that the gradient of weight is added to in backward, as Megatron
+        main_grad: (V, H) float32 that any backward adds the gradient of weight to, as Megatron
             keeps it; weight.grad stays as it is.
 
     Under autocast the matmuls run in its dtype, as those of a linear layer do.

@@ -34,21 +34,39 @@ class Gradients(NamedTuple):
 NONE = Gradients(None, None, None)
 
 
-def gradients_of(hidden, weight, bias, wanted, order, chunk_bytes):
-    """Gradients to write into; what several chunks add up in is float32."""
-    dhidden, dweight, dbias = None, None, None
-    if wanted[0]:
-        dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    if wanted[1]:
-        rows = hidden.shape[0] * hidden.shape[1]
-        if order.counts is not None and not torch.compiler.is_compiling():
-            rows = int(order.counts[1])
-        one_chunk = rows <= chunk_limit(len(weight), hidden.dtype, chunk_bytes)
-        dtype = weight.dtype if one_chunk and weight.dtype == hidden.dtype else torch.float32
-        dweight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    if wanted[2]:
-        dbias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
-    return Gradients(dhidden, dweight, dbias)
+class Projection(NamedTuple):
+    """How hidden states become logits: whose dtype, which tokens, how many rows at a time."""
+
+    dtype: torch.dtype
+    order: Order
+    chunk_bytes: int
+
+    def inputs(self, hidden, weight, bias):
+        """What a launcher takes. The weight in a lower precision, as autocast has it, is a copy;
+        in a higher one it is made in blocks."""
+        if self.dtype.itemsize < weight.dtype.itemsize:
+            weight = weight.to(self.dtype)
+        return hidden, weight, bias, self.dtype, *self.order
+
+    def rows(self, ids):
+        """How many rows of logits there are, or at most."""
+        if self.order.counts is None or torch.compiler.is_compiling():
+            return ids.numel()
+        return int(self.order.counts[1])
+
+    def gradients(self, hidden, weight, bias, ids, wanted, exact=False):
+        """Gradients to write into; what several chunks add up in, or is `exact`, is float32."""
+        dhidden, dweight, dbias = None, None, None
+        if wanted[0]:
+            dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        if wanted[1]:
+            one_chunk = self.rows(ids) <= chunk_limit(len(weight), self.dtype, self.chunk_bytes)
+            rounded = one_chunk and not exact and weight.dtype == self.dtype
+            dtype = weight.dtype if rounded else torch.float32
+            dweight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        if wanted[2]:
+            dbias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
+        return Gradients(dhidden, dweight, dbias)
 
 
 def as_parameters(gradients, weight, bias):
@@ -56,11 +74,6 @@ def as_parameters(gradients, weight, bias):
     dhidden, dweight, dbias = gradients
     dweight = None if dweight is None else dweight.to(weight.dtype)
     return dhidden, dweight, None if dbias is None else dbias.to(bias.dtype)
-
-
-def narrowed(weight, dtype):
-    """The weight in a lower precision, as autocast has it; a higher one is made in blocks."""
-    return weight.to(dtype) if dtype.itemsize < weight.dtype.itemsize else weight
 
 
 class TokenLosses(NamedTuple):
@@ -71,8 +84,7 @@ class TokenLosses(NamedTuple):
     scales: Scales
     formula: Formula
     options: Options
-    order: Order
-    chunk_bytes: int
+    projection: Projection
 
     @property
     def grad_scale(self):
@@ -85,8 +97,8 @@ class TokenLosses(NamedTuple):
         terms, logps = output(4, *ids.shape, like=hidden), output(*ids.shape, like=hidden)
         entropies = output(*ids.shape, like=hidden) if self.options.compute_entropy else None
         launchers.linear_loss(
-            *(hidden, narrowed(weight, hidden.dtype), bias, *self.order, ids, *constants),
-            *(*self.weights, *self.scales, *self.formula, self.chunk_bytes),
+            *(*self.projection.inputs(hidden, weight, bias), ids, *constants),
+            *(*self.weights, *self.scales, *self.formula, self.projection.chunk_bytes),
             *(terms, logps, entropies, *gradients),
         )
         loss, sums = output(like=hidden), output(len(SUMS), like=hidden)
@@ -100,8 +112,9 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, main_grad, losses):
-        wanted, order = ctx.needs_input_grad, losses.order
-        gradients = gradients_of(hidden, weight, bias, wanted, order, losses.chunk_bytes)
+        wanted, exact = ctx.needs_input_grad, main_grad is not None
+        inputs = (hidden, weight, bias, losses.tokens.ids)
+        gradients = losses.projection.gradients(*inputs, wanted, exact)
         results = losses.run(hidden, weight, bias, gradients)
         ctx.launchers, ctx.spent = LAUNCHERS[losses.options.implementation], False
         ctx.main_grad = main_grad
@@ -133,8 +146,7 @@ class LogProbOptions(NamedTuple):
 
     scales: Scales
     options: Options
-    order: Order
-    chunk_bytes: int
+    projection: Projection
     save_logits: bool
 
 
@@ -142,15 +154,13 @@ def run_linear_logprob(hidden, weight, bias, ids, how, gradient=False):
     """(logps, entropies, maxima, totals, logits), what is not wanted None."""
     wanted = (True, how.options.compute_entropy, gradient, gradient)
     outputs = [output(*ids.shape, like=hidden) if want else None for want in wanted]
-    logits = None
+    logits, projection = None, how.projection
     if how.save_logits and gradient:
-        counts = how.order.counts
-        known = counts is not None and not torch.compiler.is_compiling()
-        rows = int(counts[1]) if known else ids.numel()
-        logits = logits_memory(rows, len(weight), hidden.dtype, hidden.device)
+        rows = projection.rows(ids)
+        logits = logits_memory(rows, len(weight), projection.dtype, hidden.device)
     LAUNCHERS[how.options.implementation].linear_logprob_fwd(
-        *(hidden, narrowed(weight, hidden.dtype), bias, *how.order, ids, *how.scales),
-        *(how.chunk_bytes, *outputs, logits),
+        *(*projection.inputs(hidden, weight, bias), ids, *how.scales),
+        *(projection.chunk_bytes, *outputs, logits),
     )
     return *outputs, logits
 
@@ -162,7 +172,8 @@ class LinearLogProb(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, main_grad, ids, how):
         *statistics, logits = run_linear_logprob(hidden, weight, bias, ids, how, True)
         ctx.how, ctx.main_grad, ctx.spent = how, main_grad, False
-        saved_tensors = (hidden, weight, bias, how.order.tokens, ids, *statistics, logits)
+        order = how.projection.order.tokens
+        saved_tensors = (hidden, weight, bias, order, ids, *statistics, logits)
         save(ctx, saved_tensors, how.scales)
         ctx.set_materialize_grads(False)
         return tuple(statistics[:2])
@@ -174,23 +185,29 @@ class LinearLogProb(torch.autograd.Function):
         if how.save_logits:
             spend(ctx, "log-probabilities with save_logits=True")
         (hidden, weight, bias, tokens, ids, *statistics, logits), scales = saved(ctx)
-        if not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0:
-            raise RuntimeError(
-                "the weight's memory was freed between forward and backward, as FSDP and ZeRO-3 do "
-                "outside of the module that owns it: call the function inside of its forward"
-            )
+        wanted, accumulate = ctx.needs_input_grad, main_grad is not None
+        if logits is None or wanted[0]:
+            _check_not_freed(weight)
         dlogps = torch.zeros_like(statistics[0]) if dlogps is None else dlogps.contiguous()
         dentropies = None if dentropies is None else dentropies.contiguous()
-        order, accumulate = Order(tokens, how.order.counts), main_grad is not None
-        wanted = ctx.needs_input_grad
+        order = Order(tokens, how.projection.order.counts)
+        projection = how.projection._replace(order=order)
         wanted = (wanted[0], wanted[1] and not accumulate, wanted[2])
-        gradients = gradients_of(hidden, weight, bias, wanted, order, how.chunk_bytes)
+        gradients = projection.gradients(hidden, weight, bias, ids, wanted)
         if accumulate:
             gradients = gradients._replace(weight=main_grad)
         LAUNCHERS[how.options.implementation].linear_logprob_bwd(
-            *(hidden, narrowed(weight, hidden.dtype), bias, *order, ids, *scales, how.chunk_bytes),
+            *(*projection.inputs(hidden, weight, bias), ids, *scales, projection.chunk_bytes),
             *(*statistics, dlogps, dentropies, accumulate, logits, *gradients),
         )
         if accumulate:
             gradients = gradients._replace(weight=None)
         return *as_parameters(gradients, weight, bias), None, None, None
+
+
+def _check_not_freed(weight):
+    if not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0:
+        raise RuntimeError(
+            "the weight's memory was freed between forward and backward, as FSDP and ZeRO-3 do "
+            "outside of the module that owns it: call the function inside of its forward"
+        )

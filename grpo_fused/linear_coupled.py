@@ -22,8 +22,8 @@ from grpo_fused.autograd import (
 from grpo_fused.coupled import CoupledFormula, coupled_loss
 from grpo_fused.kernels.linear import Head
 from grpo_fused.kernels.linear_launchers import cut
-from grpo_fused.linear_autograd import narrowed
-from grpo_fused.ordering import Order, SequenceOrder
+from grpo_fused.linear_autograd import Projection
+from grpo_fused.ordering import SequenceOrder
 from grpo_fused.sequences import Packed, Padded
 
 
@@ -42,8 +42,7 @@ class SequenceLosses(NamedTuple):
     formula: CoupledFormula
     options: Options
     sequences: Padded
-    order: Order
-    chunk_bytes: int
+    projection: Projection
     grad_scale: float | torch.Tensor
     by_sequence: SequenceOrder
     groups: list[tuple[int, int]]
@@ -51,8 +50,8 @@ class SequenceLosses(NamedTuple):
     def run(self, hidden, weight, bias, gradients):
         """LossResults; writes into Gradients."""
         ids, entropy = self.tokens.ids, self.options.compute_entropy
-        wide = narrowed(weight, hidden.dtype)
-        head = Head(hidden, wide, bias, *self.order, ids, self.chunk_bytes, *gradients)
+        inputs = self.projection.inputs(hidden, weight, bias)
+        head = Head(*inputs, ids, self.projection.chunk_bytes, *gradients)
         packed = [output(1, head.active, like=hidden) if w else None for w in (True, entropy)]
         starts = [0, *accumulate(self.by_sequence.on_host)]
         cuts = [starts[last] for _, last in self.groups]
@@ -62,12 +61,13 @@ class SequenceLosses(NamedTuple):
         writes = any(gradient is not None for gradient in gradients)
         whole = self._packed(head)
         for group, (start, middle, stop) in zip(groups, head.chunks(cuts), strict=True):
-            logits = head.logits(start, stop, memory[: stop - start])
+            states, live = head.states(start, stop), middle - start if writes else 0
+            logits = head.logits(states, memory[: stop - start])
             part = whole._part(group, start, stop)
             targets = [cut(values, start, stop) for values in packed]
-            self._chunk(logits, part, targets, middle - start if writes else 0)
-            if writes and middle > start:
-                head.backward(start, middle, logits[: middle - start])
+            self._chunk(logits, part, targets, live)
+            if live:
+                head.backward(start, middle, states[:live], logits[:live])
         results = [None if t is None else output(*ids.shape, like=hidden) for t in packed]
         for values, source in zip(results, packed, strict=True):
             if values is not None:
@@ -134,8 +134,13 @@ class SequenceLosses(NamedTuple):
         )
 
     def derivatives(self, logps, entropies):
-        """(dL/dlogps, dL/dentropies or None) for the upstream gradient grad_scale."""
-        with torch.enable_grad():
+        """(dL/dlogps, dL/dentropies or None) for the upstream gradient grad_scale.
+
+        What this small graph saves is none of the business of the caller's hooks: checkpointing
+        would run the whole forward again to unpack it, offloading would send it to the host.
+        """
+        kept = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        with kept, torch.enable_grad():
             wanted = [logps.detach().requires_grad_()]
             if self.weights.entropy_coef is not None:
                 wanted.append(entropies.detach().requires_grad_())

@@ -1,7 +1,8 @@
 """Which tokens a head is applied to, and in which order: those that want a gradient first.
 
 Masked tokens are left out, and tokens whose gradient is exactly 0 are read forward only. The counts
-come to the host in one copy; without a mask there is nothing to count.
+come to the host in one copy. Without a mask nothing is counted on a device, but for the lengths of
+packed sequences whose tokens a loss couples; on a CPU, where it is free, it is.
 """
 
 from typing import NamedTuple
@@ -30,7 +31,9 @@ def tokens_with_gradient(tokens, weights, beta, sequences, *, coupled):
     Where the tokens of a sequence are `coupled`, one that has a gradient gives all of them one.
     """
     penalised = tokens.ref_logps is not None and (isinstance(beta, torch.Tensor) or beta != 0)
-    if penalised or weights.entropy_coef is not None or sequences.active is None:
+    if penalised or weights.entropy_coef is not None:
+        return None
+    if sequences.active is None and sequences.device.type != "cpu":
         return None
     live = sequences.spread(tokens.advantages) != 0
     if tokens.policy_mask is not None:
@@ -43,7 +46,7 @@ def tokens_with_gradient(tokens, weights, beta, sequences, *, coupled):
 
 def order_tokens(sequences, live=None):
     """Order of the active tokens of a batch, those that are `live` first."""
-    if sequences.active is None:
+    if sequences.active is None and live is None:
         return Order(None, None)
     rank = _rank(sequences, live)
     counts = torch.stack([(rank == 0).sum(), (rank < 2).sum()])
@@ -52,16 +55,15 @@ def order_tokens(sequences, live=None):
 
 def order_sequences(sequences, live=None):
     """(Order, SequenceOrder): sequences stay whole, those that are `live` first."""
-    number = sequences.number
-    if sequences.active is None:
-        if isinstance(sequences.counts, torch.Tensor):
-            lengths = sequences.counts.long()
-            return Order(None, None), SequenceOrder(None, lengths, lengths.tolist())
-        length = int(sequences.counts)
-        lengths = torch.full((number,), length, device=sequences.device)
-        return Order(None, None), SequenceOrder(None, lengths, [length] * number)
-    counts = sequences.counts.long()
-    index = None
+    counts, index = sequences.counts, None
+    if not isinstance(counts, torch.Tensor):
+        on_host = [int(counts)] * sequences.number
+        counts = torch.full((sequences.number,), int(counts), device=sequences.device)
+        if live is None:
+            return Order(None, None), SequenceOrder(None, counts, on_host)
+    counts = counts.long()
+    if sequences.active is None and live is None:
+        return Order(None, None), SequenceOrder(None, counts, counts.tolist())
     if live is not None:
         index = (sequences.sum(live.float()) == 0).to(torch.uint8).argsort(stable=True)
         counts = counts[index]
@@ -74,9 +76,9 @@ def order_sequences(sequences, live=None):
 
 def _rank(sequences, live):
     """(B, T) uint8: 0 with gradient, 1 active without one, 2 masked."""
-    if live is None:
-        return torch.where(sequences.active, 0, 2).to(torch.uint8)
-    return torch.where(sequences.active, torch.where(live, 0, 1), 2).to(torch.uint8)
+    rank = 0 if live is None else torch.where(live, 0, 1)
+    rank = rank if sequences.active is None else torch.where(sequences.active, rank, 2)
+    return rank.to(torch.uint8)
 
 
 def cut_at_ends(lengths, limit):

@@ -8,12 +8,13 @@ import torch
 from grpo_fused import validation
 from grpo_fused.autograd import FusedLoss, LogProb, run_fused_loss, run_logprob
 from grpo_fused.coupled import coupled_loss
-from grpo_fused.kernels.linear import chunk_limit
+from grpo_fused.kernels.linear import chunk_limit, logits_bytes
 from grpo_fused.linear_autograd import (
     NONE,
     LinearLogProb,
     LinearLoss,
     LogProbOptions,
+    Projection,
     TokenLosses,
     run_linear_logprob,
 )
@@ -24,11 +25,19 @@ from grpo_fused.ordering import (
     order_tokens,
     tokens_with_gradient,
 )
+from grpo_fused.sequence_objectives import SequenceObjective
 
 # Logits of a chunk. On a GPU long enough for its matmuls to be bound by arithmetic and for dW to be
-# touched rarely; on a CPU what its caches nearly hold.
-CHUNK_BYTES = {"cpu": 32 << 20}
-DEVICE_CHUNK_BYTES = 1 << 30
+# touched rarely; on a CPU what its caches nearly hold, but no fewer rows than make a good matmul.
+CHUNK_BYTES = 1 << 30
+CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 32 << 20, 240
+
+
+def default_chunk_bytes(device, V, dtype):
+    """Budget for the logits (n, V) of a chunk; it does not depend on how much memory is free."""
+    if device.type != "cpu":
+        return CHUNK_BYTES
+    return max(CPU_CHUNK_BYTES, CPU_CHUNK_ROWS * logits_bytes(1, V, dtype))
 
 
 class Logits:
@@ -77,20 +86,21 @@ class Hidden:
         validation.check_floats(self.name, hidden)
         self.tensor, self.weight, self.bias, self.main_grad = hidden, weight, bias, main_grad
         self.save_logits = save_logits
-        device = hidden.device.type
-        self.dtype = hidden.dtype
-        if upcast:
-            self.dtype = torch.float32
-        elif torch.is_autocast_enabled(device):
-            self.dtype = torch.get_autocast_dtype(device)
-        self.converts = upcast or self.dtype != hidden.dtype
-        validation.check_chunk_bytes(chunk_bytes)
-        self.chunk_bytes = chunk_bytes or CHUNK_BYTES.get(device, DEVICE_CHUNK_BYTES)
-        self.vocabulary = len(weight) if isinstance(weight, torch.Tensor) and weight.dim() else 0
+        self.chunk_bytes, device = chunk_bytes, hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        self.converts = upcast or autocast
+        self.dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        self.dtype = torch.float32 if upcast else self.dtype
+
+    @property
+    def vocabulary(self):
+        return len(self.weight)
 
     def check(self):
         validation.check_head(self)
-        self.tensor = self.tensor.to(self.dtype)
+        if self.chunk_bytes is None:
+            device = self.tensor.device
+            self.chunk_bytes = default_chunk_bytes(device, self.vocabulary, self.dtype)
 
     def wants_gradient(self):
         parameters = (self.tensor, self.weight, self.bias)
@@ -99,7 +109,8 @@ class Hidden:
 
     def log_probabilities(self, tokens, scales, options, order):
         """(logps, entropies) (B, T), differentiable if anything here is; entropies may be None."""
-        how = LogProbOptions(scales, options, order, self.chunk_bytes, self.save_logits)
+        projection = Projection(self.dtype, order, self.chunk_bytes)
+        how = LogProbOptions(scales, options, projection, self.save_logits)
         head = (self.tensor, self.weight, self.bias)
         if self.wants_gradient():
             return LinearLogProb.apply(*head, self.main_grad, tokens.ids, how)
@@ -108,9 +119,8 @@ class Hidden:
     def fused_loss(self, tokens, weights, scales, formula, options, sequences):
         """LossResults of a loss that knows of one token at a time."""
         live = tokens_with_gradient(tokens, weights, formula.beta, sequences, coupled=False)
-        order = order_tokens(sequences, live)
-        rest = (scales, formula, options, order, self.chunk_bytes)
-        return self._run(TokenLosses(tokens, weights, *rest))
+        projection = Projection(self.dtype, order_tokens(sequences, live), self.chunk_bytes)
+        return self._run(TokenLosses(tokens, weights, scales, formula, options, projection))
 
     def coupled_loss(self, tokens, weights, scales, formula, options, sequences, grad_scale):
         """LossResults of a loss on log-probabilities.
@@ -118,16 +128,19 @@ class Hidden:
         Where the longest sequence fits a chunk the gradient is made with it; else, or when the
         upstream gradient is not known, the logits are made twice.
         """
-        live = tokens_with_gradient(tokens, weights, formula.beta, sequences, coupled=True)
+        couples = formula.level != "token" or isinstance(formula.objective, SequenceObjective)
+        live = tokens_with_gradient(tokens, weights, formula.beta, sequences, coupled=couples)
         known = formula.reduction == "sum" and grad_scale is not None
         if known and not torch.compiler.is_compiling():  # autograd does not run inside of an op
             order, by_sequence = order_sequences(sequences, live)
+            projection = Projection(self.dtype, order, self.chunk_bytes)
             limit = chunk_limit(self.vocabulary, self.dtype, self.chunk_bytes)
             groups = cut_at_ends(by_sequence.on_host, limit)
-            if groups is not None:
-                how = (order, self.chunk_bytes, grad_scale, by_sequence, groups)
-                rest = (scales, formula, options, sequences, *how)
-                return self._run(SequenceLosses(tokens, weights, *rest))
+            # Sequences that end before the tokens do, on a device: see `sequences.Packed`.
+            complete = sum(by_sequence.on_host) == projection.rows(tokens.ids)
+            if groups is not None and complete:
+                how = (sequences, projection, grad_scale, by_sequence, groups)
+                return self._run(SequenceLosses(tokens, weights, scales, formula, options, *how))
         else:
             order = order_tokens(sequences, live)
         logps, entropies = self.log_probabilities(tokens, scales, options, order)

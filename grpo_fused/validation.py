@@ -6,7 +6,7 @@ everywhere, ids and 0-d tensors on the CPU only.
 
 import functools
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 
@@ -97,6 +97,9 @@ def check_head(source):
         raise ValueError(
             f"weight must be (V, {H}) for hidden (..., {H}), got {tuple(weight.shape)}"
         )
+    size = source.chunk_bytes
+    if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
+        raise ValueError(f"chunk_bytes must be a positive integer or None, got {size!r}")
     V = weight.shape[0]
     wanted = {"weight": (weight, (V, H)), "bias": (bias, (V,)), "main_grad": (main_grad, (V, H))}
     for name, (tensor, shape) in wanted.items():
@@ -132,11 +135,6 @@ def _check_not_sharded(name, tensor):
             "the module that owns it, where FSDP has gathered it, or pass full_tensor() with "
             'grad_placements=[Partial("avg")]'
         )
-
-
-def check_chunk_bytes(chunk_bytes):
-    if chunk_bytes is not None and not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
-        raise ValueError(f"chunk_bytes must be a positive integer or None, got {chunk_bytes!r}")
 
 
 def check_tokens(source, shape, number, tensors):

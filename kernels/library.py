@@ -10,7 +10,9 @@ import functools
 import torch
 
 # What a head makes logits of, and the gradients that come back to it: `linear.Head`.
-HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? order, Tensor? counts, "
+HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, ScalarType dtype, Tensor? order, Tensor? counts, "
+)
 DHEAD = "Tensor(x!)? dhidden, Tensor(y!)? dweight, Tensor(z!)? dbias"
 SCALES = "Tensor temperature, Tensor logit_scale, Tensor? logit_softcap, "
 LOSS = (

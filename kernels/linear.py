@@ -10,37 +10,40 @@ import math
 import torch
 
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of a half-precision matmul on a tensor core
-CAST_BYTES = 64 << 20  # of the weight in another dtype at a time
+COPY_BYTES = 64 << 20  # of a matrix that has to be copied into another dtype, at a time
+
+
+def logits_bytes(rows, V, dtype):
+    """Bytes of `logits_memory`."""
+    return rows * _padded(V) * dtype.itemsize
 
 
 def chunk_limit(V, dtype, budget):
-    """Rows of logits (V columns of a dtype) that a budget of bytes holds."""
-    return max(1, budget // (_padded(V) * dtype.itemsize))
+    """Rows of logits (n, V) that a budget of bytes holds."""
+    return max(1, budget // logits_bytes(1, V, dtype))
 
 
 def chunk_rows(rows, limit, H, processors):
-    """Rows of a chunk, at most `limit`: as few chunks as that takes, the last one not ragged.
+    """Rows of a chunk, at most `limit`, in even chunks.
 
-    On a device with many processors, of all lengths that use at least half of the limit, the one
-    that leaves the fewest of them idle in the matmul that makes dh (rows, H). Measured nowhere yet:
-    counted in tiles of TILE_ROWS x TILE_COLUMNS.
+    As few of them as that takes; on a device with many processors up to twice as many, if that
+    leaves fewer of those idle in the matmul that makes dh (rows, H), counted in tiles of a tensor
+    core's matmul. Predicted, not measured.
     """
-    if rows <= limit:
-        return max(rows, 1)
-    even = math.ceil(rows / math.ceil(rows / limit))
-    first = limit // 2 // TILE_ROWS * TILE_ROWS
-    if processors == 1 or first == 0:
-        return even
 
-    def waves(length):
-        tiles = math.ceil(length / TILE_ROWS) * math.ceil(H / TILE_COLUMNS)
-        return math.ceil(tiles / processors)
+    def length(chunks):
+        even = math.ceil(rows / chunks)
+        whole = math.ceil(even / TILE_ROWS) * TILE_ROWS
+        return whole if whole <= limit and processors > 1 else even
 
-    def cost(length):
-        return rows // length * waves(length) + waves(rows % length)
+    def waves(chunks):
+        tiles = math.ceil(length(chunks) / TILE_ROWS) * math.ceil(H / TILE_COLUMNS)
+        return chunks * math.ceil(tiles / processors)
 
-    # Longer chunks touch dW less often: they win a tie.
-    return min(range(first, limit + 1, TILE_ROWS), key=lambda n: (cost(n), -n))
+    fewest = max(1, math.ceil(rows / limit))
+    if fewest == 1 or processors == 1:
+        return max(1, math.ceil(rows / fewest))
+    return length(min(range(fewest, 2 * fewest + 1), key=waves))
 
 
 def _padded(V):
@@ -73,13 +76,14 @@ class Head:
     ones not at all.
 
     Args:
-        hidden, weight, bias: (B, L, H), (V, H), (V,) or None. Logits have the dtype of hidden.
+        hidden, weight, bias: (B, L, H), (V, H), (V,) or None.
+        dtype: of the logits and their matmuls.
         order, counts: indices into the tokens (B * T,), and (2,) on the CPU: how many of them want
             a gradient, how many are active. None: all of both.
         ids: (B, T).
         chunk_bytes: budget for the logits of a chunk.
-        dhidden, dweight, dbias: (B, L, H), (V, H), (V,) to write gradients into, or None. dweight
-            and dbias may be float32 where the others are not.
+        dhidden, dweight, dbias: (B, L, H), (V, H), (V,) to write gradients into, or None; what
+            several chunks add up in is float32.
         accumulate: whether dweight already holds what is to be added to.
     """
 
@@ -88,6 +92,7 @@ class Head:
         hidden,
         weight,
         bias,
+        dtype,
         order,
         counts,
         ids,
@@ -98,8 +103,8 @@ class Head:
         accumulate=False,
     ):
         positions, self.T = hidden.shape[1], ids.shape[1]
-        self.hidden, self.weight = hidden.flatten(0, 1), weight
-        self.bias = None if bias is None else bias.to(hidden.dtype)
+        self.hidden, self.weight, self.dtype = hidden.flatten(0, 1), weight, dtype
+        self.bias = None if bias is None else bias.to(dtype)
         self.live = self.active = ids.numel()
         if order is not None:
             self.live, self.active = counts.tolist()
@@ -117,9 +122,9 @@ class Head:
                 if gradient is not None:
                     gradient.zero_()
         V, H = weight.shape
-        self.limit = chunk_limit(V, hidden.dtype, chunk_bytes)
         processors = _processors(hidden.device.type, hidden.device.index)
-        self.chunk_rows = chunk_rows(self.active, self.limit, H, processors)
+        limit = chunk_limit(V, dtype, chunk_bytes)
+        self.chunk_rows = chunk_rows(self.active, limit, H, processors)
 
     def pack(self, values):
         """Values per token (B, T) or sequence (B,) as (1, n) in the order of tokens."""
@@ -140,7 +145,7 @@ class Head:
 
     def memory(self, rows):
         """Memory for logits (rows, V)."""
-        return logits_memory(rows, len(self.weight), self.hidden.dtype, self.hidden.device)
+        return logits_memory(rows, len(self.weight), self.dtype, self.hidden.device)
 
     def chunks(self, cuts=None):
         """Yield (start, middle, stop): packed tokens [start, middle) want a gradient, the rest not.
@@ -156,55 +161,65 @@ class Head:
                 yield start, min(max(self.live, start), stop), stop
             start = stop
 
-    def logits(self, start, stop, out):
-        """Logits of packed tokens, written into `out` (stop - start, V)."""
-        hidden = self._hidden(start, stop)
+    def states(self, start, stop):
+        """Hidden states (stop - start, H) of packed tokens."""
+        if self.rows is None:
+            hidden = self.hidden[start:stop]
+        else:
+            hidden = self.hidden.index_select(0, self.rows[start:stop])
+        return hidden.to(self.dtype)
+
+    def logits(self, states, out):
+        """Logits of states (n, H), written into `out` (n, V)."""
         for columns, weight in self._weights():
             target = out[:, columns]
             if self.bias is None:
-                torch.mm(hidden, weight.t(), out=target)
+                torch.mm(states, weight.t(), out=target)
             else:
-                torch.addmm(self.bias[columns], hidden, weight.t(), out=target)
+                torch.addmm(self.bias[columns], states, weight.t(), out=target)
         return out
 
-    def backward(self, start, stop, dlogits):
+    def backward(self, start, stop, states, dlogits):
         """Gradients from those of the logits of packed tokens, which come in rising order."""
         if self.dhidden is not None:
             self._store_dhidden(start, stop, dlogits)
-        accumulate = self.accumulate or start > 0
         if self.dweight is not None:
-            add_product(self.dweight, dlogits, self._hidden(start, stop), accumulate)
+            add_product(self.dweight, dlogits, states, self.accumulate or start > 0)
         if self.dbias is not None:
-            total = dlogits.sum(0, dtype=self.dbias.dtype)
-            self.dbias.copy_(total if start == 0 else self.dbias + total)
+            for columns in blocks(len(self.dbias), len(dlogits) * self.dbias.element_size()):
+                total = dlogits[:, columns].sum(0, dtype=self.dbias.dtype)
+                self.dbias[columns] = total if start == 0 else self.dbias[columns] + total
 
     def _store_dhidden(self, start, stop, dlogits):
-        if self.rows is None:
+        direct = self.rows is None and self.dhidden.dtype == self.dtype
+        shape = (stop - start, self.dhidden.shape[1])
+        if direct:
             target = self.dhidden[start:stop]
         else:
-            target = torch.empty_like(self.dhidden[start:stop])
-        for k, (columns, weight) in enumerate(self._weights()):
-            if k == 0:
+            target = torch.empty(shape, dtype=self.dtype, device=dlogits.device)
+        for columns, weight in self._weights():
+            if columns.start == 0:
                 torch.mm(dlogits[:, columns], weight, out=target)
             else:
                 torch.addmm(target, dlogits[:, columns], weight, out=target)
         if self.rows is not None:
+            target = target.to(self.dhidden.dtype)
             self.dhidden.index_copy_(0, self.rows[start:stop], target)
-
-    def _hidden(self, start, stop):
-        if self.rows is None:
-            return self.hidden[start:stop]
-        return self.hidden.index_select(0, self.rows[start:stop])
+        elif not direct:
+            self.dhidden[start:stop] = target
 
     def _weights(self):
-        """The weight in the dtype of hidden, as a whole or, where that takes a copy, in blocks."""
+        """The weight in the dtype of the logits: whole or, where that takes a copy, in blocks."""
         V, H = self.weight.shape
-        rows = V
-        if self.weight.dtype != self.hidden.dtype:
-            rows = max(1, CAST_BYTES // (H * self.hidden.element_size()))
-        for first in range(0, V, rows):
-            columns = slice(first, min(first + rows, V))
-            yield columns, self.weight[columns].to(self.hidden.dtype)
+        bytes_of_row = 0 if self.weight.dtype == self.dtype else H * self.dtype.itemsize
+        for columns in blocks(V, bytes_of_row):
+            yield columns, self.weight[columns].to(self.dtype)
+
+
+def blocks(rows, bytes_of_row):
+    """Slices of as many rows as COPY_BYTES hold."""
+    length = max(1, COPY_BYTES // bytes_of_row) if bytes_of_row else max(rows, 1)
+    return [slice(first, min(first + length, rows)) for first in range(0, rows, length)]
 
 
 def add_product(total, dlogits, hidden, accumulate):
@@ -223,9 +238,6 @@ def add_product(total, dlogits, hidden, accumulate):
         else:
             torch.mm(dlogits.t(), hidden, out_dtype=total.dtype, out=total)
     else:
-        rows = max(1, CAST_BYTES // (len(hidden) * total.element_size()))
         hidden = hidden.to(total.dtype)
-        for first in range(0, len(total), rows):
-            block = slice(first, first + rows)
-            columns = dlogits[:, block].to(total.dtype)
-            add_product(total[block], columns, hidden, accumulate)
+        for columns in blocks(len(total), len(hidden) * total.element_size()):
+            add_product(total[columns], dlogits[:, columns].to(total.dtype), hidden, accumulate)

@@ -22,6 +22,7 @@ def linear_loss(
     hidden,
     weight,
     bias,
+    dtype,
     order,
     counts,
     ids,
@@ -58,7 +59,7 @@ def linear_loss(
     What is masked is none of `order`; its outputs are 0.
     """
     gradients = (dhidden, dweight, dbias)
-    head = Head(hidden, weight, bias, order, counts, ids, chunk_bytes, *gradients)
+    head = Head(hidden, weight, bias, dtype, order, counts, ids, chunk_bytes, *gradients)
     writes = any(gradient is not None for gradient in gradients)
     per_token = (ids, advantages, old_logps, ref_logps, ratios, policy_mask)
     per_token = [head.pack(values) for values in per_token]
@@ -66,11 +67,12 @@ def linear_loss(
         head.pack(values) for values in (items, kl_items, entropy_items, temperature)
     )
     outputs = (terms, logps, entropies)
-    packed = [None if t is None else t.new_empty(*t.shape[:-2], 1, head.active) for t in outputs]
+    packed = [None if t is None else _packed(t, head.active) for t in outputs]
     memory = head.memory(min(head.chunk_rows, head.active))
     for start, middle, stop in head.chunks():
-        logits = head.logits(start, stop, memory[: stop - start])
-        for first, last, live in ((start, middle, writes), (middle, stop, False)):
+        states = head.states(start, stop)
+        logits = head.logits(states, memory[: stop - start])
+        for first, last, wanted in ((start, middle, writes), (middle, stop, False)):
             if first == last:
                 continue
             x = logits[None, first - start : last - start]
@@ -82,10 +84,11 @@ def linear_loss(
                 *(cut(temperature, first, last), logit_scale, logit_softcap, beta, grad_scale),
                 *(objective, knobs, divergence, bias_correction),
                 *(cut(output, first, last) for output in packed),
-                x if live else None,
+                x if wanted else None,
             )
         if writes and middle > start:
-            head.backward(start, middle, logits[: middle - start])
+            live = middle - start
+            head.backward(start, middle, states[:live], logits[:live])
     for output, values in zip(outputs, packed, strict=True):
         if output is not None:
             head.unpack(output, values[..., 0, :])
@@ -96,6 +99,7 @@ def linear_logprob_fwd(
     hidden,
     weight,
     bias,
+    dtype,
     order,
     counts,
     ids,
@@ -110,15 +114,15 @@ def linear_logprob_fwd(
     logits,
 ):
     """As `logprob.logprob_fwd`, over hidden states and a head; `logits` (n, V) keeps them."""
-    head = Head(hidden, weight, bias, order, counts, ids, chunk_bytes)
+    head = Head(hidden, weight, bias, dtype, order, counts, ids, chunk_bytes)
     ids, temperature = head.pack(ids), head.pack(temperature)
     outputs = (logps, entropies, maxima, totals)
-    packed = [None if t is None else t.new_empty(1, head.active) for t in outputs]
+    packed = [None if t is None else _packed(t, head.active) for t in outputs]
     memory = head.memory(min(head.chunk_rows, head.active)) if logits is None else logits
     for start, _, stop in head.chunks():
         out = memory[: stop - start] if logits is None else logits[start:stop]
         over_logits.logprob_fwd(
-            *(head.logits(start, stop, out)[None], cut(ids, start, stop), None),
+            *(head.logits(head.states(start, stop), out)[None], cut(ids, start, stop), None),
             *(cut(temperature, start, stop), logit_scale, logit_softcap),
             *(cut(output, start, stop) for output in packed),
         )
@@ -132,6 +136,7 @@ def linear_logprob_bwd(
     hidden,
     weight,
     bias,
+    dtype,
     order,
     counts,
     ids,
@@ -158,15 +163,18 @@ def linear_logprob_bwd(
         logits: (n, V) that `linear_logprob_fwd` kept, overwritten; None = made again.
     """
     gradients = (dhidden, dweight, dbias)
-    head = Head(hidden, weight, bias, order, counts, ids, chunk_bytes, *gradients, accumulate)
+    head = Head(
+        hidden, weight, bias, dtype, order, counts, ids, chunk_bytes, *gradients, accumulate
+    )
     per_token = (ids, temperature, logps, entropies, maxima, totals, dlogps, dentropies)
     ids, temperature, *rest = (head.pack(values) for values in per_token)
     memory = head.memory(min(head.chunk_rows, head.live)) if logits is None else logits
     for start, middle, _ in head.chunks():
         if middle == start:
             break
+        states = head.states(start, middle)
         if logits is None:
-            x = head.logits(start, middle, memory[: middle - start])
+            x = head.logits(states, memory[: middle - start])
         else:
             x = logits[start:middle]
         over_logits.logprob_bwd(
@@ -175,7 +183,13 @@ def linear_logprob_bwd(
             *(cut(values, start, middle) for values in rest),
             x[None],
         )
-        head.backward(start, middle, x)
+        head.backward(start, middle, states, x)
+
+
+def _packed(output, tokens):
+    """Memory for an output (..., B, T) of so many packed tokens."""
+    shape = (*output.shape[:-2], 1, tokens)
+    return torch.empty(shape, dtype=output.dtype, device=output.device)
 
 
 def cut(values, start, stop):

@@ -40,6 +40,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores: threads of threads only wait for each other
 
+# Where outputs, and what stands for them on the way, are allocated.
+POISONED = (
+    *(grpo_fused.autograd, grpo_fused.linear_autograd, grpo_fused.rows),
+    *(grpo_fused.kernels.linear, grpo_fused.kernels.linear_launchers),
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -88,5 +93,5 @@ def poisoned_memory(monkeypatch):
             memory = torch.empty(*args, **kwargs)
             return memory if torch.compiler.is_compiling() else memory.fill_(torch.nan)
 
-    for module in (grpo_fused.autograd, grpo_fused.linear_autograd, grpo_fused.rows):
+    for module in POISONED:
         monkeypatch.setattr(module, "torch", Torch())

@@ -87,6 +87,24 @@ def test_one_copy_to_the_host_for_the_mask_and_none_without(masked, loss_type):
     assert waits(step) == (2 if masked else 0)
 
 
+@pytest.mark.parametrize(("loss_type", "copies"), [("dapo", 0), ("luspo", 1)])
+def test_packed_without_a_mask(loss_type, copies):
+    """The lengths of sequences whose tokens a loss couples are the one exception."""
+    head = make_head_batch(extra=0, mask=torch.ones(4, 6), device="cuda")
+    b, leaves = head.batch, head.leaves()
+    ends = torch.tensor([0, 6, 12, 18, 24], device="cuda")
+
+    def step():
+        out = linear_grpo_loss(
+            *(leaves[0].flatten(0, 1), leaves[1], b.ids.flatten(), None, b.advantages),
+            loss_type=loss_type,
+            cu_seqlens=ends,
+        )
+        out.loss.backward()
+
+    assert waits(step) == copies
+
+
 def test_peak_memory():
     """One chunk of logits and a float32 sum above the gradients, of 32 chunks' logits."""
     hidden, weight, ids, advantages = real_batch(8192, 256, 32_000)

@@ -7,7 +7,7 @@ from heads import chunk_bytes, exact, head_gradients, loss_of, make_head_batch
 from packing import cu_seqlens, pack
 
 import oracle
-from grpo_fused import LOSSES, Clip, linear_grpo_loss, linear_selective_log_softmax
+from grpo_fused import LOSSES, Clip, grpo_loss, linear_grpo_loss, linear_selective_log_softmax
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
@@ -116,6 +116,22 @@ def test_packed(loss_type, rows, implementation, device):
     wanted = (pack(lengths, gradients[0])[0], *gradients[1:])
     for leaf, want in zip(leaves, wanted, strict=True):
         assert relative_error(leaf.grad, want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("loss_type", ["luspo", "vespo"])
+def test_ends_before_the_last_token(loss_type, device, monkeypatch):
+    """A device is not asked whether cu_seqlens end at N: what comes then is what logits give."""
+    monkeypatch.setattr("grpo_fused.validation.check_cu_seqlens", lambda *args: None)
+    head = make_head_batch(1, 6, extra=0, mask=torch.ones(1, 6), device=device)
+    b = head.batch
+    ends = torch.tensor([0, 2, 4], device=device)
+    tokens = (b.ids[0], None, torch.tensor([1.0, -0.5], device=device))
+    options = {"old_logps": b.old_logps[0], "loss_type": loss_type, "cu_seqlens": ends}
+    hidden, weight, bias = head.leaves()
+    got = linear_grpo_loss(hidden[0], weight, *tokens, bias=bias, **options)
+    want = grpo_loss((hidden @ weight.T + bias)[0], *tokens, **options)
+    assert relative_error(got.logps, want.logps) < 1e-6
+    assert relative_error(got.loss, want.loss) < 1e-6
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "luspo"])

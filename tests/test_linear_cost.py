@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grpo_fused.rows as rows
 from grpo_fused import linear_grpo_loss, linear_selective_log_softmax
-from grpo_fused.kernels.linear import TILE_COLUMNS, TILE_ROWS, chunk_rows
+from grpo_fused.kernels.linear import TILE_COLUMNS, TILE_ROWS, chunk_limit, chunk_rows
+from grpo_fused.sources import default_chunk_bytes
 
 V, H = 53, 16
 ONE = 2 * V * H  # flops of one matmul for one row
@@ -64,6 +65,37 @@ def test_rows_without_a_gradient_cost_one_matmul(size, loss_type):
 
     twice = loss_type == "luspo" and size == 3  # a sequence longer than a chunk: logits twice
     assert flops(step) == (active + (3 if twice else 2) * (active - dead)) * ONE
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_tokens_without_an_advantage_of_their_own(masked, reduction):
+    """At token level they cost one matmul even next to one that has an advantage."""
+    head = make_head_batch(mask=torch.ones(4, 6))
+    b = head.batch
+    advantages = torch.zeros(4, 6)
+    advantages[0, 1] = advantages[2, 3:5] = 1.0
+    hidden, weight, _ = head.leaves()
+
+    def step():
+        out = linear_grpo_loss(
+            *(hidden, weight, b.ids, b.mask if masked else None, advantages),
+            reduction=reduction,
+            chunk_bytes=chunk_bytes(7),
+        )
+        out.loss.sum().backward()
+
+    again = 1 if reduction == "none" else 0  # the upstream gradient is not known: logits twice
+    assert flops(step) == (24 + (2 + again) * 3) * ONE
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 32_000, 151_936])
+def test_default_chunks_on_a_cpu(vocabulary):
+    """32 MiB of logits, and never less than 240 rows."""
+    for dtype in (torch.float32, torch.bfloat16):
+        budget = default_chunk_bytes(torch.device("cpu"), vocabulary, dtype)
+        assert chunk_limit(vocabulary, dtype, budget) >= 240
+        assert budget >= 32 << 20
 
 
 @pytest.mark.parametrize(("save_logits", "matmuls"), [(False, 4), (True, 3)])
@@ -138,7 +170,8 @@ def test_rounding_of_the_weights_gradient_is_flat_in_chunks(chunks, implementati
     budget = chunk_bytes(256 // chunks, 300, 2)
     out, leaves = loss_of(head, implementation, chunk_bytes=budget, **options)
     out.loss.backward()
-    assert relative_error(leaves[1].grad, want) < 7e-3  # the interpreter truncates: twice rounding
+    rounding = 5.5e-3 if (implementation, device) == ("triton", "cpu") else 2.6e-3  # it truncates
+    assert relative_error(leaves[1].grad, want) < rounding
 
 
 def test_chunks_fill_the_device():
@@ -149,8 +182,11 @@ def test_chunks_fill_the_device():
         return tiles / (-(-tiles // processors) * processors)
 
     for H in (896, 1536, 2048, 3584, 4096, 5120):
+        for total in (4200, 8200, 12_300, 20_000):
+            length = chunk_rows(total, 4186, H, 132)
+            assert total % length == 0 or total % length > length / 4, (H, total)
         length = chunk_rows(65_536, 4096, H, 132)
-        assert 2048 <= length <= 4096 and length % TILE_ROWS == 0
+        assert 1984 <= length <= 4096 and length % TILE_ROWS == 0
         assert filled(length, H) >= filled(4096, H)
     assert filled(4096, 1536) < 0.74 and filled(chunk_rows(65_536, 4096, 1536, 132), 1536) > 0.95
 
