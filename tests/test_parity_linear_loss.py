@@ -132,7 +132,7 @@ def test_padding_is_read_by_liger(device):
 
 @pytest.mark.parametrize("row", [1, 0], ids=["A=0", "clipped"])
 def test_overflowing_ratio(row, device):
-    """Liger: inf * 0 = NaN, soon in the whole head (bug 20). In ours that sequence has no gradient."""
+    """Liger: inf * 0 = NaN, soon in the whole head (bug 20). That sequence has none in ours."""
     case = drifted_case(device=device)
     case.batch.old_logps[row] -= 100.0
     assert liger_linear_loss(case, loss_type="grpo").gradients["weight"].isnan().any()
