@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import measure, providers
+from benchmarks import record as recording
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GRADIENT_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # a bfloat16 gradient is rounded once: 2e-3
@@ -19,7 +20,6 @@ CPU_LENGTHS = (256, 128, 64, 32)
 CPU_V = 32_000
 CUDA_LENGTHS = (1024,) * 8
 CUDA_V = (32_000, 128_256, 151_936, 262_144)
-ROUNDS = 15
 
 
 def make_batch(lengths, V, dtype, device, seed):
@@ -52,52 +52,22 @@ def logps_error(provider, batch, entropy):
     return max(measure.relative_error([g[active]], [w[active]]) for g, w in pairs)
 
 
-def peaks(steps, prepare, device):
-    """(steps that ran, {name: figures}): peak memory, or that there was not enough."""
-    ran, figures = {}, {}
-    for name, step in steps.items():
-        try:
-            figures[name] = {"peak_bytes": measure.peak_bytes(step, device, prepare)}
-            ran[name] = step
-        except torch.OutOfMemoryError:
-            figures[name] = "out of memory"
-            prepare()
-            torch.cuda.empty_cache()
-    return ran, figures
-
-
 def record(benchmark, case, batch, device, steps, prepare, *, writes):
-    """Measure the steps, the first of them ours, and put the figures into `extra_info`."""
+    """Measure the steps, with the bytes that a perfect one would move and the time that takes."""
     logits, mask = batch[0], batch[2]
-    measure.check_peak_bytes(device)
-    ours = next(iter(steps))
-    steps, figures = peaks(steps, prepare, device)
-    assert ours in steps, f"{ours}: {figures[ours]}"
-    floors = {} if device == "cpu" else measure.floors(logits)
-    times = measure.interleave(benchmark, steps | floors, prepare, device, ROUNDS)
-    for name in steps:
-        figures[name] |= {"ms": 1e3 * times[name][0], "spread": times[name][1]}
-    seconds = times[ours][0]
     active = mask.count_nonzero().item()
     traffic = logits.nbytes * (active / mask.numel() + writes)
-    info = measure.environment(device) | {
-        "case": case,
-        "shape": list(logits.shape),
-        "active_rows": active,
-        "bytes": round(traffic),
-        "GB/s": traffic / seconds / 1e9,
-        "peak_bytes": figures[ours]["peak_bytes"],
-        "providers": figures,
-    }
-    if "eager" in steps:
-        info["ratio_time_over_eager"] = figures[ours]["ms"] / figures["eager"]["ms"]
-        info["ratio_memory_over_eager"] = info["peak_bytes"] / figures["eager"]["peak_bytes"]
+    floors = {} if device == "cpu" else measure.floors(logits)
+    shape = {"shape": list(logits.shape), "active_rows": active, "bytes": round(traffic)}
+    seconds = recording.record(benchmark, case, device, steps, prepare, floors, **shape)
+    ours = seconds[next(iter(steps))]
+    info = {"GB/s": traffic / ours / 1e9}
     if floors:
         info |= {
-            "device_ms": 1e3 * seconds,
-            "read GB/s": logits.nbytes / times["read"][0] / 1e9,
-            "copy GB/s": 2 * logits.nbytes / times["copy"][0] / 1e9,
-            "time_over_floor": seconds / times["copy" if writes else "read"][0],
+            "device_ms": 1e3 * ours,
+            "read GB/s": logits.nbytes / seconds["read"] / 1e9,
+            "copy GB/s": 2 * logits.nbytes / seconds["copy"] / 1e9,
+            "time_over_floor": ours / seconds["copy" if writes else "read"],
         }
     benchmark.extra_info.update(info)
 

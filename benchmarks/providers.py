@@ -108,11 +108,11 @@ def exact_logps(logits, ids):
     return torch.stack(logps), torch.stack(entropies)
 
 
-def exact_gradients(logits, ids, mask, advantages, old_logps):
-    """Yield the gradient (T, V) of every sequence in float64."""
+def exact_gradients(logits, ids, mask, advantages, old_logps, loss=surrogate):
+    """Yield the gradient (T, V) of every sequence in float64; `loss` as `surrogate`."""
     for b in range(len(logits)):
         x = logits[b].detach().double().requires_grad_()
         logps = F.log_softmax(x, dim=-1).gather(-1, ids[b, :, None]).T
         rest = (t[b : b + 1] for t in (mask, advantages.double(), old_logps.double()))
-        (gradient,) = torch.autograd.grad(surrogate(logps, *rest), x)
+        (gradient,) = torch.autograd.grad(loss(logps, *rest), x)
         yield gradient / len(logits)

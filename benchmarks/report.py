@@ -2,7 +2,8 @@
 
     python -m benchmarks.report benchmarks/results/*.json
 
-CPU cases stand next to eager, GPU cases next to the floor: the time of a read or a copy alone.
+Over logits CPU cases stand next to eager, GPU cases next to the floor: the time of a read or a copy
+alone. With the head inside all stand next to the others and to the matmuls alone.
 """
 
 import argparse
@@ -60,27 +61,54 @@ def against_floor(infos):
     return table(columns, rows)
 
 
+def with_head(infos):
+    """Time and peak memory, gradients included, next to the others' and to bare matmuls."""
+    others = {"eager": "eager", "trl": "TRL", "trl_active": "TRL, active rows", "liger": "Liger"}
+    names = {"fused": "fused"} | others
+    columns = ["case", "rows", "H", "V", "matmuls ms", "time / matmuls"]
+    columns += [f"{shown} {unit}" for unit in ("ms", "MB") for shown in names.values()]
+    rows = [
+        [
+            info["case"],
+            "{} of {} x {}".format(info["active_rows"], *info["shape"]),
+            str(info["H"]),
+            str(info["shape"][2]),
+            f"{info['floor_ms']:.1f}",
+            f"{info['time_over_floor']:.2f}",
+            *(figure(info, name, "ms", "{:.0f}") for name in names),
+            *(figure(info, name, "peak_bytes", "{:.0f}", 1e-6) for name in names),
+        ]
+        for info in infos
+    ]
+    return table(columns, rows)
+
+
 def render(results):
-    """The tables of one file of results: CPU cases, then those of the GPU."""
+    """The tables of one file of results: CPU cases, those of the GPU, those with the head."""
     infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+    tables = {against_eager: [], against_floor: [], with_head: []}
+    for info in infos:
+        over_logits = against_eager if info["device"] == "cpu" else against_floor
+        tables[with_head if "H" in info else over_logits].append(info)
     parts = []
-    for on_cpu, make in ((True, against_eager), (False, against_floor)):
-        chosen = [info for info in infos if (info["device"] == "cpu") == on_cpu]
+    for make, chosen in tables.items():
         if chosen:
-            parts += [heading(results, chosen[0]), make(chosen)]
+            parts += [heading(results, chosen[0], shape=make is not with_head), make(chosen)]
     return "\n\n".join(parts)
 
 
-def heading(results, info):
+def heading(results, info, *, shape):
+    """Where a table was measured and, where its cases have one shape, with which."""
     cpu = results["machine_info"]["cpu"]["brand_raw"]
     device = f"{cpu}, {info['threads']} threads" if info["device"] == "cpu" else info["device"]
-    shape = "B = {}, T = {}".format(*info["shape"])
-    if info["device"] == "cpu":
-        shape += f", V = {info['shape'][2]}"
-    return (
-        f"{device}; torch {info['torch']}, Triton {info['triton']}, Python {info['python']}; "
-        f"{shape}, {info['active_rows']} active rows; commit {info['commit']}"
-    )
+    parts = [device]
+    parts += [f"torch {info['torch']}, Triton {info['triton']}, Python {info['python']}"]
+    if shape:
+        sizes = "B = {}, T = {}".format(*info["shape"])
+        if info["device"] == "cpu":
+            sizes += f", V = {info['shape'][2]}"
+        parts += [f"{sizes}, {info['active_rows']} active rows"]
+    return "; ".join([*parts, f"commit {info['commit']}"])
 
 
 def main(argv=None):
