@@ -74,28 +74,8 @@ def logps_errors(functions, batch):
     return errors_of(functions, error)
 
 
-def time_steps(benchmark, case, batch, errors, steps, prepare, *, backward):
-    """Measure the steps and the matmuls that none of them can do without."""
-    hidden, weight, mask = batch[0], batch[1], batch[3]
-    device, (V, H) = hidden.device.type, weight.shape
-    floors = {"matmuls": linear_providers.bare_matmuls(hidden, weight, mask, backward)}
-    shape = {"shape": [*mask.shape, V], "H": H, "active_rows": mask.count_nonzero().item()}
-    seconds = record(benchmark, case, device, steps, prepare, floors, **shape)
-    ours = next(iter(steps))
-    for name in steps.keys() & seconds.keys():
-        benchmark.extra_info["providers"][name]["error"] = errors[name]
-    info = {"floor_ms": 1e3 * seconds["matmuls"]}
-    info["time_over_floor"] = seconds[ours] / seconds["matmuls"]
-    if "trl" in seconds:
-        info["ratio_time_over_trl"] = seconds[ours] / seconds["trl"]
-    benchmark.extra_info.update(info)
-
-
-def time_losses(benchmark, case, shape, dtype, device, losses, exact):
-    """Loss and gradients of hidden states and weight."""
-    make = functools.partial(make_batch, *shape, dtype, device)
-    errors = gradient_errors(losses, make(seed=1), exact)
-    assert errors[next(iter(losses))] < GRADIENT_ERROR[dtype], errors
+def loss_steps(make, losses):
+    """(batch, steps, prepare) of losses and gradients of hidden states and weight."""
     batch = make(seed=0)
     leaves = [tensor.requires_grad_() for tensor in batch[:2]]
 
@@ -103,8 +83,41 @@ def time_losses(benchmark, case, shape, dtype, device, losses, exact):
         for leaf in leaves:
             leaf.grad = None
 
-    steps = {n: lambda loss=loss: loss(*batch).backward() for n, loss in losses.items()}
-    time_steps(benchmark, case, batch, errors, steps, prepare, backward=True)
+    return batch, {n: lambda f=f: f(*batch).backward() for n, f in losses.items()}, prepare
+
+
+def logps_steps(make, functions):
+    """(batch, steps, prepare) of log-probabilities and entropies without a gradient."""
+    batch = make(seed=0)
+    run = torch.no_grad()(lambda function: function(*batch[:4], True))
+    return batch, {n: functools.partial(run, f) for n, f in functions.items()}, lambda: None
+
+
+def record_steps(benchmark, case, device, build, errors, *, backward):
+    """Measure the steps, and the matmuls that none of them can do without."""
+
+    def floors(batch):
+        hidden, weight, mask = batch[0], batch[1], batch[3]
+        return {"matmuls": linear_providers.bare_matmuls(hidden, weight, mask, backward)}
+
+    batch, seconds = record(benchmark, case, device, build, floors)
+    mask, (V, H), ours = batch[3], batch[1].shape, seconds["fused"]
+    info = {"shape": [*mask.shape, V], "H": H, "active_rows": mask.count_nonzero().item()}
+    info |= {"floor_ms": 1e3 * seconds["matmuls"], "time_over_floor": ours / seconds["matmuls"]}
+    if "trl" in seconds:
+        info["ratio_time_over_trl"] = ours / seconds["trl"]
+    benchmark.extra_info.update(info)
+    for name in errors.keys() & seconds.keys():
+        benchmark.extra_info["providers"][name]["error"] = errors[name]
+
+
+def time_losses(benchmark, case, shape, dtype, device, losses, exact):
+    """Loss and gradients of hidden states and weight."""
+    make = functools.partial(make_batch, *shape, dtype, device)
+    errors = gradient_errors(losses, make(seed=1), exact)
+    assert errors["fused"] < GRADIENT_ERROR[dtype], errors
+    build = functools.partial(loss_steps, make, losses)
+    record_steps(benchmark, case, device, build, errors, backward=True)
 
 
 def time_logps(benchmark, case, shape, dtype, device):
@@ -113,10 +126,9 @@ def time_logps(benchmark, case, shape, dtype, device):
     functions = functions_of(LOGPS, device, "_logps")
     with torch.no_grad():
         errors = logps_errors(functions, make(seed=1))
-        assert errors["fused"] < LOGPS_ERROR, errors
-        batch = make(seed=0)
-        steps = {n: lambda f=f: f(*batch[:4], True) for n, f in functions.items()}
-        time_steps(benchmark, case, batch, errors, steps, lambda: None, backward=False)
+    assert errors["fused"] < LOGPS_ERROR, errors
+    build = functools.partial(logps_steps, make, functions)
+    record_steps(benchmark, case, device, build, errors, backward=False)
 
 
 def functions_of(names, device, suffix=""):

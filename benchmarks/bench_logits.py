@@ -52,17 +52,40 @@ def logps_error(provider, batch, entropy):
     return max(measure.relative_error([g[active]], [w[active]]) for g, w in pairs)
 
 
-def record(benchmark, case, batch, device, steps, prepare, *, writes):
+def loss_steps(make, losses, device):
+    """(batch, steps, prepare) of losses and gradients over a leaf."""
+    batch = make(seed=0)
+    logits = batch[0].requires_grad_()
+    source = logits.detach().clone() if device != "cpu" else None
+
+    def prepare():
+        logits.grad = None
+        if source is not None:  # a step in place has written over them
+            logits.detach().copy_(source)
+
+    return batch, {n: lambda f=f: f(*batch).backward() for n, f in losses.items()}, prepare
+
+
+def logps_steps(make, functions, entropy):
+    """(batch, steps, prepare) of log-probabilities without a gradient."""
+    batch = make(seed=0)
+    run = torch.no_grad()(lambda function: function(*batch[:3], entropy))
+    return batch, {n: functools.partial(run, f) for n, f in functions.items()}, lambda: None
+
+
+def record(benchmark, case, device, build, *, writes):
     """Measure the steps, with the bytes that a perfect one would move and the time that takes."""
+
+    def floors(batch):
+        return {} if device == "cpu" else measure.floors(batch[0])
+
+    batch, seconds = recording.record(benchmark, case, device, build, floors)
     logits, mask = batch[0], batch[2]
-    active = mask.count_nonzero().item()
+    active, ours = mask.count_nonzero().item(), seconds[next(iter(seconds))]
     traffic = logits.nbytes * (active / mask.numel() + writes)
-    floors = {} if device == "cpu" else measure.floors(logits)
-    shape = {"shape": list(logits.shape), "active_rows": active, "bytes": round(traffic)}
-    seconds = recording.record(benchmark, case, device, steps, prepare, floors, **shape)
-    ours = seconds[next(iter(steps))]
-    info = {"GB/s": traffic / ours / 1e9}
-    if floors:
+    info = {"shape": list(logits.shape), "active_rows": active}
+    info |= {"bytes": round(traffic), "GB/s": traffic / ours / 1e9}
+    if device != "cpu":
         info |= {
             "device_ms": 1e3 * ours,
             "read GB/s": logits.nbytes / seconds["read"] / 1e9,
@@ -73,33 +96,20 @@ def record(benchmark, case, batch, device, steps, prepare, *, writes):
 
 
 def time_losses(benchmark, case, lengths, V, dtype, device, losses):
-    """Loss and gradient over a leaf: one read of the active rows, one write of all."""
+    """Loss and gradient: one read of the active rows, one write of all."""
     make = functools.partial(make_batch, lengths, V, dtype, device)
     assert gradient_error(next(iter(losses.values())), make(seed=1)) < GRADIENT_ERROR[dtype]
-    batch = make(seed=0)
-    logits = batch[0].requires_grad_()
-    source = logits.detach().clone()
-
-    def prepare():
-        logits.grad = None
-        if device != "cpu":  # a step in place has written over them
-            logits.detach().copy_(source)
-
-    steps = {n: lambda loss=loss: loss(*batch).backward() for n, loss in losses.items()}
-    record(benchmark, case, batch, device, steps, prepare, writes=1)
+    build = functools.partial(loss_steps, make, losses, device)
+    record(benchmark, case, device, build, writes=1)
 
 
 def time_logps(benchmark, case, lengths, V, dtype, device, entropy):
-    """Log-probabilities without a gradient: one read of the active rows."""
+    """Log-probabilities: one read of the active rows."""
     make = functools.partial(make_batch, lengths, V, dtype, device)
     assert logps_error(providers.fused_logps, make(seed=1), entropy) < LOGPS_ERROR
-    batch = make(seed=0)
-    steps = {
-        "fused": lambda: providers.fused_logps(*batch[:3], entropy),
-        "eager": lambda: providers.eager_logps(*batch[:3], entropy),
-    }
-    with torch.no_grad():
-        record(benchmark, case, batch, device, steps, lambda: None, writes=0)
+    functions = {"fused": providers.fused_logps, "eager": providers.eager_logps}
+    build = functools.partial(logps_steps, make, functions, entropy)
+    record(benchmark, case, device, build, writes=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
