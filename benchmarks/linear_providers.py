@@ -13,7 +13,7 @@ import torch
 from benchmarks import providers
 from grpo_fused import Clip, linear_grpo_loss, linear_selective_log_softmax
 from grpo_fused.kernels.linear import chunk_limit, chunk_rows, logits_memory
-from grpo_fused.sources import CHUNK_BYTES, DEVICE_CHUNK_BYTES
+from grpo_fused.sources import default_chunk_bytes
 
 TRL_COLUMNS = 32_768
 
@@ -108,7 +108,7 @@ def bare_matmuls(hidden, weight, mask, backward):
     """
     rows = hidden.detach()[mask != 0]
     weight, (V, H) = weight.detach(), weight.shape
-    budget = CHUNK_BYTES.get(hidden.device.type, DEVICE_CHUNK_BYTES)
+    budget = default_chunk_bytes(hidden.device, V, hidden.dtype)
     processors = 1
     if hidden.is_cuda:
         processors = torch.cuda.get_device_properties().multi_processor_count
