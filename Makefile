@@ -15,8 +15,11 @@ mutate: .venv/ready
 	$(BIN)/python tests/mutate.py
 
 bench: .venv/ready
-	$(BIN)/python -m pytest benchmarks --benchmark-json benchmarks/results/$(DEVICE).json
-	$(BIN)/python -m benchmarks.report benchmarks/results/$(DEVICE).json
+	mkdir -p runs
+	$(BIN)/python -m pytest benchmarks --benchmark-json runs/$(DEVICE).json
+	$(BIN)/python -m benchmarks.report runs/$(DEVICE).json --plot runs/growth.png
+	if [ -f benchmarks/results/$(DEVICE).json ]; then \
+	  $(BIN)/python -m benchmarks.compare benchmarks/results/$(DEVICE).json runs/$(DEVICE).json; fi
 
 aot: .venv/ready
 	$(BIN)/python -m benchmarks.aot

@@ -3,13 +3,16 @@
     python -m benchmarks.report benchmarks/results/*.json
 
 Over logits CPU cases stand next to eager, GPU cases next to the floor: the time of a read or a copy
-alone. With the head inside all stand next to the others and to the matmuls alone.
+alone. With the head inside all stand next to the others and to the matmuls alone. Cases of several
+sizes become slopes and, with --plot, a picture.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+from benchmarks import growth
 
 
 def table(columns, rows):
@@ -83,18 +86,31 @@ def with_head(infos):
     return table(columns, rows)
 
 
+def slopes(infos):
+    """What a thousand more tokens or columns cost."""
+    return table(*growth.slopes(infos))
+
+
+def kind(info):
+    """The table that a case belongs to."""
+    if "axis" in info:
+        return slopes
+    over_logits = against_eager if info["device"] == "cpu" else against_floor
+    return with_head if "H" in info else over_logits
+
+
 def render(results):
-    """The tables of one file of results: CPU cases, those of the GPU, those with the head."""
-    infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-    tables = {against_eager: [], against_floor: [], with_head: []}
-    for info in infos:
-        over_logits = against_eager if info["device"] == "cpu" else against_floor
-        tables[with_head if "H" in info else over_logits].append(info)
+    """The tables of one file of results."""
     parts = []
-    for make, chosen in tables.items():
-        if chosen:
-            parts += [heading(results, chosen[0], shape=make is not with_head), make(chosen)]
+    for make in (against_eager, against_floor, with_head, slopes):
+        if chosen := [info for info in infos_of(results) if kind(info) is make]:
+            one_shape = make in (against_eager, against_floor)
+            parts += [heading(results, chosen[0], shape=one_shape), make(chosen)]
     return "\n\n".join(parts)
+
+
+def infos_of(results):
+    return [benchmark["extra_info"] for benchmark in results["benchmarks"]]
 
 
 def heading(results, info, *, shape):
@@ -114,8 +130,13 @@ def heading(results, info, *, shape):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="JSON of pytest-benchmark")
+    parser.add_argument("--plot", type=Path, help="PNG of the growth with tokens and vocabulary")
     options = parser.parse_args(argv)
-    print("\n\n".join(render(json.loads(path.read_text())) for path in options.results))
+    runs = [json.loads(path.read_text()) for path in options.results]
+    print("\n\n".join(map(render, runs)))
+    if options.plot:
+        infos = [info for run in runs for info in infos_of(run) if kind(info) is slopes]
+        growth.draw(infos, options.plot)
     return 0
 
 
