@@ -86,6 +86,20 @@ def with_head(infos):
     return table(columns, rows)
 
 
+def whole_step(infos):
+    """Time and peak memory of a training step, and the longest completion within a budget."""
+    names = {"fused": "head inside", "logits": "over logits", "eager": "eager", "trl": "TRL 1.16"}
+    rows = []
+    for info in infos:
+        budget = f"longest completion in {info['budget'] >> 20} MiB"
+        columns = ["loss", "ms", "peak MB", budget]
+        for name, shown in names.items():
+            cells = [figure(info, name, "ms", "{:.0f}")]
+            cells.append(figure(info, name, "peak_bytes", "{:.0f}", 1e-6))
+            rows.append([shown, *cells, str(info["longest"][name] or "none")])
+    return table(columns, rows)
+
+
 def slopes(infos):
     """What a thousand more tokens or columns cost."""
     return table(*growth.slopes(infos))
@@ -95,6 +109,8 @@ def kind(info):
     """The table that a case belongs to."""
     if "axis" in info:
         return slopes
+    if "step" in info:
+        return whole_step
     over_logits = against_eager if info["device"] == "cpu" else against_floor
     return with_head if "H" in info else over_logits
 
@@ -102,7 +118,7 @@ def kind(info):
 def render(results):
     """The tables of one file of results."""
     parts = []
-    for make in (against_eager, against_floor, with_head, slopes):
+    for make in (against_eager, against_floor, with_head, whole_step, slopes):
         if chosen := [info for info in infos_of(results) if kind(info) is make]:
             one_shape = make in (against_eager, against_floor)
             parts += [heading(results, chosen[0], shape=one_shape), make(chosen)]
