@@ -75,6 +75,12 @@ def implementation(request):
 
 
 @pytest.fixture(autouse=True)
+def seed():
+    """torch seeds itself at random: a draw in 30 cancelled to a loss of nearly 0 and failed."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """torch.empty is NaN in the package: an output that nobody writes cannot pass for one."""
 

@@ -47,13 +47,13 @@ def test_every_clamp_of_vespo(log_ratio, weights, s, advantage):
 @pytest.mark.parametrize("spelling", ["torch", "triton"])
 def test_edges_of_the_clamp_of_exponentials(spelling, device):
     """With epsilon_low 1 and A = -1 the loss is the ratio: e^clamp(x, -80, 80)."""
-    x = torch.tensor([-200.0, -80.0, 80.0, 200.0], device=device)
+    x = torch.tensor([-200.0, -81.0, -80.0, 80.0, 81.0, 200.0], device=device)
     columns = (torch.zeros_like(x), x, -torch.ones_like(x))
     clip = Clip(1.0, 0.2)
     ratio, derivative, _ = (
         clip.evaluate(*columns) if spelling == "torch" else run_per_token(clip, *columns)
     )
-    inside = torch.tensor([0.0, 1.0, 1.0, 0.0], device=device)
+    inside = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0], device=device)
     torch.testing.assert_close(ratio, x.clamp(-80, 80).exp(), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(derivative, ratio * inside, rtol=1e-5, atol=0.0)
 
