@@ -21,7 +21,7 @@ import grpo_fused.rows  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton patches its language again for every call of a device function, 60 % of the time of a
-    # launch. The launch has done that; what a function's own module needs lasts from its first call.
+    # launch. The launch has done that; what a function's module needs lasts from its first call.
     from triton.runtime.interpreter import InterpretedFunction
 
     patch_and_call, called = InterpretedFunction.__call__, set()

@@ -1,5 +1,6 @@
 """Bounds to the last one: what a mutation run (`make mutate`) found that no other test held."""
 
+import functools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import triton.language as tl
 from batches import make_batch
 
-from grpo_fused import Clip, Vespo, grpo_loss, rollout_weights
+from grpo_fused import Cispo, Clip, Vespo, grpo_loss, rollout_weights
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.launch import kernel
 from grpo_fused.kernels.objective import DIVERGENCES as KERNELS
@@ -56,6 +57,18 @@ def test_edges_of_the_clamp_of_exponentials(spelling, device):
     inside = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0], device=device)
     torch.testing.assert_close(ratio, x.clamp(-80, 80).exp(), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(derivative, ratio * inside, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("spelling", ["torch", "triton"])
+@pytest.mark.parametrize("objective", [Clip(0.0, 0.0), Clip(0.0, 0.0, 1.0), Cispo(1.0)], ids=repr)
+def test_a_ratio_at_its_bound_is_inside(objective, spelling, device):
+    """On policy the ratio is 1 exactly."""
+    zeros, advantage = torch.zeros(2, device=device), torch.tensor([1.0, -1.0], device=device)
+    run = objective.evaluate
+    if spelling == "triton":
+        run = functools.partial(run_per_token, objective)
+    _, derivative, clipped = run(zeros, zeros, advantage)
+    assert torch.equal(derivative, -advantage) and (clipped == 0).all()
 
 
 @pytest.mark.parametrize("V", [97, 128])

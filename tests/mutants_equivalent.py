@@ -1,0 +1,44 @@
+"""Mutants that no test can tell from the code, by the reason why: read by mutate.py.
+
+A mutant is its file, its change and the first 40 characters of its line.
+"""
+
+EQUIVALENT = {
+    "without an advantage loss and gradient are 0, whatever the knob or the branch": [
+        "grpo_fused/objectives.py `LtE -> Lt` used = torch.where(free * advantage <= b",
+        "grpo_fused/objectives.py `LtE -> Lt` used = tl.where(free * advantage <= boun",
+        "grpo_fused/objectives.py `Gt -> GtE` t = by_sign(advantage > 0, self.temperat",
+        "grpo_fused/objectives.py `Gt -> GtE` t = tl.where(advantage > 0.0, temperatur",
+        "grpo_fused/sequence_objectives.py `GtE -> Gt` positive = advantage >= 0",
+    ],
+    "less than one item counts as one": [
+        "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, number * length)",
+        "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, number)",
+        "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, 1.0)",
+    ],
+    "e^-80 - 1 is -1 already": [
+        "grpo_fused/divergences.py `80.0 -> 160.0` growth = torch.expm1(difference.clamp(-8",
+        "grpo_fused/divergences.py `no min` growth = torch.expm1(difference.clamp(-8",
+    ],
+    "only the rounding of sums depends on the order within a group": [
+        "grpo_fused/advantages.py `True -> False` order = labels.argsort(stable=True)",
+    ],
+    "only time depends on it: masked rows are computed and selected away": [
+        'grpo_fused/rows.py `Eq -> NotEq` if active.device.type == "cpu":',
+    ],
+    "either spelling of a number is right, and as precise": [
+        "kernels/objective.py `floor -> ceil` whole = tl.floor(x * 1.4426950408889634 ",
+        "kernels/objective.py `10 -> 11` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
+        "kernels/objective.py `11 -> 12` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
+        "kernels/online_softmax.py `Gt -> Lt` if (x_ptr.dtype.element_ty == tl.bfloat1",
+    ],
+    "of a masked token: nothing reads it": [
+        "kernels/fused_loss.py `0.0 -> 1.0` kl = 0.0",
+        "kernels/fused_loss.py `0.0 -> 1.0` maximum = 0.0",
+        "kernels/logprob.py `0.0 -> 1.0` maximum = 0.0",
+    ],
+    "the last block of columns is empty, its mask is too": [
+        "kernels/row_gradient.py `Gt -> GtE` if remaining > 0:",
+        "kernels/row_gradient.py `Gt -> GtE #2` if remaining > 0:",
+    ],
+}
