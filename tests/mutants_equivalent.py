@@ -11,6 +11,19 @@ EQUIVALENT = {
         "grpo_fused/objectives.py `Gt -> GtE` t = tl.where(advantage > 0.0, temperatur",
         "grpo_fused/sequence_objectives.py `GtE -> Gt` positive = advantage >= 0",
     ],
+    "any name will do that no other class has": [
+        "grpo_fused/objectives.py `Add -> Sub` number += 1",
+        "grpo_fused/objectives.py `1 -> 2` number += 1",
+    ],
+    "on the bound both branches are the same number": [
+        "grpo_fused/objectives.py `Gt -> GtE` gate = tl.where(ratio > 1.0, large, smal",
+    ],
+    "e^-200 is 0 already": [
+        "grpo_fused/objectives.py `200.0 -> 400.0` fall = exp(greater(-tl.abs(t * (ratio - ",
+    ],
+    "what is selected away behind it is never read": [
+        "grpo_fused/sequence_objectives.py `0.0 -> 1.0` weight = torch.where(nothing, 0.0, -phi ",
+    ],
     "less than one item counts as one": [
         "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, number * length)",
         "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, number)",

@@ -1,6 +1,5 @@
 """Bounds to the last one: what a mutation run (`make mutate`) found that no other test held."""
 
-import functools
 import math
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import triton.language as tl
 from batches import make_batch
 
-from grpo_fused import Cispo, Clip, Vespo, grpo_loss, rollout_weights
+from grpo_fused import Cispo, Clip, Sapo, Vespo, grpo_loss, rollout_weights
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.launch import kernel
 from grpo_fused.kernels.objective import DIVERGENCES as KERNELS
@@ -21,6 +20,9 @@ VESPO = [
     ([8.0, 9.0, -1.0], [0.0, 1.0, 0.5], 16 + math.log(1e-8) + math.log(0.5)),
     ([-20.0, -9.0, 25.0], [1e12, 1.0, 1.0], 16.0),
     ([-9.0, -9.5, 0.0], None, -18.5),
+    ([25.0, -19.5, 0.0], None, 0.5),
+    ([-9.0, -9.0, 0.5], [1e12, 1.0, 1.0], 2.5),
+    ([-9.0, -9.0, 0.5], [1e12], 2.5),
     ([6.0, 7.0, 0.0], [0.0], 13 + math.log(1e-8)),
 ]
 
@@ -29,20 +31,36 @@ VESPO = [
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_every_clamp_of_vespo(log_ratio, weights, s, advantage):
     """Weights so small that sums of tokens hide them: compared one by one."""
-    vespo, logp = Vespo(), torch.full((1, 3), -0.5, dtype=torch.float64)
     if weights is not None:
         weights = torch.tensor(weights if len(weights) == 1 else [weights], dtype=torch.float64)
-    loss, clipped = vespo.evaluate(
-        logp,
-        torch.tensor([log_ratio], dtype=torch.float64),
-        torch.full_like(logp, advantage),
-        weights,
-        Padded(logp, None),
-    )
-    s = min(max(s, math.log(1e-8)), 20.0)
     k, rate = (2.0, 3.0) if advantage > 0 else (3.0, 2.0)
+    compare_vespo(Vespo(), log_ratio, advantage, weights, s, k, rate)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_the_upper_clamp_of_vespo(advantage):
+    """With its own knobs a weight of e^20 is 0 already."""
+    vespo = Vespo(2.0, 1e-9, 1.0, 2e-9)
+    k, rate = (2.0, 1e-9) if advantage > 0 else (1.0, 2e-9)
+    compare_vespo(vespo, [15.0, 8.0, 1.0], advantage, None, 24.0, k, rate)
+
+
+def compare_vespo(vespo, log_ratio, advantage, weights, s, k, rate):
+    """Its loss is what the sum of log-ratios s, the exponent k and the rate say."""
+    logp = torch.full((1, 3), -0.5, dtype=torch.float64)
+    ratios = torch.tensor([log_ratio], dtype=torch.float64)
+    advantages = torch.full_like(logp, advantage)
+    loss, _ = vespo.evaluate(logp, ratios, advantages, weights, Padded(logp, None))
+    s = min(max(s, math.log(1e-8)), 20.0)
     want = -math.exp(rate + k * s - rate * math.exp(s)) * advantage * logp
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=0.0)
+
+
+def run(objective, spelling, *columns):
+    """(loss, derivative, clipped) of an objective per token."""
+    if spelling == "torch":
+        return objective.evaluate(*columns)
+    return run_per_token(objective, *columns)
 
 
 @pytest.mark.parametrize("spelling", ["torch", "triton"])
@@ -50,10 +68,7 @@ def test_edges_of_the_clamp_of_exponentials(spelling, device):
     """With epsilon_low 1 and A = -1 the loss is the ratio: e^clamp(x, -80, 80)."""
     x = torch.tensor([-200.0, -81.0, -80.0, 80.0, 81.0, 200.0], device=device)
     columns = (torch.zeros_like(x), x, -torch.ones_like(x))
-    clip = Clip(1.0, 0.2)
-    ratio, derivative, _ = (
-        clip.evaluate(*columns) if spelling == "torch" else run_per_token(clip, *columns)
-    )
+    ratio, derivative, _ = run(Clip(1.0, 0.2), spelling, *columns)
     inside = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0], device=device)
     torch.testing.assert_close(ratio, x.clamp(-80, 80).exp(), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(derivative, ratio * inside, rtol=1e-5, atol=0.0)
@@ -64,11 +79,16 @@ def test_edges_of_the_clamp_of_exponentials(spelling, device):
 def test_a_ratio_at_its_bound_is_inside(objective, spelling, device):
     """On policy the ratio is 1 exactly."""
     zeros, advantage = torch.zeros(2, device=device), torch.tensor([1.0, -1.0], device=device)
-    run = objective.evaluate
-    if spelling == "triton":
-        run = functools.partial(run_per_token, objective)
-    _, derivative, clipped = run(zeros, zeros, advantage)
+    _, derivative, clipped = run(objective, spelling, zeros, zeros, advantage)
     assert torch.equal(derivative, -advantage) and (clipped == 0).all()
+
+
+@pytest.mark.parametrize("spelling", ["torch", "triton"])
+def test_a_gate_that_is_shut(spelling, device):
+    """So hot that its sigmoid is 0 in float32."""
+    far, advantage = torch.full((2,), -80.0, device=device), torch.tensor([1.0, -1.0]).to(device)
+    for value in run(Sapo(150.0, 150.0), spelling, far, far, advantage):
+        assert (value == 0).all()
 
 
 @pytest.mark.parametrize("V", [97, 128])
@@ -105,6 +125,7 @@ def test_less_than_one_item_divides_by_one(count, implementation, device):
 def test_k3_at_the_clamp():
     d = torch.tensor([-80.0, 80.0])
     assert torch.equal(DIVERGENCES["k3"](d)[1], -torch.expm1(d))
+    assert DIVERGENCES["k3"](torch.tensor([-81.0, 81.0]))[1].tolist() == [1.0, 1.0]
 
 
 def test_bounds_of_masked_weights_are_kept():
