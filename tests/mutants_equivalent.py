@@ -22,7 +22,14 @@ EQUIVALENT = {
         "grpo_fused/objectives.py `200.0 -> 400.0` fall = exp(greater(-tl.abs(t * (ratio - ",
     ],
     "what is selected away behind it is never read": [
+        "grpo_fused/coupled.py `0.0 -> 1.0` loss = loss * (correction if on is None ",
         "grpo_fused/sequence_objectives.py `0.0 -> 1.0` weight = torch.where(nothing, 0.0, -phi ",
+    ],
+    "a check of ourselves, which never fails": [
+        "grpo_fused/metrics.py `True -> False` named = dict(zip(METRICS, metrics.unbind",
+    ],
+    "no token is divided by a length of 0: there is none": [
+        "grpo_fused/weights.py `1.0 -> 0.0` length = max(sequences.padded_length(), ",
     ],
     "less than one item counts as one": [
         "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, number * length)",
