@@ -28,6 +28,9 @@ EQUIVALENT = {
     "a check of ourselves, which never fails": [
         "grpo_fused/metrics.py `True -> False` named = dict(zip(METRICS, metrics.unbind",
     ],
+    "without sequences there are no tokens": [
+        "grpo_fused/sequences.py `0 -> 1 #2` return values[0, :0]",
+    ],
     "no token is divided by a length of 0: there is none": [
         "grpo_fused/weights.py `1.0 -> 0.0` length = max(sequences.padded_length(), ",
     ],

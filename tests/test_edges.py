@@ -11,7 +11,7 @@ from grpo_fused import Cispo, Clip, Sapo, Vespo, grpo_loss, rollout_weights
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.launch import kernel
 from grpo_fused.kernels.objective import DIVERGENCES as KERNELS
-from grpo_fused.sequences import Padded
+from grpo_fused.sequences import Packed, Padded
 from grpo_fused.testing import run_per_token
 
 VESPO = [
@@ -126,6 +126,16 @@ def test_k3_at_the_clamp():
     d = torch.tensor([-80.0, 80.0])
     assert torch.equal(DIVERGENCES["k3"](d)[1], -torch.expm1(d))
     assert DIVERGENCES["k3"](torch.tensor([-81.0, 81.0]))[1].tolist() == [1.0, 1.0]
+
+
+ENDS = [([-2, 3, 9], [0, 3, 6]), ([-5, -3, 2], [0, 0, 2]), ([0, 4, 2], [0, 4, 4])]
+
+
+@pytest.mark.parametrize(("wrong", "cut"), ENDS, ids=str)
+def test_wrong_ends_are_cut_to_the_tokens(wrong, cut):
+    """No sum is asked for what lies outside: what it found there might be 0."""
+    ends = Packed(torch.zeros(1, 6), None, torch.tensor(wrong)).offsets.tolist()
+    assert ends == cut
 
 
 def test_bounds_of_masked_weights_are_kept():

@@ -136,11 +136,29 @@ def test_empty_batches(sizes, loss_type, implementation, device):
     )
     out.loss.backward()
     assert out.loss.item() == 0.0
+    assert all(value.isfinite() for value in out.metrics.values())
     assert logits.grad.shape == logits.shape
     assert out.logps.shape == (b, t)
     logps, _ = selective_log_softmax(logits, ids, implementation=implementation)
     logps.sum().backward()
     assert logps.shape == (b, t)
+
+
+@pytest.mark.parametrize("ends", [[0], [0, 0, 0]], ids=str)
+def test_empty_packed_batches(ends, implementation, device):
+    """No sequence at all, and sequences without a token."""
+    ids = torch.zeros(0, dtype=torch.long, device=device)
+    for loss_type in ("grpo", "gspo", "gmpo"):
+        logits = torch.zeros(0, 11, device=device, requires_grad=True)
+        out = grpo_loss(
+            *(logits, ids, ids, torch.zeros(len(ends) - 1, device=device)),
+            cu_seqlens=torch.tensor(ends, device=device),
+            loss_type=loss_type,
+            implementation=implementation,
+        )
+        out.loss.backward()
+        assert out.loss.item() == 0.0 and out.logps.shape == (0,)
+        assert all(value.isfinite() for value in out.metrics.values())
 
 
 def test_last_of_t_plus_one_positions_alone(implementation, device):
