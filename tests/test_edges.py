@@ -74,6 +74,13 @@ def test_edges_of_the_clamp_of_exponentials(spelling, device):
     torch.testing.assert_close(derivative, ratio * inside, rtol=1e-5, atol=0.0)
 
 
+def test_exponentials_to_a_rounding(device):
+    """The rounding of x log2(e) alone is 7e-6 at x = 80."""
+    x = torch.linspace(-79.7, 79.7, 33, device=device)
+    ratio, _, _ = run_per_token(Clip(1.0, 0.2), torch.zeros_like(x), x, -torch.ones_like(x))
+    torch.testing.assert_close(ratio.double(), x.double().exp(), rtol=4e-7, atol=0.0)
+
+
 @pytest.mark.parametrize("spelling", ["torch", "triton"])
 @pytest.mark.parametrize("objective", [Clip(0.0, 0.0), Clip(0.0, 0.0, 1.0), Cispo(1.0)], ids=repr)
 def test_a_ratio_at_its_bound_is_inside(objective, spelling, device):
