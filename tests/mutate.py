@@ -31,13 +31,14 @@ FORK = get_context("fork")
 
 OBJECTIVES = "tests/test_objectives.py"
 DERIVATIVES, DIVERGENCES = f"{OBJECTIVES} -k derivative", f"{OBJECTIVES} -k 'divergences or k3'"
-FAMILY, KERNEL_FAMILY = (f"tests/test_family.py -k in_{name}" for name in ("torch", "triton"))
+FAMILY = "tests/test_family.py -k in_torch"
 ROWS = "tests/test_selective_log_softmax.py -k torch"
 COLUMNS = "tests/test_selective_log_softmax.py -k 'triton and (half or blocks or strided)'"
 LOSS = "tests/test_loss.py -k 'triton and (beta_temp or tensors or minus_inf)'"
 WEIGHTS = "tests/test_weights_and_metrics.py -k 'weights and not triton'"
 BOUNDS = "tests/test_edges.py tests/test_selected_away.py -k 'not triton'"
 KERNEL_BOUNDS = "tests/test_edges.py -k 'not torch'"
+BOTH = "tests/test_equalities.py -k two_implementations"
 FILES = "loss extremes objectives selective_log_softmax masks weights_and_metrics family autograd"
 FILES = f"{FILES} invariants equalities edges selected_away far memory launches corrections"
 FILES = " ".join(f"tests/test_{name}.py" for name in FILES.split())
@@ -57,11 +58,11 @@ KILLERS = {
     "grpo_fused/rows.py": (ROWS, FAMILY, BOUNDS),
     "grpo_fused/reference.py": (FAMILY, ROWS, BOUNDS),
     "kernels/objective.py": (DIVERGENCES, KERNEL_BOUNDS, DERIVATIVES),
-    "kernels/online_softmax.py": (COLUMNS, LOSS, KERNEL_BOUNDS),
-    "kernels/row_gradient.py": (COLUMNS, LOSS, KERNEL_BOUNDS),
-    "kernels/fused_loss.py": (LOSS, KERNEL_BOUNDS),
-    "kernels/logprob.py": (COLUMNS, KERNEL_BOUNDS),
-    "kernels/reduce.py": (LOSS, KERNEL_BOUNDS),
+    "kernels/online_softmax.py": (COLUMNS, LOSS, BOTH, KERNEL_BOUNDS),
+    "kernels/row_gradient.py": (COLUMNS, LOSS, BOTH, KERNEL_BOUNDS),
+    "kernels/fused_loss.py": (BOTH, LOSS, KERNEL_BOUNDS),
+    "kernels/logprob.py": (COLUMNS, BOTH, KERNEL_BOUNDS),
+    "kernels/reduce.py": (LOSS, BOTH, KERNEL_BOUNDS),
     "kernels/rescale.py": ("tests/test_autograd.py -k triton",),
 }
 EVERYTHING = {path: TRITON if path.startswith("kernels/") else TORCH for path in KILLERS}
