@@ -65,7 +65,11 @@ EQUIVALENT = {
         "kernels/online_softmax.py `Gt -> Lt` if (x_ptr.dtype.element_ty == tl.bfloat1",
     ],
     "of a masked token: nothing reads it": [
+        "kernels/fused_loss.py `0.0 -> 1.0` loss = 0.0",
         "kernels/fused_loss.py `0.0 -> 1.0` kl = 0.0",
+        "kernels/fused_loss.py `0.0 -> 1.0` clipped = 0.0",
+        "kernels/fused_loss.py `0.0 -> 1.0` ratio = 0.0",
+        "kernels/fused_loss.py `1.0 -> 0.0` total = 1.0",
         "kernels/fused_loss.py `0.0 -> 1.0` maximum = 0.0",
         "kernels/logprob.py `0.0 -> 1.0` maximum = 0.0",
     ],

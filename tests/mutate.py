@@ -39,8 +39,8 @@ WEIGHTS = "tests/test_weights_and_metrics.py -k 'weights and not triton'"
 BOUNDS = "tests/test_edges.py tests/test_selected_away.py -k 'not triton'"
 KERNEL_BOUNDS = "tests/test_edges.py -k 'not torch'"
 BOTH = "tests/test_equalities.py -k two_implementations"
-FILES = "loss extremes objectives selective_log_softmax masks weights_and_metrics family autograd"
-FILES = f"{FILES} invariants equalities edges selected_away far memory launches corrections"
+FILES = "equalities edges family autograd selected_away masks loss selective_log_softmax extremes"
+FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections"
 FILES = " ".join(f"tests/test_{name}.py" for name in FILES.split())
 TORCH, TRITON = f"{FILES} -k 'not triton'", f"{FILES} -k 'not torch'"
 
