@@ -31,6 +31,13 @@ EQUIVALENT = {
     "without sequences there are no tokens": [
         "grpo_fused/sequences.py `0 -> 1 #2` return values[0, :0]",
     ],
+    "a column more is read and not written": [
+        "kernels/rescale.py `Lt -> LtE` x = tl.load(x_ptr + columns, columns < r",
+        "kernels/rescale.py `0.0 -> 1.0` x = tl.load(x_ptr + columns, columns < r",
+    ],
+    "all have one shape": [
+        "kernels/reduce.py `0 -> 1` terms[0].numel(),",
+    ],
     "no token is divided by a length of 0: there is none": [
         "grpo_fused/weights.py `1.0 -> 0.0` length = max(sequences.padded_length(), ",
     ],
@@ -74,6 +81,7 @@ EQUIVALENT = {
         "kernels/logprob.py `0.0 -> 1.0` maximum = 0.0",
     ],
     "the last block of columns is empty, its mask is too": [
+        "kernels/rescale.py `Gt -> GtE` if remaining > 0:",
         "kernels/row_gradient.py `Gt -> GtE` if remaining > 0:",
         "kernels/row_gradient.py `Gt -> GtE #2` if remaining > 0:",
     ],

@@ -8,6 +8,7 @@ import triton.language as tl
 from batches import make_batch
 
 from grpo_fused import Cispo, Clip, Sapo, Vespo, grpo_loss, rollout_weights
+from grpo_fused.autograd import LAUNCHERS
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.launch import kernel
 from grpo_fused.kernels.objective import DIVERGENCES as KERNELS
@@ -98,7 +99,7 @@ def test_a_gate_that_is_shut(spelling, device):
         assert (value == 0).all()
 
 
-@pytest.mark.parametrize("V", [97, 128])
+@pytest.mark.parametrize("V", [97, 128, 129, 300])
 def test_nothing_is_written_beside_the_rows(V, implementation, device):
     """Columns past the vocabulary belong to someone else, under the mask too."""
     batch = make_batch(V=V, device=device)
@@ -108,7 +109,20 @@ def test_nothing_is_written_beside_the_rows(V, implementation, device):
     logits = room[..., :V]
     options = {"entropy_coef": 0.1, "implementation": implementation, "inplace": True}
     grpo_loss(logits, batch.ids, batch.mask, batch.advantages, **options).loss.backward()
-    assert (batch.mask == 0).any() and (room.detach()[..., V:] == 7.0).all()
+    hidden = batch.mask == 0
+    assert hidden.any() and (room.detach()[..., V:] == 7.0).all()
+    assert (logits.detach()[:, :-1][hidden] == 0).all() and (logits.detach()[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("V", [97, 128, 129, 300])
+def test_the_upstream_gradient_in_rows_of_every_length(V, implementation, device):
+    """Less than a block, one, one and a column, some: every column once, and nothing beside."""
+    room = torch.randn(2, 3, V + 5, device=device)
+    given = room.clone()
+    upstream, assumed = torch.tensor(3.0, device=device), torch.tensor(2.0, device=device)
+    LAUNCHERS[implementation].rescale(room[..., :V], upstream, assumed)
+    given[..., :V] *= 1.5
+    assert torch.equal(room, given)
 
 
 @pytest.mark.parametrize("count", [0, 0.5])
