@@ -79,6 +79,7 @@ EQUIVALENT = {
         "kernels/fused_loss.py `1.0 -> 0.0` total = 1.0",
         "kernels/fused_loss.py `0.0 -> 1.0` maximum = 0.0",
         "kernels/logprob.py `0.0 -> 1.0` maximum = 0.0",
+        "kernels/logprob.py `1.0 -> 0.0` total = 1.0",
     ],
     "the last block of columns is empty, its mask is too": [
         "kernels/rescale.py `Gt -> GtE` if remaining > 0:",

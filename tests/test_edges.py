@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 from batches import make_batch
 
-from grpo_fused import Cispo, Clip, Sapo, Vespo, grpo_loss, rollout_weights
+from grpo_fused import Cispo, Clip, Sapo, Vespo, grpo_loss, rollout_weights, selective_log_softmax
 from grpo_fused.autograd import LAUNCHERS
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.launch import kernel
@@ -112,6 +112,38 @@ def test_nothing_is_written_beside_the_rows(V, implementation, device):
     hidden = batch.mask == 0
     assert hidden.any() and (room.detach()[..., V:] == 7.0).all()
     assert (logits.detach()[:, :-1][hidden] == 0).all() and (logits.detach()[:, -1] == 0).all()
+
+
+def test_nothing_is_written_behind_the_tokens(implementation, device):
+    """Position T would be the next sequence's first token; the last sequence has no next."""
+    B, T = 2, 3
+    batch = make_batch(B, T, 17, mask=torch.ones(B, T), device=device)
+    outputs = torch.full((4, B * T + T), 7.0, device=device)
+    ids = torch.zeros(B * T + T, dtype=torch.long, device=device)
+    ids[: B * T] = batch.ids.flatten()
+    active = torch.ones_like(ids)
+    LAUNCHERS[implementation].logprob_fwd(
+        *(batch.logits, *(t[: B * T].view(B, T) for t in (ids, active)), 1.0, 1.0, None),
+        *(row[: B * T].view(B, T) for row in outputs),
+    )
+    assert (outputs[:, B * T :] == 7.0).all() and (outputs[:, : B * T] != 7.0).all()
+
+
+def test_entropies_do_not_know_the_token(implementation, device):
+    """Its probability may be 0: 0 * -inf is no gradient."""
+    gradients = []
+    for token in (3, 5):
+        logits = torch.linspace(-1.0, 1.0, 11, device=device).repeat(1, 1, 1)
+        logits[..., 3] = -torch.inf
+        logits.requires_grad_(True)
+        ids = torch.full((1, 1), token, device=device)
+        _, entropies = selective_log_softmax(
+            logits, ids, compute_entropy=True, implementation=implementation
+        )
+        entropies.sum().backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+    assert gradients[0][0, 0, 3] == 0.0
 
 
 @pytest.mark.parametrize("V", [97, 128, 129, 300])
