@@ -38,6 +38,9 @@ EQUIVALENT = {
     "all have one shape": [
         "kernels/reduce.py `0 -> 1` terms[0].numel(),",
     ],
+    "without a gradient of its own an entropy is multiplied by 0": [
+        "kernels/logprob.py `0.0 -> 1.0 #2` entropy = 0.0",
+    ],
     "no token is divided by a length of 0: there is none": [
         "grpo_fused/weights.py `1.0 -> 0.0` length = max(sequences.padded_length(), ",
     ],
@@ -80,6 +83,10 @@ EQUIVALENT = {
         "kernels/fused_loss.py `0.0 -> 1.0` maximum = 0.0",
         "kernels/logprob.py `0.0 -> 1.0` maximum = 0.0",
         "kernels/logprob.py `1.0 -> 0.0` total = 1.0",
+        "kernels/logprob.py `0.0 -> 1.0` entropy = tl.load(entropies_ptr + token,",
+        "kernels/logprob.py `0.0 -> 1.0` tl.load(maxima_ptr + token, active, 0.0)",
+        "kernels/logprob.py `1.0 -> 0.0` tl.load(totals_ptr + token, active, 1.0)",
+        "kernels/logprob.py `0.0 -> 1.0` tl.load(logps_ptr + token, active, 0.0),",
     ],
     "the last block of columns is empty, its mask is too": [
         "kernels/rescale.py `Gt -> GtE` if remaining > 0:",

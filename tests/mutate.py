@@ -34,11 +34,10 @@ DERIVATIVES, DIVERGENCES = f"{OBJECTIVES} -k derivative", f"{OBJECTIVES} -k 'div
 FAMILY = "tests/test_family.py -k in_torch"
 ROWS = "tests/test_selective_log_softmax.py -k torch"
 COLUMNS = "tests/test_selective_log_softmax.py -k 'triton and (half or blocks or strided)'"
-LOSS = "tests/test_loss.py -k 'triton and (beta_temp or tensors or minus_inf)'"
 WEIGHTS = "tests/test_weights_and_metrics.py -k 'weights and not triton'"
 BOUNDS = "tests/test_edges.py tests/test_selected_away.py -k 'not triton'"
 KERNEL_BOUNDS = "tests/test_edges.py -k 'not torch'"
-BOTH = "tests/test_equalities.py -k two_implementations"
+BOTH = "tests/test_equalities.py -k 'two_implementations and (dapo or gspo)'"
 FILES = "equalities edges family autograd selected_away masks loss selective_log_softmax extremes"
 FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections"
 FILES = " ".join(f"tests/test_{name}.py" for name in FILES.split())
@@ -58,11 +57,11 @@ KILLERS = {
     "grpo_fused/rows.py": (ROWS, FAMILY, BOUNDS),
     "grpo_fused/reference.py": (FAMILY, ROWS, BOUNDS),
     "kernels/objective.py": (DIVERGENCES, KERNEL_BOUNDS, DERIVATIVES),
-    "kernels/online_softmax.py": (COLUMNS, LOSS, BOTH, KERNEL_BOUNDS),
-    "kernels/row_gradient.py": (COLUMNS, LOSS, BOTH, KERNEL_BOUNDS),
-    "kernels/fused_loss.py": (BOTH, LOSS, KERNEL_BOUNDS),
-    "kernels/logprob.py": (COLUMNS, BOTH, KERNEL_BOUNDS),
-    "kernels/reduce.py": (LOSS, BOTH, KERNEL_BOUNDS),
+    "kernels/online_softmax.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
+    "kernels/row_gradient.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
+    "kernels/fused_loss.py": (BOTH, KERNEL_BOUNDS),
+    "kernels/logprob.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
+    "kernels/reduce.py": (BOTH, KERNEL_BOUNDS),
     "kernels/rescale.py": ("tests/test_edges.py -k 'triton and upstream'",),
 }
 EVERYTHING = {path: TRITON if path.startswith("kernels/") else TORCH for path in KILLERS}
