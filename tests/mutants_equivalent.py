@@ -19,6 +19,9 @@ EQUIVALENT = {
         "grpo_fused/objectives.py `Gt -> GtE` gate = tl.where(ratio > 1.0, large, smal",
         "kernels/objective.py `Lt -> LtE` near = tl.abs(d) < 1.0",
         "kernels/online_softmax.py `Lt -> LtE` far = tl.where(v < 0.0, e - 1.0, 1.0 - e",
+        "kernels/online_softmax.py `Gt -> GtE` return tl.where(logp > 0.0, 0.0, logp)",
+        "kernels/online_softmax.py `Lt -> LtE` return tl.where(entropy < 0.0, 0.0, entr",
+        "grpo_fused/rows.py `LtE -> Lt` unlikely = row.logp <= FLOOR",
     ],
     "e^-200 is 0 already": [
         "grpo_fused/objectives.py `200.0 -> 400.0` fall = exp(greater(-tl.abs(t * (ratio - ",
@@ -29,6 +32,9 @@ EQUIVALENT = {
     ],
     "a check of ourselves, which never fails": [
         "grpo_fused/metrics.py `True -> False` named = dict(zip(METRICS, metrics.unbind",
+        "grpo_fused/rows.py `True -> False` return list(zip(*([None] * len(tensors[0",
+        "grpo_fused/rows.py `True -> False` for output, values in zip(outputs, rows,",
+        "grpo_fused/rows.py `True -> False` for output, value in zip(outputs, values",
     ],
     "without sequences there are no tokens": [
         "grpo_fused/sequences.py `0 -> 1 #2` return values[0, :0]",
@@ -64,6 +70,13 @@ EQUIVALENT = {
     ],
     "only time depends on it: masked rows are computed and selected away": [
         'grpo_fused/rows.py `Eq -> NotEq` if active.device.type == "cpu":',
+        'grpo_fused/rows.py `Eq -> NotEq` if masked.device.type == "cpu" and not m',
+    ],
+    "only time depends on it: either way is right": [
+        "grpo_fused/rows.py `Or -> And` if all(t is None or t.stride(0) == t.str",
+        "grpo_fused/rows.py `Lt -> LtE` if name not in self.buffers or len(self.",
+        "grpo_fused/rows.py `Eq -> NotEq` if u.dtype == torch.float32:",
+        "grpo_fused/rows.py `1.0 -> 0.0` if isinstance(factor, torch.Tensor) or f",
     ],
     "either spelling of a number is right, and as precise": [
         "kernels/objective.py `floor -> ceil` whole = tl.floor(x * 1.4426950408889634 ",
@@ -93,6 +106,7 @@ EQUIVALENT = {
         "kernels/fused_loss.py `0.0 -> 1.0` maximum = 0.0",
         "kernels/logprob.py `0.0 -> 1.0` maximum = 0.0",
         "kernels/logprob.py `1.0 -> 0.0` total = 1.0",
+        "kernels/online_softmax.py `USub dropped` target = tl.load(ids_ptr + token, active",
         "kernels/logprob.py `0.0 -> 1.0` entropy = tl.load(entropies_ptr + token,",
         "kernels/logprob.py `0.0 -> 1.0` tl.load(maxima_ptr + token, active, 0.0)",
         "kernels/logprob.py `1.0 -> 0.0` tl.load(totals_ptr + token, active, 1.0)",
@@ -100,6 +114,7 @@ EQUIVALENT = {
     ],
     "the last block of columns is empty, its mask is too": [
         "kernels/rescale.py `Gt -> GtE` if remaining > 0:",
+        "kernels/online_softmax.py `Gt -> GtE` if remaining > 0:",
         "kernels/row_gradient.py `Gt -> GtE` if remaining > 0:",
         "kernels/row_gradient.py `Gt -> GtE #2` if remaining > 0:",
     ],

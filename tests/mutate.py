@@ -39,7 +39,7 @@ BOUNDS = "tests/test_edges.py tests/test_selected_away.py -k 'not triton'"
 KERNEL_BOUNDS = "tests/test_edges.py -k 'not torch'"
 BOTH = "tests/test_equalities.py -k 'two_implementations and (dapo or gspo)'"
 FILES = "equalities edges family autograd selected_away masks loss selective_log_softmax extremes"
-FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections"
+FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections rows"
 FILES = " ".join(f"tests/test_{name}.py" for name in FILES.split())
 TORCH, TRITON = f"{FILES} -k 'not triton'", f"{FILES} -k 'not torch'"
 
