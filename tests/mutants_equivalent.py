@@ -32,6 +32,7 @@ EQUIVALENT = {
     ],
     "a check of ourselves, which never fails": [
         "grpo_fused/metrics.py `True -> False` named = dict(zip(METRICS, metrics.unbind",
+        "grpo_fused/reference.py `True -> False` for output, value in zip((sums, metrics)",
         "grpo_fused/rows.py `True -> False` return list(zip(*([None] * len(tensors[0",
         "grpo_fused/rows.py `True -> False` for output, values in zip(outputs, rows,",
         "grpo_fused/rows.py `True -> False` for output, value in zip(outputs, values",
@@ -52,6 +53,10 @@ EQUIVALENT = {
     ],
     "without a gradient of its own an entropy is multiplied by 0": [
         "kernels/logprob.py `0.0 -> 1.0 #2` entropy = 0.0",
+    ],
+    "it is below the key of -inf, the least there is": [
+        "grpo_fused/corrections.py `Sub -> Add` key = torch.full_like(rank, -last - 1, d",
+        "grpo_fused/corrections.py `1 -> 2` key = torch.full_like(rank, -last - 1, d",
     ],
     "no token is divided by a length of 0: there is none": [
         "grpo_fused/weights.py `1.0 -> 0.0` length = max(sequences.padded_length(), ",
@@ -75,6 +80,7 @@ EQUIVALENT = {
     "only time depends on it: either way is right": [
         "grpo_fused/rows.py `Or -> And` if all(t is None or t.stride(0) == t.str",
         "grpo_fused/rows.py `Lt -> LtE` if name not in self.buffers or len(self.",
+        'grpo_fused/reference.py `NotEq -> Eq` if factor.device.type != "cpu" or factor',
         "grpo_fused/rows.py `Eq -> NotEq` if u.dtype == torch.float32:",
         "grpo_fused/rows.py `1.0 -> 0.0` if isinstance(factor, torch.Tensor) or f",
     ],
