@@ -48,7 +48,18 @@ EQUIVALENT = {
         "kernels/rescale.py `Lt -> LtE` x = tl.load(x_ptr + columns, columns < r",
         "kernels/rescale.py `0.0 -> 1.0` x = tl.load(x_ptr + columns, columns < r",
     ],
+    "an empty group more": [
+        "grpo_fused/advantages.py `1 -> 2` centred, std, _ = _compare(step_rewards.",
+    ],
+    "behind the last token stands T either way": [
+        "grpo_fused/advantages.py `True -> False` tokens = torch.where(F.pad(active, (0, 1",
+    ],
+    "an int32 shifted by 32 is its sign too": [
+        "grpo_fused/corrections.py `31 -> 32` return bits ^ ((bits >> 31) & torch.iinf",
+    ],
     "all have one shape": [
+        "grpo_fused/corrections.py `0 -> 1` return Padded(tensors[0], mask), tensors",
+        "grpo_fused/corrections.py `0 -> 1` return Packed(tensors[0], None if mask i",
         "kernels/reduce.py `0 -> 1` terms[0].numel(),",
     ],
     "without a gradient of its own an entropy is multiplied by 0": [
@@ -72,6 +83,7 @@ EQUIVALENT = {
     ],
     "only the rounding of sums depends on the order within a group": [
         "grpo_fused/advantages.py `True -> False` order = labels.argsort(stable=True)",
+        "grpo_fused/advantages.py `True -> False` ends, order = ends.sort(dim=1, stable=Tr",
     ],
     "only time depends on it: masked rows are computed and selected away": [
         'grpo_fused/rows.py `Eq -> NotEq` if active.device.type == "cpu":',
