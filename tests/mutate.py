@@ -35,8 +35,8 @@ FAMILY = "tests/test_family.py -k in_torch"
 ROWS = "tests/test_selective_log_softmax.py -k torch"
 COLUMNS = "tests/test_selective_log_softmax.py -k 'triton and (half or blocks or strided)'"
 WEIGHTS = "tests/test_weights_and_metrics.py -k 'weights and not triton'"
-BOUNDS = "tests/test_edges.py tests/test_selected_away.py -k 'not triton'"
-KERNEL_BOUNDS = "tests/test_edges.py -k 'not torch'"
+BOUNDS = "tests/test_edges.py tests/test_rows.py tests/test_selected_away.py -k 'not triton'"
+KERNEL_BOUNDS = "tests/test_edges.py tests/test_rows.py -k 'not torch'"
 BOTH = "tests/test_equalities.py -k 'two_implementations and (dapo or gspo)'"
 FILES = "equalities edges family autograd selected_away masks loss selective_log_softmax extremes"
 FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections rows"
@@ -45,7 +45,7 @@ TORCH, TRITON = f"{FILES} -k 'not triton'", f"{FILES} -k 'not torch'"
 
 # Where the mathematics is, and what kills its mutants fastest; then comes all that could.
 KILLERS = {
-    "grpo_fused/objectives.py": (DERIVATIVES, BOUNDS, FAMILY, OBJECTIVES),
+    "grpo_fused/objectives.py": (DERIVATIVES, "tests/test_edges.py", FAMILY, OBJECTIVES),
     "grpo_fused/sequence_objectives.py": (FAMILY, BOUNDS),
     "grpo_fused/divergences.py": (DIVERGENCES, FAMILY, BOUNDS),
     "grpo_fused/weights.py": (WEIGHTS, FAMILY, BOUNDS),
@@ -66,6 +66,7 @@ KILLERS = {
 }
 EVERYTHING = {path: TRITON if path.startswith("kernels/") else TORCH for path in KILLERS}
 EVERYTHING["grpo_fused/advantages.py"] = "tests/test_advantages.py"
+EVERYTHING["grpo_fused/objectives.py"] = FILES  # written in torch and in Triton
 
 # Validation is tested by its messages; what is only fast is measured.
 NOT_FUNCTIONS = ("_check", "check_", "__post_init__", "_is_number")
