@@ -51,7 +51,7 @@ KILLERS = {
     "grpo_fused/weights.py": (WEIGHTS, FAMILY, BOUNDS),
     "grpo_fused/sequences.py": (FAMILY, BOUNDS),
     "grpo_fused/coupled.py": (FAMILY, BOUNDS),
-    "grpo_fused/corrections.py": ("tests/test_corrections.py", BOUNDS),
+    "grpo_fused/corrections.py": ("tests/test_corrections.py -k 'not ranks'", BOUNDS),
     "grpo_fused/advantages.py": ("tests/test_advantages.py",),
     "grpo_fused/metrics.py": (FAMILY, BOUNDS),
     "grpo_fused/rows.py": (ROWS, FAMILY, BOUNDS),
