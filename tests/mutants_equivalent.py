@@ -50,6 +50,10 @@ EQUIVALENT = {
     ],
     "an empty group more": [
         "grpo_fused/advantages.py `1 -> 2` centred, std, _ = _compare(step_rewards.",
+        "grpo_fused/advantages.py `1 -> 2` offsets = torch.arange(num_labels + 1, d",
+    ],
+    "a step as long as the row finds nothing to add": [
+        "grpo_fused/advantages.py `Lt -> LtE` while step < x.shape[1]:",
     ],
     "behind the last token stands T either way": [
         "grpo_fused/advantages.py `True -> False` tokens = torch.where(F.pad(active, (0, 1",

@@ -7,7 +7,16 @@ import torch
 import triton.language as tl
 from batches import make_batch
 
-from grpo_fused import Cispo, Clip, Sapo, Vespo, grpo_loss, rollout_weights, selective_log_softmax
+from grpo_fused import (
+    Cispo,
+    Clip,
+    Sapo,
+    Vespo,
+    grpo_loss,
+    rollout_weights,
+    selective_log_softmax,
+    whiten,
+)
 from grpo_fused.autograd import LAUNCHERS
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.launch import kernel
@@ -189,6 +198,12 @@ def test_wrong_ends_are_cut_to_the_tokens(wrong, cut):
     """No sum is asked for what lies outside: what it found there might be 0."""
     ends = Packed(torch.zeros(1, 6), None, torch.tensor(wrong)).offsets.tolist()
     assert ends == cut
+
+
+def test_what_whitening_adds_to_a_small_variance():
+    """Two values 2e-4 apart have the unbiased variance 2e-8."""
+    want = torch.tensor([1e-4, -1e-4]) / math.sqrt(2e-8 + 1e-8)
+    torch.testing.assert_close(whiten(torch.tensor([3e-4, 1e-4])), want, rtol=1e-5, atol=0.0)
 
 
 def test_bounds_of_masked_weights_are_kept():
