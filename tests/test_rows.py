@@ -48,3 +48,15 @@ def test_the_first_ids_outside_of_the_vocabulary(implementation, device, monkeyp
     ids = torch.tensor([[-1, 0, 10, 11]], device=device)
     logps, _ = selective_log_softmax(logits, ids, implementation=implementation)
     assert logps.isnan().tolist() == [[True, False, False, True]]
+
+
+def test_far_beyond_the_softcap(implementation, device):
+    """The cap is flat there: no gradient, and no infinity over another."""
+    logits = torch.tensor([[[1e4, -1e4, 1.0, 0.5]]], device=device, requires_grad=True)
+    ids = torch.full((1, 1), 2, device=device)
+    options = {"logit_softcap": 8.0, "compute_entropy": True, "implementation": implementation}
+    sum(selective_log_softmax(logits, ids, **options)).backward()
+    leaf = logits.detach().double().requires_grad_(True)
+    logp = (8 * torch.tanh(leaf / 8)).log_softmax(-1)
+    (logp[..., 2] - (logp.exp() * logp).sum(-1)).backward()
+    assert relative_error(logits.grad, leaf.grad) < 1e-5
