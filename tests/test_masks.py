@@ -80,11 +80,13 @@ def test_dtypes(dtype, implementation, device):
     assert torch.equal(out.loss, want.loss) and torch.equal(grad, want_grad)
 
 
-def test_none_is_all_active(implementation, device):
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_none_is_all_active(loss_type, implementation, device):
     batch = make_batch(B, T, mask=torch.ones(B, T), device=device)
-    want, want_grad = run(batch, batch.mask, implementation)
-    out, grad = run(batch, None, implementation)
+    want, want_grad = run(batch, batch.mask, implementation, loss_type)
+    out, grad = run(batch, None, implementation, loss_type)
     assert torch.equal(out.loss, want.loss) and torch.equal(grad, want_grad)
+    assert torch.equal(out.sums, want.sums) and out.metrics == want.metrics
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e30])
