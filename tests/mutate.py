@@ -65,7 +65,7 @@ KILLERS = {
     "kernels/rescale.py": ("tests/test_edges.py -k 'triton and upstream'",),
 }
 EVERYTHING = {path: TRITON if path.startswith("kernels/") else TORCH for path in KILLERS}
-EVERYTHING["grpo_fused/advantages.py"] = "tests/test_advantages.py"
+EVERYTHING["grpo_fused/advantages.py"] = "tests/test_advantages.py tests/test_edges.py"
 EVERYTHING["grpo_fused/objectives.py"] = FILES  # written in torch and in Triton
 
 # Validation is tested by its messages; what is only fast is measured.
