@@ -22,7 +22,7 @@ import grpo_fused.rows  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton patches its language again for every call of a device function, 60 % of the time of a
-    # launch. The launch has done that; what a function's own module needs lasts from a first call.
+    # launch. The launch has done that; what a function's module needs lasts from its first call.
     from triton.runtime.interpreter import InterpretedFunction
 
     patch_and_call, called = InterpretedFunction.__call__, set()
@@ -78,6 +78,12 @@ def device():
 @pytest.fixture(params=["triton", "torch"])
 def implementation(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """torch seeds itself at random: a draw in 30 cancelled to a loss of nearly 0 and failed."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

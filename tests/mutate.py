@@ -9,6 +9,7 @@ import argparse
 import ast
 import copy
 import functools
+import gc
 import importlib
 import itertools
 import os
@@ -17,86 +18,55 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from mutants_equivalent import EQUIVALENT
+
 ROOT = Path(__file__).resolve().parents[1]
 FORK = get_context("fork")
-SECONDS = 1800  # of one run of tests: a loop that no longer ends is a killed mutant
 
 OBJECTIVES = "tests/test_objectives.py"
-FAMILY, KERNEL_FAMILY = (f"tests/test_family.py -k in_{name}" for name in ("torch", "triton"))
+DERIVATIVES, DIVERGENCES = f"{OBJECTIVES} -k derivative", f"{OBJECTIVES} -k 'divergences or k3'"
+FAMILY = "tests/test_family.py -k in_torch"
 ROWS = "tests/test_selective_log_softmax.py -k torch"
-COLUMNS = "tests/test_selective_log_softmax.py -k 'triton and (half or blocks or strided)'"
-LOSS = "tests/test_loss.py -k 'triton and (beta_temp or tensors or minus_inf)'"
-FILES = "loss extremes objectives selective_log_softmax masks weights_and_metrics family autograd"
-FILES = " ".join(f"tests/test_{name}.py" for name in f"{FILES} invariants equalities".split())
-TORCH, TRITON = f"{FILES} -k 'not triton'", f"{FILES} tests/test_launches.py -k 'not torch'"
+COLUMNS = "tests/test_selective_log_softmax.py -k 'triton and (half or blocks or strided or 2049)'"
+WEIGHTS = "tests/test_weights_and_metrics.py -k 'weights and not triton'"
+BOUNDS = "tests/test_edges.py tests/test_rows.py tests/test_selected_away.py -k 'not triton'"
+KERNEL_BOUNDS = "tests/test_edges.py tests/test_rows.py -k 'not torch'"
+BOTH = "tests/test_equalities.py -k 'two_implementations and (dapo or gspo)'"
+FILES = "equalities edges family autograd selected_away masks loss selective_log_softmax extremes"
+FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections rows"
+FILES = " ".join(f"tests/test_{name}.py" for name in FILES.split())
+TORCH, TRITON = f"{FILES} -k 'not triton'", f"{FILES} -k 'not torch'"
 
-# Where the mathematics is: what kills its mutants fastest, then all that could.
+# Where the mathematics is, and what kills its mutants fastest; then comes all that could.
 KILLERS = {
-    "grpo_fused/objectives.py": (OBJECTIVES, FAMILY, TORCH),
-    "grpo_fused/sequence_objectives.py": (FAMILY, TORCH),
-    "grpo_fused/divergences.py": (f"{OBJECTIVES} -k 'divergences or k3'", FAMILY, TORCH),
-    "grpo_fused/weights.py": ("tests/test_weights_and_metrics.py -k weights", FAMILY, TORCH),
-    "grpo_fused/sequences.py": (FAMILY, TORCH),
-    "grpo_fused/coupled.py": (FAMILY, TORCH),
-    "grpo_fused/corrections.py": ("tests/test_corrections.py",),
+    "grpo_fused/objectives.py": (DERIVATIVES, "tests/test_edges.py", FAMILY, OBJECTIVES),
+    "grpo_fused/sequence_objectives.py": (FAMILY, BOUNDS),
+    "grpo_fused/divergences.py": (DIVERGENCES, FAMILY, BOUNDS),
+    "grpo_fused/weights.py": (WEIGHTS, FAMILY, BOUNDS),
+    "grpo_fused/sequences.py": (FAMILY, BOUNDS),
+    "grpo_fused/coupled.py": (FAMILY, BOUNDS),
+    "grpo_fused/corrections.py": ("tests/test_corrections.py -k 'not ranks'", BOUNDS),
     "grpo_fused/advantages.py": ("tests/test_advantages.py",),
-    "grpo_fused/metrics.py": (FAMILY, TORCH),
-    "grpo_fused/rows.py": (ROWS, FAMILY, "tests/test_memory.py", TORCH),
-    "grpo_fused/reference.py": (ROWS, FAMILY, "tests/test_memory.py", TORCH),
-    "kernels/objective.py": (OBJECTIVES, TRITON),
-    "kernels/online_softmax.py": (COLUMNS, LOSS, KERNEL_FAMILY, TRITON),
-    "kernels/row_gradient.py": (COLUMNS, LOSS, KERNEL_FAMILY, TRITON),
-    "kernels/fused_loss.py": (LOSS, KERNEL_FAMILY, TRITON),
-    "kernels/logprob.py": (COLUMNS, KERNEL_FAMILY, TRITON),
-    "kernels/reduce.py": (LOSS, KERNEL_FAMILY, TRITON),
-    "kernels/rescale.py": ("tests/test_autograd.py -k triton", TRITON),
+    "grpo_fused/metrics.py": (FAMILY, BOUNDS),
+    "grpo_fused/rows.py": (ROWS, FAMILY, BOUNDS),
+    "grpo_fused/reference.py": (FAMILY, ROWS, BOUNDS),
+    "kernels/objective.py": (DIVERGENCES, KERNEL_BOUNDS, DERIVATIVES),
+    "kernels/online_softmax.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
+    "kernels/row_gradient.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
+    "kernels/fused_loss.py": (BOTH, KERNEL_BOUNDS),
+    "kernels/logprob.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
+    "kernels/reduce.py": (BOTH, KERNEL_BOUNDS),
+    "kernels/rescale.py": ("tests/test_edges.py -k 'triton and upstream'",),
 }
-
-# Why no test can tell: mutants by file, change and the first 40 characters of the line.
-EQUIVALENT = {
-    "without an advantage loss and gradient are 0, whatever the knob or the branch": [
-        "grpo_fused/objectives.py `LtE -> Lt` used = torch.where(free * advantage <= b",
-        "grpo_fused/objectives.py `LtE -> Lt` used = tl.where(free * advantage <= boun",
-        "grpo_fused/objectives.py `Gt -> GtE` t = by_sign(advantage > 0, self.temperat",
-        "grpo_fused/objectives.py `Gt -> GtE` t = tl.where(advantage > 0.0, temperatur",
-        "grpo_fused/sequence_objectives.py `GtE -> Gt` positive = advantage >= 0",
-    ],
-    "less than one item counts as one": [
-        "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, number * length)",
-        "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, number)",
-        "grpo_fused/weights.py `1.0 -> 0.0` return Divisors(1.0, 1.0)",
-    ],
-    "e^-80 - 1 is -1 already": [
-        "grpo_fused/divergences.py `80.0 -> 160.0` growth = torch.expm1(difference.clamp(-8",
-        "grpo_fused/divergences.py `no min` growth = torch.expm1(difference.clamp(-8",
-    ],
-    "only the rounding of sums depends on the order within a group": [
-        "grpo_fused/advantages.py `True -> False` order = labels.argsort(stable=True)",
-    ],
-    "only time depends on it: masked rows are computed and selected away": [
-        'grpo_fused/rows.py `Eq -> NotEq` if active.device.type == "cpu":',
-    ],
-    "either spelling of a number is right, and as precise": [
-        "kernels/objective.py `floor -> ceil` whole = tl.floor(x * 1.4426950408889634 ",
-        "kernels/objective.py `10 -> 11` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
-        "kernels/objective.py `11 -> 12` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
-        "kernels/online_softmax.py `Gt -> Lt` if (x_ptr.dtype.element_ty == tl.bfloat1",
-    ],
-    "of a masked token: nothing reads it": [
-        "kernels/fused_loss.py `0.0 -> 1.0` kl = 0.0",
-        "kernels/fused_loss.py `0.0 -> 1.0` maximum = 0.0",
-        "kernels/logprob.py `0.0 -> 1.0` maximum = 0.0",
-    ],
-    "the last block of columns is empty, its mask is too": [
-        "kernels/row_gradient.py `Gt -> GtE` if remaining > 0:",
-        "kernels/row_gradient.py `Gt -> GtE #2` if remaining > 0:",
-    ],
-}
+EVERYTHING = {path: TRITON if path.startswith("kernels/") else TORCH for path in KILLERS}
+EVERYTHING["grpo_fused/advantages.py"] = "tests/test_advantages.py tests/test_edges.py"
+EVERYTHING["grpo_fused/objectives.py"] = FILES  # written in torch and in Triton
 
 # Validation is tested by its messages; what is only fast is measured.
 NOT_FUNCTIONS = ("_check", "check_", "__post_init__", "_is_number")
@@ -212,14 +182,15 @@ def enter(directory):
     shutil.copy(ROOT / "pyproject.toml", COPY)
 
 
-def first_failure(arguments):
-    """Of pytest in a fork, or None if it is green."""
+def first_failure(arguments, seconds=None):
+    """Of pytest in a fork, or None if it is green; what takes longer than seconds has failed."""
     log = COPY / "log"
     child = FORK.Process(target=run_pytest, args=(arguments, log))
     child.start()
-    child.join(SECONDS)
+    child.join(seconds)
     if child.is_alive():
         os.killpg(child.pid, signal.SIGKILL)
+        child.join()
         return "timeout"
     failures = [x[7:] for x in log.read_text().splitlines() if x.startswith(("FAILED", "ERROR "))]
     return (failures or [f"exit code {child.exitcode}"])[0] if child.exitcode else None
@@ -242,23 +213,34 @@ def run_pytest(arguments, log):
 
 
 @functools.cache
-def check_green(arguments):
+def seconds_green(arguments):
     """A test that fails without a mutation would kill every mutant."""
+    start = time.monotonic()
     failure = first_failure(arguments)
     assert failure is None, f"red without a mutation: {failure}"
+    return time.monotonic() - start
 
 
-def killer(mutant):
+def killer(mutant, quick):
     """The first test that fails on a mutant, or None: it survived."""
     path = COPY / "lib/grpo_fused" / mutant.path.removeprefix("grpo_fused/")
     original = path.read_text()
-    for arguments in KILLERS[mutant.path]:
-        check_green(arguments)
+    for arguments in (*KILLERS[mutant.path], *([] if quick else [EVERYTHING[mutant.path]])):
+        limit = 20 + 5 * seconds_green(arguments)  # a loop that no longer ends
         path.write_text(mutant.source)
-        failure = first_failure(arguments)
+        failure = first_failure(arguments, limit)
         path.write_text(original)
         if failure:
             return failure
+
+
+def key(mutant):
+    return f"{mutant.path} `{mutant.change}` {mutant.line:.40}"
+
+
+def explanation(mutant):
+    """Why no test can tell a mutant, or nothing."""
+    return next((reason for reason, keys in EQUIVALENT.items() if key(mutant) in keys), "")
 
 
 def main():
@@ -267,6 +249,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     parser.add_argument("--limit", type=int, help="number of mutants, evenly spread over all")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
+    parser.add_argument("--quick", action="store_true", help="only what kills nearly all, fast")
     options = parser.parse_args()
     chosen = [mutant for path in options.only for mutant in mutants(path)]
     limit = min(options.limit or len(chosen), len(chosen))
@@ -276,6 +259,7 @@ def main():
         print(f"{limit} mutants")
         return 0
     os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # half of a second, 2,000 times
     sys.dont_write_bytecode = True  # a mutant may be as long as another, and of the same second
     del sys.path[0]  # the tests of the working tree
     count = Counter()
@@ -285,12 +269,15 @@ def main():
     ):
         for name in ("hypothesis", "pytest", "torch._dynamo", "triton"):
             importlib.import_module(name)
-        for mutant, failure in zip(chosen, pool.map(killer, chosen), strict=True):
-            key = f"{mutant.path} `{mutant.change}` {mutant.line:.40}"
-            reason = failure or next((why for why in EQUIVALENT if key in EQUIVALENT[why]), "")
+        gc.freeze()  # pytest collects garbage twice: what the forks share is none
+        # Minutes of tests are only for what nothing kills and nothing explains.
+        quick = [options.quick or bool(explanation(mutant)) for mutant in chosen]
+        for mutant, failure in zip(chosen, pool.map(killer, chosen, quick), strict=True):
+            reason = failure or explanation(mutant)
             verdict = "killed" if failure else "explained" if reason else "SURVIVED"
             count[verdict] += 1
-            print(f"{verdict:9} {key}  line {mutant.number}  {reason}", flush=True)
+            print(f"{verdict:9} {key(mutant)}  line {mutant.number}  {reason}", flush=True)
+        gc.unfreeze()  # or nanobind reports Triton's own objects as leaks
     killed, explained, survived = (count[x] for x in ("killed", "explained", "SURVIVED"))
     print(f"{limit} mutants, {killed} killed, {explained} explained, {survived} survived")
     return int(survived > 0)

@@ -282,6 +282,7 @@ BAD = {
     "ids": (outcome(3, size=None, group_ids=IDS2), r"group_ids .*\(3,\) on cpu, got \(2,\)"),
     "kind of ids": (outcome(2, size=None, group_ids=IDS2 / 2), "group_ids must be integers"),
     "ends": (process(1, 3), r"step_ends must have shape \(1, 3\) on cpu, got \(1, 2\)"),
+    "kind of ends": (process(1, 2, ends=((0.5, 1.0),)), "step_ends must be integers"),
     "late step": (process(1, 2, ends=((3, 0),)), "step_ends must be < 3, got 3"),
     "length": (process(1, 2, length=-1), "completion_length must be an integer >= 0, got -1"),
     "values": (gae(VALUES.T), r"values must have shape \(2, 3\) on cpu, got \(3, 2\)"),

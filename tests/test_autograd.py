@@ -42,10 +42,11 @@ def test_any_upstream_gradient(upstream, implementation, device):
 def test_grad_scale_folds_the_expected_upstream(upstream, as_tensor, implementation, device):
     """The gradient is scaled once, the loss is not, and a wrong guess is put right."""
     batch = make_batch(device=device)
-    want = gradient(batch, implementation)
     scale = torch.tensor(0.125, device=device) if as_tensor else 0.125
-    got = gradient(batch, implementation, upstream, grad_scale=scale)
-    assert relative_error(got, upstream * want) < 3e-7
+    for entropy_coef in (0.0, 0.5):
+        want = gradient(batch, implementation, entropy_coef=entropy_coef)
+        got = gradient(batch, implementation, upstream, grad_scale=scale, entropy_coef=entropy_coef)
+        assert relative_error(got, upstream * want) < 3e-7
     plain = call(batch.logits, batch, implementation).loss
     assert torch.equal(call(batch.logits, batch, implementation, grad_scale=scale).loss, plain)
 

@@ -7,11 +7,21 @@ import torch
 import triton.language as tl
 from batches import make_batch
 
-from grpo_fused import Clip, Vespo, grpo_loss, rollout_weights
+from grpo_fused import (
+    Cispo,
+    Clip,
+    Sapo,
+    Vespo,
+    grpo_loss,
+    rollout_weights,
+    selective_log_softmax,
+    whiten,
+)
+from grpo_fused.autograd import LAUNCHERS
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.launch import kernel
 from grpo_fused.kernels.objective import DIVERGENCES as KERNELS
-from grpo_fused.sequences import Padded
+from grpo_fused.sequences import Packed, Padded
 from grpo_fused.testing import run_per_token
 
 VESPO = [
@@ -20,6 +30,9 @@ VESPO = [
     ([8.0, 9.0, -1.0], [0.0, 1.0, 0.5], 16 + math.log(1e-8) + math.log(0.5)),
     ([-20.0, -9.0, 25.0], [1e12, 1.0, 1.0], 16.0),
     ([-9.0, -9.5, 0.0], None, -18.5),
+    ([25.0, -19.5, 0.0], None, 0.5),
+    ([-9.0, -9.0, 0.5], [1e12, 1.0, 1.0], 2.5),
+    ([-9.0, -9.0, 0.5], [1e12], 2.5),
     ([6.0, 7.0, 0.0], [0.0], 13 + math.log(1e-8)),
 ]
 
@@ -28,47 +41,130 @@ VESPO = [
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_every_clamp_of_vespo(log_ratio, weights, s, advantage):
     """Weights so small that sums of tokens hide them: compared one by one."""
-    vespo, logp = Vespo(), torch.full((1, 3), -0.5, dtype=torch.float64)
     if weights is not None:
         weights = torch.tensor(weights if len(weights) == 1 else [weights], dtype=torch.float64)
-    loss, clipped = vespo.evaluate(
-        logp,
-        torch.tensor([log_ratio], dtype=torch.float64),
-        torch.full_like(logp, advantage),
-        weights,
-        Padded(logp, None),
-    )
-    s = min(max(s, math.log(1e-8)), 20.0)
     k, rate = (2.0, 3.0) if advantage > 0 else (3.0, 2.0)
+    compare_vespo(Vespo(), log_ratio, advantage, weights, s, k, rate)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_the_upper_clamp_of_vespo(advantage):
+    """With its own knobs a weight of e^20 is 0 already."""
+    vespo = Vespo(2.0, 1e-9, 1.0, 2e-9)
+    k, rate = (2.0, 1e-9) if advantage > 0 else (1.0, 2e-9)
+    compare_vespo(vespo, [15.0, 8.0, 1.0], advantage, None, 24.0, k, rate)
+
+
+def compare_vespo(vespo, log_ratio, advantage, weights, s, k, rate):
+    """Its loss is what the sum of log-ratios s, the exponent k and the rate say."""
+    logp = torch.full((1, 3), -0.5, dtype=torch.float64)
+    ratios = torch.tensor([log_ratio], dtype=torch.float64)
+    advantages = torch.full_like(logp, advantage)
+    loss, _ = vespo.evaluate(logp, ratios, advantages, weights, Padded(logp, None))
+    s = min(max(s, math.log(1e-8)), 20.0)
     want = -math.exp(rate + k * s - rate * math.exp(s)) * advantage * logp
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=0.0)
+
+
+def run(objective, spelling, *columns):
+    """(loss, derivative, clipped) of an objective per token."""
+    if spelling == "torch":
+        return objective.evaluate(*columns)
+    return run_per_token(objective, *columns)
 
 
 @pytest.mark.parametrize("spelling", ["torch", "triton"])
 def test_edges_of_the_clamp_of_exponentials(spelling, device):
     """With epsilon_low 1 and A = -1 the loss is the ratio: e^clamp(x, -80, 80)."""
-    x = torch.tensor([-200.0, -80.0, 80.0, 200.0], device=device)
+    x = torch.tensor([-200.0, -81.0, -80.0, 80.0, 81.0, 200.0], device=device)
     columns = (torch.zeros_like(x), x, -torch.ones_like(x))
-    clip = Clip(1.0, 0.2)
-    ratio, derivative, _ = (
-        clip.evaluate(*columns) if spelling == "torch" else run_per_token(clip, *columns)
-    )
-    inside = torch.tensor([0.0, 1.0, 1.0, 0.0], device=device)
+    ratio, derivative, _ = run(Clip(1.0, 0.2), spelling, *columns)
+    inside = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0], device=device)
     torch.testing.assert_close(ratio, x.clamp(-80, 80).exp(), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(derivative, ratio * inside, rtol=1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("V", [97, 128])
+def test_exponentials_to_a_rounding(device):
+    """The rounding of x log2(e) alone is 7e-6 at x = 80."""
+    x = torch.linspace(-79.7, 79.7, 33, device=device)
+    ratio, _, _ = run_per_token(Clip(1.0, 0.2), torch.zeros_like(x), x, -torch.ones_like(x))
+    torch.testing.assert_close(ratio.double(), x.double().exp(), rtol=4e-7, atol=0.0)
+
+
+@pytest.mark.parametrize("spelling", ["torch", "triton"])
+@pytest.mark.parametrize("objective", [Clip(0.0, 0.0), Clip(0.0, 0.0, 1.0), Cispo(1.0)], ids=repr)
+def test_a_ratio_at_its_bound_is_inside(objective, spelling, device):
+    """On policy the ratio is 1 exactly."""
+    zeros, advantage = torch.zeros(2, device=device), torch.tensor([1.0, -1.0], device=device)
+    _, derivative, clipped = run(objective, spelling, zeros, zeros, advantage)
+    assert torch.equal(derivative, -advantage) and (clipped == 0).all()
+
+
+@pytest.mark.parametrize("spelling", ["torch", "triton"])
+def test_a_gate_that_is_shut(spelling, device):
+    """So hot that its sigmoid is 0 in float32."""
+    far, advantage = torch.full((2,), -80.0, device=device), torch.tensor([1.0, -1.0]).to(device)
+    for value in run(Sapo(150.0, 150.0), spelling, far, far, advantage):
+        assert (value == 0).all()
+
+
+@pytest.mark.parametrize("V", [97, 128, 129, 300])
 def test_nothing_is_written_beside_the_rows(V, implementation, device):
     """Columns past the vocabulary belong to someone else, under the mask too."""
     batch = make_batch(V=V, device=device)
-    room = batch.logits.new_full((*batch.logits.shape[:2], V + 5), 7.0)
+    width = V + 4 + (V + 1) % 2  # odd: columns one by one, a block is 128 in the interpreter
+    room = batch.logits.new_full((*batch.logits.shape[:2], width), 7.0)
     room[..., :V] = batch.logits
     room = room.requires_grad_(True) * 1.0
     logits = room[..., :V]
     options = {"entropy_coef": 0.1, "implementation": implementation, "inplace": True}
     grpo_loss(logits, batch.ids, batch.mask, batch.advantages, **options).loss.backward()
-    assert (batch.mask == 0).any() and (room.detach()[..., V:] == 7.0).all()
+    hidden = batch.mask == 0
+    assert hidden.any() and (room.detach()[..., V:] == 7.0).all()
+    assert (logits.detach()[:, :-1][hidden] == 0).all() and (logits.detach()[:, -1] == 0).all()
+
+
+def test_nothing_is_written_behind_the_tokens(implementation, device):
+    """Position T would be the next sequence's first token; the last sequence has no next."""
+    B, T = 2, 3
+    batch = make_batch(B, T, 17, mask=torch.ones(B, T), device=device)
+    outputs = torch.full((4, B * T + T), 7.0, device=device)
+    ids = torch.zeros(B * T + T, dtype=torch.long, device=device)
+    ids[: B * T] = batch.ids.flatten()
+    active = torch.ones_like(ids)
+    LAUNCHERS[implementation].logprob_fwd(
+        *(batch.logits, *(t[: B * T].view(B, T) for t in (ids, active)), 1.0, 1.0, None),
+        *(row[: B * T].view(B, T) for row in outputs),
+    )
+    assert (outputs[:, B * T :] == 7.0).all() and (outputs[:, : B * T] != 7.0).all()
+
+
+def test_entropies_do_not_know_the_token(implementation, device):
+    """Its probability may be 0: 0 * -inf is no gradient."""
+    gradients = []
+    for token in (3, 5):
+        logits = torch.linspace(-1.0, 1.0, 11, device=device).repeat(1, 1, 1)
+        logits[..., 3] = -torch.inf
+        logits.requires_grad_(True)
+        ids = torch.full((1, 1), token, device=device)
+        _, entropies = selective_log_softmax(
+            logits, ids, compute_entropy=True, implementation=implementation
+        )
+        entropies.sum().backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+    assert gradients[0][0, 0, 3] == 0.0
+
+
+@pytest.mark.parametrize("V", [97, 128, 129, 300])
+def test_the_upstream_gradient_in_rows_of_every_length(V, implementation, device):
+    """Less than a block, one, one and a column, some: every column once, and nothing beside."""
+    room = torch.randn(2, 3, V + 4 + (V + 1) % 2, device=device)  # odd: columns one by one
+    given = room.clone()
+    upstream, assumed = torch.tensor(3.0, device=device), torch.tensor(2.0, device=device)
+    LAUNCHERS[implementation].rescale(room[..., :V], upstream, assumed)
+    given[..., :V] *= 1.5
+    assert torch.equal(room, given)
 
 
 @pytest.mark.parametrize("count", [0, 0.5])
@@ -92,6 +188,23 @@ def test_less_than_one_item_divides_by_one(count, implementation, device):
 def test_k3_at_the_clamp():
     d = torch.tensor([-80.0, 80.0])
     assert torch.equal(DIVERGENCES["k3"](d)[1], -torch.expm1(d))
+    assert DIVERGENCES["k3"](torch.tensor([-81.0, 81.0]))[1].tolist() == [1.0, 1.0]
+
+
+ENDS = [([-2, 3, 9], [0, 3, 6]), ([-5, -3, 2], [0, 0, 2]), ([0, 4, 2], [0, 4, 4])]
+
+
+@pytest.mark.parametrize(("wrong", "cut"), ENDS, ids=str)
+def test_wrong_ends_are_cut_to_the_tokens(wrong, cut):
+    """No sum is asked for what lies outside: what it found there might be 0."""
+    ends = Packed(torch.zeros(1, 6), None, torch.tensor(wrong)).offsets.tolist()
+    assert ends == cut
+
+
+def test_what_whitening_adds_to_a_small_variance():
+    """Two values 2e-4 apart have the unbiased variance 2e-8."""
+    want = torch.tensor([1e-4, -1e-4]) / math.sqrt(2e-8 + 1e-8)
+    torch.testing.assert_close(whiten(torch.tensor([3e-4, 1e-4])), want, rtol=1e-5, atol=0.0)
 
 
 def test_bounds_of_masked_weights_are_kept():

@@ -80,11 +80,13 @@ def test_dtypes(dtype, implementation, device):
     assert torch.equal(out.loss, want.loss) and torch.equal(grad, want_grad)
 
 
-def test_none_is_all_active(implementation, device):
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_none_is_all_active(loss_type, implementation, device):
     batch = make_batch(B, T, mask=torch.ones(B, T), device=device)
-    want, want_grad = run(batch, batch.mask, implementation)
-    out, grad = run(batch, None, implementation)
+    want, want_grad = run(batch, batch.mask, implementation, loss_type)
+    out, grad = run(batch, None, implementation, loss_type)
     assert torch.equal(out.loss, want.loss) and torch.equal(grad, want_grad)
+    assert torch.equal(out.sums, want.sums) and out.metrics == want.metrics
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e30])
@@ -136,11 +138,29 @@ def test_empty_batches(sizes, loss_type, implementation, device):
     )
     out.loss.backward()
     assert out.loss.item() == 0.0
+    assert all(value.isfinite() for value in out.metrics.values())
     assert logits.grad.shape == logits.shape
     assert out.logps.shape == (b, t)
     logps, _ = selective_log_softmax(logits, ids, implementation=implementation)
     logps.sum().backward()
     assert logps.shape == (b, t)
+
+
+@pytest.mark.parametrize("ends", [[0], [0, 0, 0]], ids=str)
+def test_empty_packed_batches(ends, implementation, device):
+    """No sequence at all, and sequences without a token."""
+    ids = torch.zeros(0, dtype=torch.long, device=device)
+    for loss_type in ("grpo", "gspo", "gmpo"):
+        logits = torch.zeros(0, 11, device=device, requires_grad=True)
+        out = grpo_loss(
+            *(logits, ids, ids, torch.zeros(len(ends) - 1, device=device)),
+            cu_seqlens=torch.tensor(ends, device=device),
+            loss_type=loss_type,
+            implementation=implementation,
+        )
+        out.loss.backward()
+        assert out.loss.item() == 0.0 and out.logps.shape == (0,)
+        assert all(value.isfinite() for value in out.metrics.values())
 
 
 def test_last_of_t_plus_one_positions_alone(implementation, device):

@@ -79,6 +79,19 @@ def test_nan_where_the_policy_term_is_off(reduction, loss_type, implementation, 
         assert torch.equal(grad, plain), name
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_an_unknown_ratio_that_is_off_is_not_clipped(reduction, implementation, device):
+    """All others are 1, and would not be counted either."""
+    batch = make_batch(B=2, T=3, V=17, extra=0, mask=torch.ones(2, 3), device=device)
+    inputs = (batch.logits, batch.ids, batch.mask, batch.advantages.abs() + 1)
+    options = {"reduction": reduction, "implementation": implementation}
+    old = grpo_loss(*inputs, **options).logps.clone()
+    on = torch.ones_like(old)
+    old[0, 1], on[0, 1] = torch.nan, 0.0
+    out = grpo_loss(*inputs, old_logps=old, policy_mask=on, **options)
+    assert out.loss.isfinite().all() and out.sums[5] == out.sums[6] == 0
+
+
 def test_half_and_double_precision_weights(implementation, device):
     """Rollout weights and temperatures of any float dtype: arithmetic is float32."""
     batch = make_batch(B=3, T=4, V=17, device=device)

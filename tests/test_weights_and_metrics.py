@@ -46,6 +46,8 @@ def test_no_items_divide_by_one(count):
         (("token-mean", {"num_items_in_batch": -1}), "num_items_in_batch"),
         (("seq-mean-token-sum", {"num_sequences_in_batch": 0}), "num_sequences_in_batch"),
         (("token-sum", {"max_completion_length": -2}), "max_completion_length"),
+        (("token-mean", {"num_items_in_batch": torch.tensor(-1)}), "num_items_in_batch"),
+        (("token-sum", {"num_sequences_in_batch": torch.tensor(0.0)}), "num_sequences_in_batch"),
     ],
 )
 def test_bad_arguments(arguments, name):
