@@ -192,7 +192,7 @@ class Head:
 
     def _store_dhidden(self, start, stop, dlogits):
         direct = self.rows is None and self.dhidden.dtype == self.dtype
-        shape = (stop - start, self.dhidden.shape[1])
+        shape = (len(dlogits), self.dhidden.shape[1])
         if direct:
             target = self.dhidden[start:stop]
         else:

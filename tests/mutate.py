@@ -41,6 +41,9 @@ BOTH = "tests/test_equalities.py -k 'two_implementations and (dapo or gspo)'"
 FILES = "equalities edges family autograd selected_away masks loss selective_log_softmax extremes"
 FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections rows"
 FILES = " ".join(f"tests/test_{name}.py" for name in FILES.split())
+HEAD = "tests/test_linear.py -k 'torch and (every_loss or packed or upstream or another_way)'"
+HEAD_COST = "tests/test_linear_cost.py -k 'not triton'"
+HEAD_FILES = "tests/test_linear.py tests/test_linear_cost.py tests/test_linear_use.py"
 TORCH, TRITON = f"{FILES} -k 'not triton'", f"{FILES} -k 'not torch'"
 
 # Where the mathematics is, and what kills its mutants fastest; then comes all that could.
@@ -63,15 +66,20 @@ KILLERS = {
     "kernels/logprob.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
     "kernels/reduce.py": (BOTH, KERNEL_BOUNDS),
     "kernels/rescale.py": ("tests/test_edges.py -k 'triton and upstream'",),
+    "kernels/linear.py": (HEAD, HEAD_COST),
+    "kernels/linear_launchers.py": (HEAD, HEAD_COST),
+    "grpo_fused/linear_coupled.py": (HEAD, HEAD_COST),
+    "grpo_fused/ordering.py": (HEAD, HEAD_COST),
 }
 EVERYTHING = {path: TRITON if path.startswith("kernels/") else TORCH for path in KILLERS}
 EVERYTHING["grpo_fused/advantages.py"] = "tests/test_advantages.py tests/test_edges.py"
 EVERYTHING["grpo_fused/objectives.py"] = FILES  # written in torch and in Triton
+EVERYTHING |= {path: f"{HEAD_FILES} -k 'not triton'" for path in KILLERS if HEAD in KILLERS[path]}
 
 # Validation is tested by its messages; what is only fast is measured.
-NOT_FUNCTIONS = ("_check", "check_", "__post_init__", "_is_number")
+NOT_FUNCTIONS = ("_check", "check_", "__post_init__", "_is_number", "chunk_rows", "_processors")
 NOT_KEYWORDS = {"eviction_policy", "num_warps", "writes", "persistent", "axis", "dim", "unsafe"}
-NOT_NAMES = {"GAP_ELEMENTS", "BLOCK_BYTES"}
+NOT_NAMES = {"GAP_ELEMENTS", "BLOCK_BYTES", "COPY_BYTES"}
 
 # The negation of < is killed by whatever kills <= (the bound itself) or > (the direction).
 SWAPS = [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.FloorDiv, ast.Mod), (ast.And, ast.Or)]

@@ -7,6 +7,7 @@ from heads import chunk_bytes, exact, loss_of, make_head_batch
 from test_memory import NewStorages
 from torch.utils.flop_counter import FlopCounterMode
 
+import grpo_fused.kernels.linear as linear
 import grpo_fused.rows as rows
 from grpo_fused import linear_grpo_loss, linear_selective_log_softmax
 from grpo_fused.kernels.linear import TILE_COLUMNS, TILE_ROWS, chunk_limit, chunk_rows
@@ -154,6 +155,19 @@ def test_memory_of_a_frozen_head(monkeypatch):
     with NewStorages(*leaves[:2]) as storages:
         budget = chunk_bytes(4, 2048)
         out, _ = loss_of(head, "torch", leaves, chunk_bytes=budget, loss_type="dapo")
+        torch.autograd.grad(out.loss, leaves[0])
+    assert storages.larger_than(budget) == []
+
+
+def test_upcast_makes_no_copy_of_the_weight(monkeypatch):
+    """In float32 a few rows of it at a time."""
+    monkeypatch.setattr(linear, "COPY_BYTES", 1 << 12)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 12)
+    head = make_head_batch(V=2048, H=64, bias=False, dtype=torch.bfloat16)
+    leaves = head.leaves("h")
+    budget = chunk_bytes(4, 2048)
+    with NewStorages(*leaves[:2]) as storages:
+        out, _ = loss_of(head, "torch", leaves, chunk_bytes=budget, upcast=True)
         torch.autograd.grad(out.loss, leaves[0])
     assert storages.larger_than(budget) == []
 

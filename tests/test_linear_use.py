@@ -154,6 +154,16 @@ def test_upcast_is_a_head_in_float32(function, device):
 
 
 @BOTH
+def test_upcast_without_a_mask(function, device):
+    """Hidden states are then used as they lie, and their gradient written where it belongs."""
+    mask = torch.ones(4, 6)
+    head = make_head_batch(extra=0, mask=mask, dtype=torch.bfloat16, device=device)
+    want = gradients(head, functools.partial(function, head, upcast=True))
+    head.batch.mask = None
+    assert_equal(gradients(head, functools.partial(function, head, upcast=True)), want, 1e-6)
+
+
+@BOTH
 def test_upcast_converts_the_weight_in_blocks(function, device, monkeypatch):
     import grpo_fused.kernels.linear as linear
 
