@@ -4,6 +4,12 @@ A mutant is its file, its change and the first 40 characters of its line.
 """
 
 EQUIVALENT = {
+    "only a GPU takes this branch: test_cuda_linear.py": [
+        "kernels/linear.py `NotEq -> Eq` return dtype != torch.float32 and device",
+        "kernels/linear.py `Is -> IsNot` return dtype != torch.float32 and device",
+        "kernels/linear.py `not accumulate #2` if accumulate:",
+        "grpo_fused/ordering.py `Is -> IsNot` if sequences.active is None and sequence",
+    ],
     "without an advantage loss and gradient are 0, whatever the knob or the branch": [
         "grpo_fused/objectives.py `LtE -> Lt` used = torch.where(free * advantage <= b",
         "grpo_fused/objectives.py `LtE -> Lt` used = tl.where(free * advantage <= boun",

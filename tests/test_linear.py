@@ -80,7 +80,7 @@ def test_options(option, loss_type, rows, device):
     tensors = {"temperature": 0.6 + torch.rand(4, 6), "old_logps": head.batch.old_logps}
     options = OPTIONS[option] | tensors | {"loss_type": loss_type}
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    moved |= {"ref_logps": head.batch.ref_logps, "beta": 0.2}
+    moved |= {"ref_logps": head.batch.ref_logps, "beta": 1.0}
     truth, gradients = exact(head, **moved)
     out, leaves = loss_of(head, "auto", chunk_bytes=chunk_bytes(rows), **moved)
     out.loss.backward()

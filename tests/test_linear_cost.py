@@ -61,6 +61,7 @@ def test_rows_without_a_gradient_cost_one_matmul(size, loss_type):
             loss_type=loss_type,
             chunk_bytes=chunk_bytes(size),
             old_logps=head.batch.old_logps,
+            ref_logps=head.batch.ref_logps,  # reported, with a beta of 0 not penalised
         )
         out.loss.backward()
 
