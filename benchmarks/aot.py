@@ -197,18 +197,20 @@ def _read_nvidia(compiled, dtype):
         elements = sum(_bits(op) for op in body if op.startswith("LDG")) / (8 * itemsize)
         if not any(op.startswith("MUFU.EX2") for op in body) or not elements:
             continue
+        loop = (elements, len(body) / elements)
         if any(op.startswith("STG") for op in body):
-            gradient.append(len(body) / elements)
+            gradient.append(loop)
         else:
-            statistics.append(len(body) / elements)
+            statistics.append(loop)
             exchanges += sum(op.startswith(("SHFL", "BAR")) for op in body)
     return {
         "registers": _registers(compiled.asm["cubin"]),
         "spills": sum(op.startswith(("LDL", "STL")) for op in instructions),
         "load_bits": max(_bits(op) for op in instructions if op.startswith("LDG")),
         "store_bits": max(_bits(op) for op in instructions if op.startswith("STG")),
-        "statistics": max(statistics, default=None),
-        "gradient": max(gradient, default=None),
+        # Of the widest loop: the ends of a row that starts anywhere are read a column at a time.
+        "statistics": max(statistics, default=(0, None))[1],
+        "gradient": max(gradient, default=(0, None))[1],
         "exchanges": exchanges,
     }
 

@@ -3,17 +3,16 @@
 import triton
 import triton.language as tl
 
-from .launch import argument, gradient_arguments, kernel, launch_rows, vector_width
+from .columns import locate, row_pointer
+from .launch import argument, gradient_arguments, kernel, launch_rows, store_width
 from .library import launcher
 from .logprob import is_active
 from .objective import DIVERGENCES, OBJECTIVES, clamped_exp
 from .online_softmax import (
     LOG2E,
-    locate,
     log_probability,
     read_target,
     row_entropy,
-    row_pointer,
     row_statistics,
     scalar,
     sharpness,
@@ -87,15 +86,16 @@ def _fused_loss_kernel(
     VECTOR: tl.constexpr,
     DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
     logit_scale = scalar(logit_scale)
     softcap = logit_softcap
     if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
         softcap = scalar(logit_softcap)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
         sequence, position, token = locate(row, positions, tokens)
         x_ptr = row_pointer(
-            logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR
+            logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR, ENDS
         )
         active = position < tokens
         if active:
@@ -127,6 +127,7 @@ def _fused_loss_kernel(
                 UNROLL,
                 VECTOR,
                 COLUMNS,
+                ENDS,
                 entropies_ptr is not None,
                 "evict_last",
             )
@@ -184,6 +185,7 @@ def _fused_loss_kernel(
                     dlogits_stride_sequence,
                     dlogits_stride_position,
                     DLOGITS_VECTOR,
+                    ENDS,
                 ),
                 V,
                 target,
@@ -199,9 +201,11 @@ def _fused_loss_kernel(
                 dlogp,
                 dentropy,
                 UNROLL,
-                THREADS * VECTOR,
+                THREADS,
                 VECTOR,
+                DLOGITS_VECTOR,
                 COLUMNS,
+                ENDS,
                 entropy_coef is not None,
             )
 
@@ -289,7 +293,7 @@ def fused_loss(
         entropies,
         writes=dlogits is not None,
         persistent=True,
-        DLOGITS_VECTOR=1 if dlogits is None else vector_width(dlogits),
+        DLOGITS_VECTOR=store_width(logits, dlogits),
         OBJECTIVE=OBJECTIVES[objective],
         DIVERGENCE=DIVERGENCES[divergence],
         BIAS_CORRECTION=bias_correction,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
+REGISTERS = 65_536  # of an NVIDIA multiprocessor, from sm_80 to sm_100
 
 
 def kernel(function):
@@ -78,6 +79,23 @@ def vector_width(matrix):
     return math.gcd(16 // itemsize, matrix.data_ptr() // itemsize, *matrix.stride()[:2])
 
 
+def store_width(logits, dlogits):
+    """Columns per store of the gradient: as many as a load of the logits if both are aligned alike.
+
+    Rows that start anywhere are read from their first whole vector on, wherever that is; the
+    gradient, if its rows start as far from whole vectors, is written so too.
+    """
+    if dlogits is None:
+        return 1
+    vector = 16 // logits.element_size()
+    if vector_width(logits) == vector:
+        return vector_width(dlogits)
+    apart = [(dlogits.data_ptr() - logits.data_ptr()) // logits.element_size()]
+    for size, a, b in zip(logits.shape[:2], logits.stride(), dlogits.stride(), strict=False):
+        apart.append(a - b if size > 1 else 0)
+    return vector if all(n % vector == 0 for n in apart) else 1
+
+
 def argument(value):
     """A number or tensor of (), (B,) or (B, T), as `online_softmax.token_value` reads it."""
     if not isinstance(value, torch.Tensor):
@@ -127,7 +145,13 @@ def launch_rows(function, logits, *args, writes=False, persistent=False, **const
         programs = rows
         if persistent:
             programs = min(rows, device.multiprocessors * tile.programs_per_multiprocessor)
-        vector = vector_width(logits)
+        vector = 16 // logits.element_size()
+        ends = vector_width(logits) < vector
+        if ends and persistent and device.architecture.startswith("sm_"):
+            # Left alone, ptxas spills a few values of the loop over rows to make room for more
+            # programs than the grid has.
+            resident = tile.warps * device.warp_size * tile.programs_per_multiprocessor
+            constexprs["maxnreg"] = REGISTERS // resident
         launch(
             function,
             programs,
@@ -137,7 +161,8 @@ def launch_rows(function, logits, *args, writes=False, persistent=False, **const
             THREADS=tile.warps * device.warp_size,
             UNROLL=tile.unroll,
             VECTOR=vector,
-            COLUMNS=math.gcd(V, vector),
+            COLUMNS=vector if ends else math.gcd(V, vector),
+            ENDS=ends,
             num_warps=tile.warps,
             enable_fp_fusion=True,
             traffic=Traffic(logits.nbytes, logits.nbytes * writes),

@@ -3,15 +3,14 @@
 import triton
 import triton.language as tl
 
-from .launch import argument, gradient_arguments, kernel, launch_rows, vector_width
+from .columns import locate, row_pointer
+from .launch import argument, gradient_arguments, kernel, launch_rows, store_width
 from .library import launcher
 from .online_softmax import (
     LOG2E,
-    locate,
     log_probability,
     read_target,
     row_entropy,
-    row_pointer,
     row_statistics,
     scalar,
     sharpness,
@@ -51,6 +50,7 @@ def _logprob_fwd_kernel(
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
     logit_scale = scalar(logit_scale)
     softcap = logit_softcap
@@ -65,7 +65,7 @@ def _logprob_fwd_kernel(
         total = 1.0
         if active:
             x_ptr = row_pointer(
-                logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR
+                logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR, ENDS
             )
             row_temperature = token_value(temperature, sequence, token)
             scale = LOG2E * sharpness(row_temperature, logit_scale, softcap)
@@ -82,6 +82,7 @@ def _logprob_fwd_kernel(
                 UNROLL,
                 VECTOR,
                 COLUMNS,
+                ENDS,
                 entropies_ptr is not None,
                 "evict_first",
             )
@@ -123,6 +124,7 @@ def _logprob_bwd_kernel(
     VECTOR: tl.constexpr,
     DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
     sequence, position, token = locate(tl.program_id(0), positions, tokens)
     dx_ptr = row_pointer(
@@ -132,8 +134,11 @@ def _logprob_bwd_kernel(
         dlogits_stride_sequence,
         dlogits_stride_position,
         DLOGITS_VECTOR,
+        ENDS,
     )
-    x_ptr = row_pointer(logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR)
+    x_ptr = row_pointer(
+        logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR, ENDS
+    )
     logit_scale = scalar(logit_scale)
     softcap = logit_softcap
     if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
@@ -168,9 +173,11 @@ def _logprob_bwd_kernel(
         tl.where(active & (known == 0), float("nan"), dlogp),
         dentropy,
         UNROLL,
-        THREADS * VECTOR,
+        THREADS,
         VECTOR,
+        DLOGITS_VECTOR,
         COLUMNS,
+        ENDS,
         dentropies_ptr is not None,
     )
 
@@ -247,5 +254,5 @@ def logprob_bwd(
         dlogps,
         dentropies,
         writes=True,
-        DLOGITS_VECTOR=vector_width(dlogits),
+        DLOGITS_VECTOR=store_width(logits, dlogits),
     )

@@ -1,8 +1,10 @@
 """Device functions for one row of logits: softmax statistics in one read.
 
-A row is read in blocks of UNROLL lines of THREADS x VECTOR columns. The reshape to those three axes
-puts axes 0 and 2 inside one thread (VECTOR columns are one 128-bit load), so every thread keeps an
-online softmax of its own and nothing is exchanged before the last block.
+The reshape of a block to UNROLL x THREADS x VECTOR puts axes 0 and 2 inside one thread, so every
+thread keeps an online softmax of its own and nothing is exchanged before the last block.
+
+Rows that start anywhere (ENDS) are read in vectors all the same, and which thread has a column then
+depends on where its row starts. The result does not: see `_other_columns`.
 
 Everything is in base 2 and relative to the rounded maximum: with x the logits, capped if they have
 a softcap, and scale = log2(e) / temperature (times logit_scale without a softcap),
@@ -17,6 +19,16 @@ give the same answer; a log-sum-exp, which carries the rounding of its own magni
 
 import triton
 import triton.language as tl
+
+from .columns import (
+    block_of,
+    find_middle,
+    inner_columns,
+    line_pointers,
+    load,
+    skip_head,
+    split_columns,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -48,28 +60,6 @@ def token_value(value, sequence, token):
 
 
 @triton.jit
-def locate(row, positions, tokens_per_sequence):
-    """(sequence, position, index of the token among all tokens) of a row of logits (B, L, V)."""
-    sequence = row // positions
-    position = row % positions
-    return sequence, position, sequence * tokens_per_sequence + position
-
-
-@triton.jit
-def row_pointer(ptr, sequence, position, stride_sequence, stride_position, VECTOR: tl.constexpr):
-    """Start of a row; VECTOR columns from there on are aligned to their size."""
-    start = ptr + sequence.to(tl.int64) * stride_sequence + position.to(tl.int64) * stride_position
-    return tl.multiple_of(start, VECTOR * ptr.dtype.element_ty.primitive_bitwidth // 8)
-
-
-@triton.jit
-def split_columns(V, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """(number of whole blocks in a row, columns after them, known to be a multiple of COLUMNS)."""
-    blocks = V // BLOCK
-    return blocks, tl.multiple_of(V - blocks * BLOCK, COLUMNS)
-
-
-@triton.jit
 def sharpness(temperature, logit_scale, softcap):
     """What logits are multiplied by: the scale too, unless `capped` has applied it already."""
     return (logit_scale if softcap is None else 1.0) / temperature
@@ -92,71 +82,23 @@ def capped(x, logit_scale, softcap):
 
 
 @triton.jit
-def line_pointers(x_ptr, LINE: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers to the first line of a block, for `load`: one vector a thread.
-
-    bfloat16 is read in 32-bit words: one shift and one mask make two float32, where unpacking
-    16-bit registers takes three instructions.
-    """
-    if (x_ptr.dtype.element_ty == tl.bfloat16) & (VECTOR > 1):
-        return x_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, LINE // 2)
-    else:
-        return x_ptr + tl.arange(0, LINE)
-
-
-@triton.jit
-def block_of(line, UNROLL: tl.constexpr):
-    """Columns, or pointers to them, of the UNROLL lines that start with this one.
-
-    A loop that moves one line and derives the others keeps one address a thread: the distance
-    between lines is a constant in the instruction.
-    """
-    return line[None, :] + (tl.arange(0, UNROLL) * line.shape[0])[:, None]
-
-
-@triton.jit
-def load(x_ptrs, remaining, UNROLL: tl.constexpr, LINE: tl.constexpr, EVICTION: tl.constexpr):
-    """The block (UNROLL, LINE) in float32, -inf from column `remaining` on unless None.
-
-    x_ptrs are `line_pointers` to its first line.
-    """
-    PAIRS: tl.constexpr = x_ptrs.shape[0] < LINE
-    x_ptrs = block_of(x_ptrs, UNROLL)
-    columns = block_of(tl.arange(0, LINE), UNROLL)
-    if PAIRS:
-        if remaining is None:
-            words = tl.load(x_ptrs, eviction_policy=EVICTION)
-        else:
-            pairs = block_of(tl.arange(0, LINE // 2), UNROLL)
-            words = tl.load(x_ptrs, 2 * pairs < remaining, 0, eviction_policy=EVICTION)
-        even = (words << 16).to(tl.float32, bitcast=True)
-        odd = (words & -65536).to(tl.float32, bitcast=True)
-        x = tl.reshape(tl.join(even, odd), (UNROLL, LINE))
-        if remaining is not None:
-            x = tl.where(columns < remaining, x, -float("inf"))
-    elif remaining is None:
-        x = tl.load(x_ptrs, eviction_policy=EVICTION)
-    else:
-        x = tl.load(x_ptrs, columns < remaining, -float("inf"), eviction_policy=EVICTION)
-    return x.to(tl.float32)
-
-
-@triton.jit
 def _load_capped(
     x_ptrs,
     remaining,
+    surplus,
     logit_scale,
     softcap,
     UNROLL: tl.constexpr,
     LINE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """`load`, capped; what lies outside the row stays -inf."""
-    x = load(x_ptrs, remaining, UNROLL, LINE, EVICTION)
+    """`load`, capped, -inf from column `remaining - surplus` on."""
+    x = load(x_ptrs, remaining, UNROLL, LINE, COLUMNS, EVICTION)
     if softcap is not None:
         x = capped(x, logit_scale, softcap)[0]
-        if remaining is not None:
-            x = tl.where(block_of(tl.arange(0, LINE), UNROLL) < remaining, x, -float("inf"))
+    if remaining is not None:
+        x = tl.where(block_of(tl.arange(0, LINE), UNROLL) < remaining - surplus, x, -float("inf"))
     return x
 
 
@@ -177,6 +119,71 @@ def _fold(x, scale, maximum, total, weighted, tile: tl.constexpr, ENTROPY: tl.co
 
 
 @triton.jit
+def _nothing(LANES: tl.constexpr):
+    """Running statistics of no columns."""
+    zeros = tl.zeros((LANES,), tl.float32)
+    return tl.full((LANES,), START, tl.float32), zeros, zeros
+
+
+@triton.jit
+def _relative(maximum, total, weighted, row_maximum):
+    """Totals of every lane, relative to the maximum of the row."""
+    shift = maximum - row_maximum
+    shrink = tl.exp2(shift)
+    weighted = tl.fma(shift, total, weighted) * shrink
+    return total * shrink, weighted
+
+
+@triton.jit
+def _sum_in_order(values, head, VECTOR: tl.constexpr):
+    """Sum of lanes, of which the first has column `head` of a line, in the order of columns.
+
+    Without the first VECTOR columns of a line.
+    """
+    LINE: tl.constexpr = values.shape[0]
+    columns = tl.arange(0, LINE)
+    values = tl.gather(values, (columns - head) & (LINE - 1), 0)
+    return tl.sum(tl.where(columns < VECTOR, 0.0, values), axis=0)
+
+
+@triton.jit
+def _other_columns(
+    x_ptr,
+    V,
+    scale,
+    logit_scale,
+    softcap,
+    THREADS: tl.constexpr,
+    LINE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """Statistics of each thread over the columns that `row_statistics` leaves out with ENDS.
+
+    A row's sum must not depend, bit for bit, on where the row starts, but which lane has a column
+    does: the first lane's is column `head` of every line. So every lane sums alone, and in the end
+    they are put in order of columns. Only the first VECTOR columns of a line change lines too, from
+    the end of one to the start of the next, and only the last ones of the row may lie in a vector
+    that reaches out of it. These, the same for every row of V columns, are summed here; the lanes
+    leave the ones out that had them.
+    """
+    inner = inner_columns(V, VECTOR)
+    starts = tl.cdiv(inner, LINE) * VECTOR
+    count = starts + V - inner
+    maximum, total, weighted = _nothing(THREADS)
+    for first in tl.range(0, count, THREADS, disable_licm=True):
+        i = first + tl.arange(0, THREADS)
+        columns = tl.where(i < starts, i // VECTOR * LINE + (i & (VECTOR - 1)), i - starts + inner)
+        x = _load_capped(
+            x_ptr + columns, count - first, 0, logit_scale, softcap, 1, THREADS, 1, EVICTION
+        )
+        tile: tl.constexpr = (1, THREADS, 1)
+        maximum, total, weighted = _fold(x, scale, maximum, total, weighted, tile, ENTROPY)
+    return maximum, total, weighted
+
+
+@triton.jit
 def row_statistics(
     x_ptr,
     V,
@@ -187,29 +194,49 @@ def row_statistics(
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENDS: tl.constexpr,
     ENTROPY: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """Read a row once: (maximum, total, weighted) of the module; without ENTROPY weighted is 0."""
-    tile: tl.constexpr = (UNROLL, THREADS, VECTOR)
     LINE: tl.constexpr = THREADS * VECTOR
-    maximum = tl.full((THREADS,), START, tl.float32)
-    total = tl.zeros((THREADS,), tl.float32)
-    weighted = tl.zeros((THREADS,), tl.float32)
-    blocks, remaining = split_columns(V, UNROLL * LINE, COLUMNS)
-    x_ptrs = line_pointers(x_ptr, LINE, VECTOR)
+    LANES: tl.constexpr = LINE if ENDS else THREADS
+    tile: tl.constexpr = (UNROLL, LANES, LINE // LANES)
+    maximum, total, weighted = _nothing(LANES)
+    if ENDS:
+        inner = inner_columns(V, VECTOR)
+        head, _ = find_middle(x_ptr, V, VECTOR)
+        blocks, _ = split_columns(tl.maximum(inner - VECTOR, 0), UNROLL * LINE, COLUMNS)
+        remaining = tl.multiple_of(inner - blocks * (UNROLL * LINE), COLUMNS)
+        x_ptrs = line_pointers(skip_head(x_ptr, head, VECTOR), LINE, VECTOR)
+    else:
+        head = 0
+        blocks, remaining = split_columns(V, UNROLL * LINE, COLUMNS)
+        x_ptrs = line_pointers(x_ptr, LINE, VECTOR)
     for _ in range(blocks):
-        x = _load_capped(x_ptrs, None, logit_scale, softcap, UNROLL, LINE, EVICTION)
+        x = _load_capped(x_ptrs, None, 0, logit_scale, softcap, UNROLL, LINE, COLUMNS, EVICTION)
         maximum, total, weighted = _fold(x, scale, maximum, total, weighted, tile, ENTROPY)
         x_ptrs += UNROLL * x_ptrs.shape[0]
     if remaining > 0:
-        x = _load_capped(x_ptrs, remaining, logit_scale, softcap, UNROLL, LINE, EVICTION)
+        x = _load_capped(
+            x_ptrs, remaining, head, logit_scale, softcap, UNROLL, LINE, COLUMNS, EVICTION
+        )
         maximum, total, weighted = _fold(x, scale, maximum, total, weighted, tile, ENTROPY)
-    row_maximum = tl.max(maximum, axis=0)
-    shift = maximum - row_maximum
-    shrink = tl.exp2(shift)
-    weighted = tl.sum(tl.fma(shift, total, weighted) * shrink, axis=0)
-    return row_maximum, tl.sum(total * shrink, axis=0), weighted
+    if ENDS:
+        other_maximum, other_total, other_weighted = _other_columns(
+            x_ptr, V, scale, logit_scale, softcap, THREADS, LINE, VECTOR, ENTROPY, EVICTION
+        )
+        row_maximum = tl.maximum(tl.max(maximum, axis=0), tl.max(other_maximum, axis=0))
+        total, weighted = _relative(maximum, total, weighted, row_maximum)
+        others = _relative(other_maximum, other_total, other_weighted, row_maximum)
+        total = _sum_in_order(total, head, VECTOR) + tl.sum(others[0], axis=0)
+        weighted = _sum_in_order(weighted, head, VECTOR) + tl.sum(others[1], axis=0)
+        return row_maximum, total, weighted
+    else:
+        row_maximum = tl.max(maximum, axis=0)
+        total, weighted = _relative(maximum, total, weighted, row_maximum)
+        weighted = tl.sum(weighted, axis=0)
+        return row_maximum, tl.sum(total, axis=0), weighted
 
 
 @triton.jit

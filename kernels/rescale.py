@@ -2,9 +2,10 @@
 
 import triton.language as tl
 
+from .columns import end_columns, find_middle, row_pointer, skip_head, split_columns
 from .launch import kernel, launch_rows
 from .library import launcher
-from .online_softmax import row_pointer, scalar, split_columns
+from .online_softmax import scalar
 
 
 @kernel
@@ -21,6 +22,7 @@ def _rescale_kernel(
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
     """Multiply by grad_output / grad_scale; a program that finds them equal returns at once."""
     grad_output = scalar(grad_output)
@@ -37,8 +39,16 @@ def _rescale_kernel(
                 stride_sequence,
                 stride_position,
                 VECTOR,
+                ENDS,
             )
-            blocks, remaining = split_columns(V, BLOCK, COLUMNS)
+            middle = V
+            if ENDS:
+                head, middle = find_middle(x_ptr, V, VECTOR)
+                ends = end_columns(head, middle, THREADS)
+                end = tl.load(x_ptr + ends, ends < V, 0.0).to(tl.float32) * factor
+                tl.store(x_ptr + ends, end.to(dtype), ends < V)
+                x_ptr = skip_head(x_ptr, head, VECTOR)
+            blocks, remaining = split_columns(middle, BLOCK, COLUMNS)
             columns = tl.arange(0, BLOCK)
             for _ in range(blocks):
                 x = tl.load(x_ptr + columns).to(tl.float32) * factor

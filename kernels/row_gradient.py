@@ -3,17 +3,16 @@
 import triton
 import triton.language as tl
 
-from .online_softmax import (
-    FLOOR,
-    LN2,
-    LOG2E,
+from .columns import (
     block_of,
-    capped,
+    end_columns,
+    find_middle,
     line_pointers,
     load,
-    sharpness,
+    skip_head,
     split_columns,
 )
+from .online_softmax import FLOOR, LN2, LOG2E, capped, sharpness
 
 
 @triton.jit
@@ -24,11 +23,13 @@ def _write_block(
     coefficients,
     UNROLL: tl.constexpr,
     LINE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
     """Write the gradient of a block from pointers to its first line, up to column `remaining`."""
     scale, logit_scale, softcap, maximum, constant, slope = coefficients
-    u, du = capped(load(x_ptrs, remaining, UNROLL, LINE, "evict_first"), logit_scale, softcap)
+    x = load(x_ptrs, remaining, UNROLL, LINE, COLUMNS, "evict_first")
+    u, du = capped(x, logit_scale, softcap)
     z = tl.fma(u, scale, -maximum)
     factor = constant
     if ENTROPY:
@@ -47,9 +48,11 @@ def write_row_gradient(
     V,
     coefficients,
     UNROLL: tl.constexpr,
-    LINE: tl.constexpr,
+    THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENDS: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
     """Write dx_j = 2^z_j (constant + slope z_j) du_j / dx_j for every column; dx may be x itself.
@@ -61,26 +64,50 @@ def write_row_gradient(
     Args:
         coefficients: (scale, logit_scale, softcap, maximum, constant, slope) of the row.
     """
+    LINE: tl.constexpr = THREADS * VECTOR
     BLOCK: tl.constexpr = UNROLL * LINE
+    if ENDS:
+        head, middle = find_middle(x_ptr, V, VECTOR)
+        ends = end_columns(head, middle, THREADS)
+        _write_block(x_ptr + ends, dx_ptr + ends, V - middle, coefficients, 1, THREADS, 1, ENTROPY)
+        x_ptr = skip_head(x_ptr, head, VECTOR)
+        dx_ptr = skip_head(dx_ptr, head, DLOGITS_VECTOR)
+        V = middle
     blocks, remaining = split_columns(V, BLOCK, COLUMNS)
     x_ptrs = line_pointers(x_ptr + blocks * BLOCK, LINE, VECTOR)
     dx_ptrs = dx_ptr + blocks * BLOCK + tl.arange(0, LINE)
     if remaining > 0:
-        _write_block(x_ptrs, dx_ptrs, remaining, coefficients, UNROLL, LINE, ENTROPY)
+        _write_block(x_ptrs, dx_ptrs, remaining, coefficients, UNROLL, LINE, COLUMNS, ENTROPY)
     if blocks % 2 == 1:
         x_ptrs -= UNROLL * x_ptrs.shape[0]
         dx_ptrs -= BLOCK
-        _write_block(x_ptrs, dx_ptrs, None, coefficients, UNROLL, LINE, ENTROPY)
+        _write_block(x_ptrs, dx_ptrs, None, coefficients, UNROLL, LINE, COLUMNS, ENTROPY)
     for _ in range(blocks // 2):
         for _ in tl.static_range(2):
             x_ptrs -= UNROLL * x_ptrs.shape[0]
             dx_ptrs -= BLOCK
-            _write_block(x_ptrs, dx_ptrs, None, coefficients, UNROLL, LINE, ENTROPY)
+            _write_block(x_ptrs, dx_ptrs, None, coefficients, UNROLL, LINE, COLUMNS, ENTROPY)
 
 
 @triton.jit
-def write_row_zeros(dx_ptr, V, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+def write_row_zeros(
+    dx_ptr,
+    V,
+    UNROLL: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ENDS: tl.constexpr,
+):
     """Write a gradient that is exactly zero, without reading the row."""
+    BLOCK: tl.constexpr = UNROLL * THREADS * VECTOR
+    if ENDS:
+        head, middle = find_middle(dx_ptr, V, VECTOR)
+        ends = end_columns(head, middle, THREADS)
+        nothing = tl.zeros((THREADS,), dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + ends, nothing, ends < V, eviction_policy="evict_first")
+        dx_ptr = skip_head(dx_ptr, head, VECTOR)
+        V = middle
     columns = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), dx_ptr.dtype.element_ty)
     blocks, remaining = split_columns(V, BLOCK, COLUMNS)
@@ -109,9 +136,11 @@ def row_gradient(
     dlogp,
     dentropy,
     UNROLL: tl.constexpr,
-    LINE: tl.constexpr,
+    THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENDS: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
     """Gradient of a row from g = dL/dlogp and h = dL/dH; h counts only if ENTROPY.
@@ -124,10 +153,22 @@ def row_gradient(
     constant = -(g + h * (entropy - LN2 * tl.log2(total))) / total
     slope = -h * LN2 / total
     if (g == 0.0) & (h == 0.0):
-        write_row_zeros(dx_ptr, V, UNROLL * LINE, COLUMNS)
+        write_row_zeros(dx_ptr, V, UNROLL, THREADS, VECTOR, COLUMNS, ENDS)
     else:
         coefficients = (LOG2E * factor, logit_scale, softcap, maximum, constant, slope)
-        write_row_gradient(x_ptr, dx_ptr, V, coefficients, UNROLL, LINE, VECTOR, COLUMNS, ENTROPY)
+        write_row_gradient(
+            x_ptr,
+            dx_ptr,
+            V,
+            coefficients,
+            UNROLL,
+            THREADS,
+            VECTOR,
+            DLOGITS_VECTOR,
+            COLUMNS,
+            ENDS,
+            ENTROPY,
+        )
         # One store for the target, after every thread has written its columns, instead of a
         # compare in each of them.
         p = tl.exp2(logp * LOG2E)

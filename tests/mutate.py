@@ -39,8 +39,9 @@ BOUNDS = "tests/test_edges.py tests/test_rows.py tests/test_selected_away.py -k 
 KERNEL_BOUNDS = "tests/test_edges.py tests/test_rows.py -k 'not torch'"
 BOTH = "tests/test_equalities.py -k 'two_implementations and (dapo or gspo)'"
 FILES = "equalities edges family autograd selected_away masks loss selective_log_softmax extremes"
-FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections rows"
+FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections rows unaligned"
 FILES = " ".join(f"tests/test_{name}.py" for name in FILES.split())
+UNALIGNED = "tests/test_unaligned.py"
 HEAD = "tests/test_linear.py -k 'torch and (every_loss or packed or upstream or another_way)'"
 HEAD_COST = "tests/test_linear_cost.py -k 'not triton'"
 HEAD_FILES = "tests/test_linear.py tests/test_linear_cost.py tests/test_linear_use.py"
@@ -60,12 +61,13 @@ KILLERS = {
     "grpo_fused/rows.py": (ROWS, FAMILY, BOUNDS),
     "grpo_fused/reference.py": (FAMILY, ROWS, BOUNDS),
     "kernels/objective.py": (DIVERGENCES, KERNEL_BOUNDS, DERIVATIVES),
-    "kernels/online_softmax.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
-    "kernels/row_gradient.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
+    "kernels/columns.py": (COLUMNS, UNALIGNED, BOTH),
+    "kernels/online_softmax.py": (BOTH, COLUMNS, KERNEL_BOUNDS, UNALIGNED),
+    "kernels/row_gradient.py": (BOTH, COLUMNS, KERNEL_BOUNDS, UNALIGNED),
     "kernels/fused_loss.py": (BOTH, KERNEL_BOUNDS),
     "kernels/logprob.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
     "kernels/reduce.py": (BOTH, KERNEL_BOUNDS),
-    "kernels/rescale.py": ("tests/test_edges.py -k 'triton and upstream'",),
+    "kernels/rescale.py": ("tests/test_edges.py -k 'triton and upstream'", UNALIGNED),
     "kernels/linear.py": (HEAD, HEAD_COST),
     "kernels/linear_launchers.py": (HEAD, HEAD_COST),
     "grpo_fused/linear_coupled.py": (HEAD, HEAD_COST),

@@ -116,6 +116,57 @@ assert len(compiled) >= 30 and len(variants) == 3, (len(compiled), len(variants)
     run_offline("-c", code)
 
 
+ODD = [("sm_90", "bf16"), ("sm_90", "fp16"), ("sm_90", "fp32")]
+ODD += [("sm_80", "bf16"), ("sm_100", "bf16"), ("gfx942", "bf16")]
+
+
+@pytest.mark.parametrize(("target", "dtype"), ODD)
+def test_an_odd_vocabulary_is_read_and_written_in_vectors(target, dtype, tmp_path):
+    """Rows of 50,257 columns, one after the other: only their ends are narrow."""
+    file = tmp_path / "figures.json"
+    command = ("-m", "benchmarks.aot", "--vocabulary", "50257", "--target", target)
+    run_offline(*command, "--dtype", dtype, "--json", file)
+    for row in json.loads(file.read_text())["figures"]:
+        case = row["flags"]
+        if case == "reduce":
+            continue
+        assert row["load_bits"] == 128, row
+        if "gradient" in case or case == "rescale":
+            assert row["store_bits"] == 128, row
+        assert row["spills"] == 0, row
+        if "softcap" not in case:
+            assert (row["gradient"] or 0) <= 7.1, row
+            assert (row["statistics"] or 0) <= (9.5 if "entropy" in case else 7.0), row
+        assert row["exchanges"] == 0, row
+
+
+def test_where_rows_start_makes_no_variant():
+    """Odd vocabularies and views share one each; a gradient that starts elsewhere takes another."""
+    code = """
+import torch
+from benchmarks.aot import compile_launches
+from grpo_fused.kernels import launchers
+def run(apart):
+    for V in (32_001, 50_257, 50_258, 50_260, 50_264):
+        for offset in (1, 2, 4, 7):
+            memory = torch.zeros(6 * V + 32, dtype=torch.bfloat16)
+            logits = memory[offset:][: 6 * V].view(2, 3, V)
+            dlogits = memory[offset + apart:][: 6 * V].view(2, 3, V)
+            tokens = torch.zeros(2, 3)
+            head = (logits, tokens.long(), None, 1.0, 1.0, None, tokens, None, tokens, tokens)
+            launchers.logprob_fwd(*head)
+            launchers.logprob_bwd(*head, tokens, None, dlogits)
+            if apart == 8:
+                launchers.rescale(dlogits, 1.0, 1.0)
+def count(*distances):
+    compiled = compile_launches("sm_90", lambda: [run(n) for n in distances])
+    return len(compiled), len({(name, variant.hash) for name, variant in compiled})
+assert count(8) == (60, 3), count(8)
+assert count(8, 1, 3) == (140, 4), count(8, 1, 3)
+"""
+    run_offline("-c", code)
+
+
 def test_every_objective_and_divergence_compiles_into_the_kernel():
     """On sm_90, within the registers of one block a multiprocessor; also one without knobs."""
     code = """
