@@ -4,6 +4,21 @@ A mutant is its file, its change and the first 40 characters of its line.
 """
 
 EQUIVALENT = {
+    "only time depends on it: nothing comes of rows without a gradient": [
+        "kernels/linear_launchers.py `False -> True` for first, last, wanted in ((start, midd",
+        "kernels/linear_launchers.py `And -> Or` if writes and middle > start:",
+        "kernels/linear_launchers.py `Gt -> GtE` if writes and middle > start:",
+    ],
+    "an assertion of our own: both are of one length": [
+        "grpo_fused/linear_coupled.py `True -> False` for group, (start, middle, stop) in zip(",
+        "grpo_fused/linear_coupled.py `True -> False` for values, source in zip(results, packe",
+        "kernels/linear_launchers.py `True -> False` for output, values in zip(outputs, packe",
+        "kernels/linear_launchers.py `True -> False #2` for output, values in zip(outputs, packe",
+    ],
+    "any order of tokens will do, and so few sequences are sorted stably in any case": [
+        "grpo_fused/ordering.py `True -> False` return Order(rank.flatten().argsort(stab",
+        "grpo_fused/ordering.py `True -> False` index = (sequences.sum(live.float()) ==",
+    ],
     "only a GPU takes this branch: test_cuda_linear.py": [
         "kernels/linear.py `NotEq -> Eq` return dtype != torch.float32 and device",
         "kernels/linear.py `Is -> IsNot` return dtype != torch.float32 and device",

@@ -63,6 +63,23 @@ def test_without_a_penalty_sequences_without_advantage_take_another_way(
     assert not leaves[0].grad[1:3].any() and leaves[0].grad[0, 0].any()
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("loss_type", ["dapo", "luspo", "vespo"])
+def test_one_token_with_an_advantage(loss_type, masked, implementation, device):
+    """Where the tokens of a sequence are coupled it gives all of them a gradient."""
+    head = make_head_batch(mask=torch.ones(4, 6), device=device)
+    b = head.batch
+    b.advantages = torch.zeros(4, 6, device=device)
+    b.advantages[2, 3] = 1.0
+    options = {"loss_type": loss_type, "old_logps": b.old_logps, "normalizer": "token-sum"}
+    truth, gradients = exact(head, **options)
+    b.mask = b.mask if masked else None
+    out, leaves = loss_of(head, implementation, chunk_bytes=chunk_bytes(7), **options)
+    out.loss.backward()
+    check(out, leaves, truth, gradients)
+    assert leaves[0].grad[2].any(-1).sum() == (6 if loss_type == "luspo" else 1)
+
+
 OPTIONS = {
     "softcap": {"logit_softcap": 4.0, "logit_scale": 0.7},
     "bonus": {"entropy_coef": 0.05},

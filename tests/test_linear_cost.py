@@ -11,6 +11,7 @@ import grpo_fused.kernels.linear as linear
 import grpo_fused.rows as rows
 from grpo_fused import linear_grpo_loss, linear_selective_log_softmax
 from grpo_fused.kernels.linear import TILE_COLUMNS, TILE_ROWS, chunk_limit, chunk_rows
+from grpo_fused.ordering import cut_at_ends
 from grpo_fused.sources import default_chunk_bytes
 
 V, H = 53, 16
@@ -89,6 +90,27 @@ def test_tokens_without_an_advantage_of_their_own(masked, reduction):
 
     again = 1 if reduction == "none" else 0  # the upstream gradient is not known: logits twice
     assert flops(step) == (24 + (2 + again) * 3) * ONE
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "luspo"])
+def test_rows_that_are_switched_off_cost_one_matmul(loss_type):
+    head = make_head_batch(mask=torch.ones(4, 6))
+    head.batch.advantages.fill_(1.0)
+
+    def step():
+        on = torch.tensor([1, 0, 1, 0])
+        out, _ = loss_of(head, "torch", head.leaves(), loss_type=loss_type, policy_mask=on)
+        out.loss.backward()
+
+    assert flops(step) == (24 + 2 * 12) * ONE
+
+
+def test_whole_sequences_to_a_chunk():
+    assert cut_at_ends([3, 4, 5], 7) == [(0, 2), (2, 3)]
+    assert cut_at_ends([3, 5, 2], 7) == [(0, 1), (1, 3)]
+    assert cut_at_ends([3, 8, 2], 7) is None
+    assert cut_at_ends([0, 7, 0], 7) == [(0, 3)]
+    assert cut_at_ends([], 7) == [(0, 0)]
 
 
 @pytest.mark.parametrize("vocabulary", [1000, 32_000, 151_936])
