@@ -86,7 +86,7 @@ EQUIVALENT = {
         "kernels/objective.py `floor -> ceil` whole = tl.floor(x * 1.4426950408889634 ",
         "kernels/objective.py `10 -> 11` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
         "kernels/objective.py `11 -> 12` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
-        "kernels/online_softmax.py `Gt -> Lt` if (x_ptr.dtype.element_ty == tl.bfloat1",
+        "kernels/columns.py `Gt -> Lt` if (x_ptr.dtype.element_ty == tl.bfloat1",
     ],
     "of a masked token: nothing reads it": [
         "kernels/fused_loss.py `0.0 -> 1.0` kl = 0.0",
