@@ -1,9 +1,4 @@
-"""How a kernel is launched: block sizes by V, dtype, device and alignment, programs by device.
-
-Block sizes decide in which order a row's columns are added up, so they never depend on the number
-of rows: a row's result is the same, bit for bit, whatever batch it came in. Rows only choose how
-many programs share them.
-"""
+"""How a kernel is launched: alignment, the grid, and the block sizes of `tiling`."""
 
 import contextlib
 import functools
@@ -14,6 +9,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from .tiling import Device, tiling
 
 INTERPRETED = triton.knobs.runtime.interpret
 REGISTERS = 65_536  # of an NVIDIA multiprocessor, from sm_80 to sm_100
@@ -30,22 +27,6 @@ def kernel(function):
     return triton.jit(function, do_not_specialize=values, do_not_specialize_on_alignment=values)
 
 
-class Device(NamedTuple):
-    """What block sizes depend on: "sm_90", "gfx942", ... or "interpreter"."""
-
-    architecture: str
-    warp_size: int
-    multiprocessors: int
-
-
-class Tiling(NamedTuple):
-    """A block is unroll x (warps * warp_size) x vector columns, vector columns being one load."""
-
-    warps: int
-    unroll: int
-    programs_per_multiprocessor: int
-
-
 @functools.cache
 def device_of(index):
     """Facts about the current CUDA or ROCm device, `index` being its number (the cache's key)."""
@@ -56,21 +37,6 @@ def device_of(index):
     architecture = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
     properties = driver.utils.get_device_properties(index or 0)
     return Device(architecture, target.warp_size, properties["multiprocessor_count"])
-
-
-def tiling(V, itemsize, device):
-    """Block sizes for rows of V columns. Predicted by offline compilation, not measured yet.
-
-    Four loads in flight a thread keep the statistics within 64 registers, without spills, on sm_80,
-    sm_90 and sm_100 (`python -m benchmarks.aot`). A row that the gradient reads again must still be
-    in L2 (H200: 60 MB in two halves): long rows get one program of 16 warps per multiprocessor (132
-    rows of 304 KB are 40 MB), short ones two of 8; warps of 64 lanes are half as many.
-    """
-    if device.architecture == "interpreter":
-        return Tiling(warps=1, unroll=4, programs_per_multiprocessor=2)
-    if V * itemsize > 128 * 1024:
-        return Tiling(512 // device.warp_size, unroll=4, programs_per_multiprocessor=1)
-    return Tiling(256 // device.warp_size, unroll=4, programs_per_multiprocessor=2)
 
 
 def vector_width(matrix):

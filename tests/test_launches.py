@@ -1,5 +1,7 @@
 """How often the device is called, and how many bytes of logits move: counted, on any machine."""
 
+import re
+
 import pytest
 import torch
 from batches import make_batch
@@ -8,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import grpo_fused.kernels.launch as launch
 from grpo_fused import LOSSES, grpo_loss, selective_log_softmax
+from grpo_fused.kernels.tiling import CHOICES, Device, tiling
 
 # Operators of torch that launch nothing: they allocate, or make another view.
 FREE = {"empty", "detach", "view", "expand", "select", "unsqueeze", "squeeze", "unbind", "t"}
@@ -143,6 +146,16 @@ def test_packed_launches(loss_type, launches, monkeypatch):
             implementation="triton",
         )
     assert len(counter.launches) <= launches, counter.launches
+
+
+def test_block_sizes_come_from_one_table_with_reasons():
+    for choice in CHOICES[1:]:  # the first is the interpreter's
+        assert re.match("predicted|measured on", choice.reason)
+    for architecture, warp_size in {"sm_80": 32, "sm_90": 32, "gfx942": 64, "other": 32}.items():
+        device = Device(architecture, warp_size, multiprocessors=100)
+        wide, narrow = 512 // warp_size, 256 // warp_size
+        assert tiling(151_936, 2, device) == tiling(32_769, 4, device) == (wide, 4, 1)
+        assert tiling(65_536, 2, device) == tiling(1, 4, device) == (narrow, 4, 2)
 
 
 def test_packed_logits_are_read_no_more_often(monkeypatch):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from batches import relative_error
 
 import grpo_fused.kernels.launch as launch
 from grpo_fused import Clip, reference, selective_log_softmax
 from grpo_fused.kernels import launchers
+from grpo_fused.kernels.columns import find_middle, inner_columns
 from grpo_fused.kernels.launch import store_width, vector_width
 
 DTYPES = pytest.mark.parametrize(
@@ -18,21 +21,25 @@ ROWS = 16  # an odd stride takes 8 of them through every distance from a multipl
 
 
 class Rows:
-    """(1, ROWS, V) values in memory that is NaN between the rows, before and after them."""
+    """(1, ROWS, V) values in memory that is `fill` between the rows, before and after them.
 
-    def __init__(self, values, device, offset=3, stride=None):
+    NaN shows what is read of it, a number what is written that came of NaN.
+    """
+
+    def __init__(self, values, device, offset=3, stride=None, fill=torch.nan):
         V = values.shape[-1]
         stride = stride or (V + 3) // 2 * 2 + 1
-        self.memory = torch.full((ROWS * stride + 40,), torch.nan, dtype=values.dtype).to(device)
+        self.memory = torch.full((ROWS * stride + 40,), fill, dtype=values.dtype).to(device)
         self.values = self.memory.as_strided((1, ROWS, V), (ROWS * stride, stride, 1), offset)
         self.values.copy_(values)
         self.outside = torch.ones_like(self.memory, dtype=torch.bool)
         self.outside.as_strided((1, ROWS, V), (ROWS * stride, stride, 1), offset).fill_(False)
 
+        self.before = self.memory[self.outside]
+
     def check_outside(self):
         bits = torch.int32 if self.memory.dtype == torch.float32 else torch.int16
-        nan = torch.full((1,), torch.nan, dtype=self.memory.dtype).view(bits)
-        assert (self.memory.cpu().view(bits)[self.outside.cpu()] == nan).all()
+        assert torch.equal(self.memory[self.outside].view(bits), self.before.view(bits))
 
 
 def same_row(V, dtype, device):
@@ -41,6 +48,29 @@ def same_row(V, dtype, device):
     logits = (2.5 * torch.randn(V, generator=generator)).to(dtype)
     ids = torch.tensor([min(1, V - 1), V - 1]).repeat_interleave(ROWS // 2)
     return logits.expand(1, ROWS, V), ids[None].to(device)
+
+
+@triton.jit
+def _find_middle_kernel(x_ptr, V, out_ptr, VECTOR: tl.constexpr):
+    head, middle = find_middle(x_ptr, V, VECTOR)
+    tl.store(out_ptr, head)
+    tl.store(out_ptr + 1, middle)
+    tl.store(out_ptr + 2, inner_columns(V, VECTOR))
+
+
+@DTYPES
+def test_the_middle_is_aligned_and_the_ends_are_short(dtype, device):
+    memory = torch.zeros(64, dtype=dtype, device=device)
+    vector = 16 // dtype.itemsize
+    for start in range(10):
+        for V in (1, 3, 7, 8, 9, 21, 50):
+            out = torch.zeros(3, dtype=torch.int32, device=device)
+            _find_middle_kernel[(1,)](memory[start:], V, out, VECTOR=vector)
+            head, middle, inner = out.tolist()
+            assert memory[start:][head:].data_ptr() % 16 == 0 and 0 <= head < vector
+            assert middle % vector == 0 and 0 <= V - middle <= 2 * (vector - 1)
+            assert middle == 0 or 0 <= V - head - middle < vector
+            assert inner % vector == 0 and (inner == 0 or inner + vector - 1 <= V)
 
 
 def loss_and_gradient(of, logits, ids, dlogits, softcap=None):
@@ -73,13 +103,10 @@ def assert_equal_rows_agree(*tensors):
 def test_loss_and_gradient(V, into, dtype, device):
     values, ids = same_row(V, dtype, device)
     rows = Rows(values, device)
-    places = {
-        "in place": lambda: rows,
-        "alike": lambda: Rows(torch.zeros_like(values), device, offset=3 + 8),
-        "unlike": lambda: Rows(torch.zeros_like(values), device, offset=4),
-        "aligned": lambda: Rows(torch.zeros_like(values), device, 0, stride=(V + 8) // 8 * 8),
-    }
-    out = places[into]()
+    places = {"alike": (3 + 8, None), "unlike": (4, None), "aligned": (0, (V + 8) // 8 * 8)}
+    out = rows
+    if into != "in place":
+        out = Rows(torch.zeros_like(values), device, *places[into], fill=7.0)
     assert vector_width(rows.values) < 16 // dtype.itemsize
     wide = store_width(rows.values, out.values) == 16 // dtype.itemsize
     assert wide == (into in ("in place", "alike"))
