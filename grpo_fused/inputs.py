@@ -67,6 +67,8 @@ def prepare_tokens(
 
 def for_launch(inputs, sequences):
     """Tokens or Weights whose values per sequence (B,) are what launchers take instead."""
+    if not isinstance(sequences, Packed):
+        return inputs  # launchers take (B,) for padded tokens
     made = {}
     for name, value in inputs._asdict().items():
         if isinstance(value, torch.Tensor) and value.dim() == 1:
