@@ -92,7 +92,7 @@ def _fused_loss_kernel(
     softcap = logit_softcap
     if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
         softcap = scalar(logit_softcap)
-    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=ENDS):
         sequence, position, token = locate(row, positions, tokens)
         x_ptr = row_pointer(
             logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR, ENDS
