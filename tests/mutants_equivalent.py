@@ -62,7 +62,7 @@ EQUIVALENT = {
         "grpo_fused/sequences.py `0 -> 1 #2` return values[0, :0]",
     ],
     "words at odd addresses: the interpreter reads them too, where a device would fail": [
-        "kernels/online_softmax.py `Gt -> GtE` if (x_ptr.dtype.element_ty == tl.bfloat1",
+        "kernels/columns.py `Gt -> GtE` if (x_ptr.dtype.element_ty == tl.bfloat1",
     ],
     "a column more is read, and neither used nor written": [
         "kernels/online_softmax.py `Lt -> LtE` words = tl.load(word_ptr, 2 * pairs < re",
@@ -133,8 +133,8 @@ EQUIVALENT = {
         "kernels/objective.py `Add -> Sub #5` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
         "kernels/objective.py `1 -> 2 #5` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
         "kernels/objective.py `12 -> 13` series = 1 + d / 8 * (1 + d / 9 * (1 + d",
-        "kernels/online_softmax.py `Gt -> Lt` if (x_ptr.dtype.element_ty == tl.bfloat1",
-        "kernels/online_softmax.py `1 -> 2` if (x_ptr.dtype.element_ty == tl.bfloat1",
+        "kernels/columns.py `Gt -> Lt` if (x_ptr.dtype.element_ty == tl.bfloat1",
+        "kernels/columns.py `1 -> 2` if (x_ptr.dtype.element_ty == tl.bfloat1",
         "kernels/online_softmax.py `315 -> 316` near = v * (1 + v2 * (-1 / 3 + v2 * (2 /",
         "kernels/online_softmax.py `62 -> 63` near = v * (1 + v2 * (-1 / 3 + v2 * (2 /",
         "kernels/online_softmax.py `2835 -> 2836` near = v * (1 + v2 * (-1 / 3 + v2 * (2 /",
