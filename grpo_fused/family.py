@@ -112,14 +112,15 @@ def family_loss(
 
     # float16 has so little range that a gradient made before the loss scale is known would flush
     # to zero.
-    early = source.dtype != torch.float16 or not _is_one(grad_scale)
+    too_small = source.dtype == torch.float16 and _is_one(grad_scale) and source.wants_gradient()
     coupled = not hasattr(objective, "per_token") or level != "token"
-    if coupled or reduction == "none" or not (early or not source.wants_gradient()):
+    if coupled or reduction == "none" or too_small:
         formula = CoupledFormula(
             beta, objective, level, kl_estimator, use_bias_correction_kl, reduction
         )
+        grad_scale = None if too_small else grad_scale
         loss, sums, metrics, logps, entropies = source.coupled_loss(
-            tokens, weights, scales, formula, options, sequences, grad_scale if early else None
+            tokens, weights, scales, formula, options, sequences, grad_scale
         )
     else:
         formula = Formula(

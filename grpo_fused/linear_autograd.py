@@ -69,10 +69,11 @@ class Projection(NamedTuple):
         return Gradients(dhidden, dweight, dbias)
 
 
-def as_parameters(gradients, weight, bias):
-    """Gradients in the dtypes of what they belong to."""
+def as_parameters(gradients, weight, bias, exact=False):
+    """Gradients in the dtypes of what they belong to; that of an `exact` weight stays float32."""
     dhidden, dweight, dbias = gradients
-    dweight = None if dweight is None else dweight.to(weight.dtype)
+    if not (dweight is None or exact):
+        dweight = dweight.to(weight.dtype)
     return dhidden, dweight, None if dbias is None else dbias.to(bias.dtype)
 
 
@@ -118,8 +119,7 @@ class LinearLoss(torch.autograd.Function):
         results = losses.run(hidden, weight, bias, gradients)
         ctx.launchers, ctx.spent = LAUNCHERS[losses.options.implementation], False
         ctx.main_grad = main_grad
-        if main_grad is None:
-            gradients = as_parameters(gradients, weight, bias)
+        gradients = as_parameters(gradients, weight, bias, exact)
         save(ctx, gradients, (losses.grad_scale,))
         ctx.mark_non_differentiable(*(t for t in results[1:] if t is not None))
         ctx.set_materialize_grads(False)
