@@ -116,7 +116,7 @@ def _fused_loss_kernel(
         row_temperature = 1.0
         if active:
             row_temperature = token_value(temperature, sequence, token)
-            scale = LOG2E * sharpness(row_temperature, logit_scale, softcap)
+            scale = sharpness(row_temperature, logit_scale, softcap) * LOG2E
             maximum, total, weighted = row_statistics(
                 x_ptr,
                 V,

@@ -66,7 +66,8 @@ def argument(value):
     """A number or tensor of (), (B,) or (B, T), as `online_softmax.token_value` reads it."""
     if not isinstance(value, torch.Tensor):
         return None if value is None else (float(value),)
-    return (value, value.dim() == 1) if value.dim() else (value,)
+    # A float: the interpreter of Triton 3.7 takes no bool in a tuple, and integers are specialised.
+    return (value, float(value.dim() == 1)) if value.dim() else (value,)
 
 
 def on_device(tensor):

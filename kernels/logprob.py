@@ -68,7 +68,7 @@ def _logprob_fwd_kernel(
                 logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR, ENDS
             )
             row_temperature = token_value(temperature, sequence, token)
-            scale = LOG2E * sharpness(row_temperature, logit_scale, softcap)
+            scale = sharpness(row_temperature, logit_scale, softcap) * LOG2E
             target, known, x, _ = read_target(
                 x_ptr, ids_ptr, token, V, active, logit_scale, softcap
             )

@@ -56,7 +56,7 @@ def token_value(value, sequence, token):
     if len(value) == 1:
         return scalar(value[0])
     else:
-        return tl.load(value[0] + tl.where(value[1], sequence, token)).to(tl.float32)
+        return tl.load(value[0] + tl.where(value[1] != 0.0, sequence, token)).to(tl.float32)
 
 
 @triton.jit

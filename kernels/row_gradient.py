@@ -155,7 +155,7 @@ def row_gradient(
     if (g == 0.0) & (h == 0.0):
         write_row_zeros(dx_ptr, V, UNROLL, THREADS, VECTOR, COLUMNS, ENDS)
     else:
-        coefficients = (LOG2E * factor, logit_scale, softcap, maximum, constant, slope)
+        coefficients = (factor * LOG2E, logit_scale, softcap, maximum, constant, slope)
         write_row_gradient(
             x_ptr,
             dx_ptr,
