@@ -30,7 +30,7 @@ ORDER = [
     ["sources"],
     ["family", "logprob"],
     ["linear", "loss"],
-    ["testing"],
+    ["testing", "causal_lm"],
     ["__init__"],
     ["demo"],
     ["cli"],
