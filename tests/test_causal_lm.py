@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from tiny_models import MODELS, OPTIONS, T, V, batch, fused_loss, gradients, sharded, tiny
+from tiny_models import (
+    MODELS,
+    OPTIONS,
+    T,
+    V,
+    batch,
+    fused_loss,
+    gradients,
+    quantised,
+    sharded,
+    tiny,
+)
 from torch import nn
 
 from grpo_fused import grpo_loss, linear_grpo_loss
@@ -44,11 +55,6 @@ def test_generation_and_logits_stay_as_they_were():
 def test_scaling_of_a_config():
     assert head_scaling(tiny("granite").config) == {"logit_scale": 4.0, "logit_softcap": None}
     assert head_scaling(tiny("gemma2").config) == {"logit_scale": 1.0, "logit_softcap": 0.05}
-
-
-def quantised(model):
-    lm_head = model.lm_head
-    lm_head.weight = nn.Parameter(lm_head.weight.data.to(torch.int8), requires_grad=False)
 
 
 def adapted(model):

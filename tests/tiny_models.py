@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,6 +33,11 @@ def tiny(name="qwen3", **options):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def quantised(model):
+    lm_head = model.lm_head
+    lm_head.weight = nn.Parameter(lm_head.weight.data.to(torch.int8), requires_grad=False)
 
 
 def batch():
