@@ -95,6 +95,10 @@ def seed():
     torch.manual_seed(0)
 
 
+def poisoned(memory):
+    return memory if torch.compiler.is_compiling() else memory.fill_(torch.nan)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """torch.empty is NaN in the package: an output that nobody writes cannot pass for one."""
@@ -105,8 +109,15 @@ def poisoned_memory(monkeypatch):
 
         @staticmethod
         def empty(*args, **kwargs):
-            memory = torch.empty(*args, **kwargs)
-            return memory if torch.compiler.is_compiling() else memory.fill_(torch.nan)
+            return poisoned(torch.empty(*args, **kwargs))
+
+        @staticmethod
+        def empty_like(*args, **kwargs):
+            return poisoned(torch.empty_like(*args, **kwargs))
+
+        @staticmethod
+        def empty_strided(*args, **kwargs):
+            return poisoned(torch.empty_strided(*args, **kwargs))
 
     for module in POISONED:
         monkeypatch.setattr(module, "torch", Torch())
