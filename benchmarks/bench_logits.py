@@ -1,153 +1,175 @@
-"""The loss and the log-probabilities over given logits, against eager PyTorch and torch.compile.
+"""The loss and the log-probabilities over given logits: `cases`, against `providers` and `peers`.
 
     pytest benchmarks --benchmark-json benchmarks/results/cpu.json
 
-Every case is held to float64 on fresh data before it is timed.
+Every case is held to float64 on fresh data before it is timed. So are the others: their errors
+stand beside their figures.
 """
 
 import functools
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from benchmarks import measure, providers
+from benchmarks import cases, measure, peers, providers
 from benchmarks import record as recording
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-GRADIENT_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # a bfloat16 gradient is rounded once: 2e-3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A gradient of 16 bits is rounded once, 2e-3 in bfloat16.
+GRADIENT_ERROR = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 LOGPS_ERROR = 1e-5  # results are float32 whatever the logits
-CPU_LENGTHS = (256, 128, 64, 32)
-CPU_V = 32_000
-CUDA_LENGTHS = (1024,) * 8
-CUDA_V = (32_000, 128_256, 151_936, 262_144)
+ENTROPY_COEF = 0.01
 
 
-def make_batch(lengths, V, dtype, device, seed):
-    """(logits, ids, mask, advantages, old_logps); the policy has moved by a tenth of a nat."""
+class Batch(NamedTuple):
+    logits: torch.Tensor  # (B, T, V)
+    ids: torch.Tensor  # (B, T)
+    mask: torch.Tensor  # (B, T) int64
+    advantages: torch.Tensor  # (B,)
+    old_logps: torch.Tensor | None  # (B, T)
+
+
+def make_batch(lengths, V, dtype, device, seed, on_policy=False):
+    """A Batch; the policy has moved by a tenth of a nat."""
     generator = torch.Generator(device).manual_seed(seed)
     B, T = len(lengths), max(lengths)
     options = {"generator": generator, "device": device}
     logits = torch.randn(B, T, V, dtype=DTYPES[dtype], **options).mul_(2)
     ids = torch.randint(V, (B, T), **options)
     mask = (torch.arange(T) < torch.tensor(lengths)[:, None]).long().to(device)
-    advantages = torch.randn(B, **options)
-    old_logps = providers.exact_logps(logits, ids)[0].float() + 0.1 * torch.randn(B, T, **options)
-    return logits, ids, mask, advantages, old_logps
+    advantages, old_logps = torch.randn(B, **options), None
+    if not on_policy:
+        moved = 0.1 * torch.randn(B, T, **options)
+        old_logps = providers.exact_logps(logits, ids)[0].float() + moved
+    return Batch(logits, ids, mask, advantages, old_logps)
 
 
-def gradient_error(provider, batch):
-    """Relative norm error of the provider's gradient; the logits may be spent afterwards."""
-    source = batch[0].clone()
-    logits = batch[0].requires_grad_()
-    provider(logits, *batch[1:]).backward()
-    return measure.relative_error(logits.grad, providers.exact_gradients(source, *batch[1:]))
+def functions_of(case):
+    """{name: provider}, each with the signature of its kind."""
+    suffix = "" if case.loss else "_logps"
+    found = {}
+    for name in case.providers:
+        module = providers if hasattr(providers, name + suffix) else peers
+        found[name] = getattr(module, name + suffix)
+    if not case.loss:
+        return found
+    formula = {"level": case.level, "entropy_coef": ENTROPY_COEF * case.entropy}
+    return {name: functools.partial(f, **formula) for name, f in found.items()}
 
 
-def logps_error(provider, batch, entropy):
-    """The larger of the errors of the log-probabilities and of the entropies, where active."""
-    logits, ids, mask = batch[:3]
-    got, want = provider(logits, ids, mask, entropy), providers.exact_logps(logits, ids)
-    active = mask != 0
-    pairs = [(g, w) for g, w in zip(got, want, strict=True) if g is not None]
-    return max(measure.relative_error([g[active]], [w[active]]) for g, w in pairs)
+def leaf_for(name, logits):
+    """Logits as a provider takes them, a leaf: some want a position more than there are tokens."""
+    logits = logits.detach()
+    if name in peers.ONE_MORE_POSITION:
+        return torch.cat([logits, logits[:, :1]], dim=1).requires_grad_()
+    return logits.clone().requires_grad_()
 
 
-def loss_steps(make, losses, device):
-    """(batch, steps, prepare) of losses and gradients over a leaf."""
-    batch = make(seed=0)
-    logits = batch[0].requires_grad_()
+def gradient_errors(case, batch):
+    """Relative norm errors of the providers' gradients."""
+    functions = functions_of(case)
+    formula = functools.partial(providers.surrogate, **functions["fused"].keywords)
+    exact = providers.exact_logps(batch.logits, batch.ids)
+
+    def error(item):
+        name, function = item
+        leaf, T = leaf_for(name, batch.logits), batch.ids.shape[1]
+        function(leaf, *batch[1:]).backward()
+        want = providers.exact_gradients(batch.logits, batch.ids, batch[2:], formula, exact)
+        return measure.relative_error(leaf.grad[:, :T], want)
+
+    return recording.errors_of({name: (name, f) for name, f in functions.items()}, error)
+
+
+def logps_errors(case, batch):
+    """Relative norm errors of log-probabilities or entropies where active: the larger."""
+    want, active = providers.exact_logps(batch.logits, batch.ids), batch.mask != 0
+
+    def error(function):
+        got = function(*batch[:3], case.entropy)
+        pairs = [(g, w) for g, w in zip(got, want, strict=True) if g is not None]
+        return max(measure.relative_error([g[active]], [w[active]]) for g, w in pairs)
+
+    with torch.no_grad():
+        return recording.errors_of(functions_of(case), error)
+
+
+def build(case, device):
+    """(batch, {name: step}, prepare) of `record`."""
+    arguments = (case.lengths, case.V, case.dtype, device)
+    batch = make_batch(*arguments, seed=0, on_policy=case.on_policy)
+    functions = functions_of(case)
+    if not case.loss:
+        run = torch.no_grad()(lambda function: function(*batch[:3], case.entropy))
+        return batch, {n: functools.partial(run, f) for n, f in functions.items()}, lambda: None
+    logits = batch.logits.requires_grad_()
+    longer = functools.cache(lambda: leaf_for("liger", batch.logits))  # only if someone takes it
     source = logits.detach().clone() if device != "cpu" else None
+
+    def step(name, function):
+        leaf = longer() if name in peers.ONE_MORE_POSITION else logits
+        function(leaf, *batch[1:]).backward()
 
     def prepare():
         logits.grad = None
-        if source is not None:  # a step in place has written over them
-            logits.detach().copy_(source)
+        leaves = [logits, longer()] if longer.cache_info().currsize else [logits]
+        for leaf in leaves:
+            leaf.grad = None
+            if source is not None:  # a step in place has written over them
+                leaf.detach()[:, : source.shape[1]].copy_(source)
 
-    return batch, {n: lambda f=f: f(*batch).backward() for n, f in losses.items()}, prepare
-
-
-def logps_steps(make, functions, entropy):
-    """(batch, steps, prepare) of log-probabilities without a gradient."""
-    batch = make(seed=0)
-    run = torch.no_grad()(lambda function: function(*batch[:3], entropy))
-    return batch, {n: functools.partial(run, f) for n, f in functions.items()}, lambda: None
+    return batch, {n: functools.partial(step, n, f) for n, f in functions.items()}, prepare
 
 
-def record(benchmark, case, device, build, *, writes):
-    """Measure the steps, with the bytes that a perfect one would move and the time that takes."""
+def floors(device, batch):
+    return {} if device == "cpu" else measure.floors(batch.logits)
 
-    def floors(batch):
-        return {} if device == "cpu" else measure.floors(batch[0])
 
-    batch, seconds = recording.record(benchmark, case, device, build, floors)
-    logits, mask = batch[0], batch[2]
-    active, ours = mask.count_nonzero().item(), seconds[next(iter(seconds))]
-    traffic = logits.nbytes * (active / mask.numel() + writes)
-    info = {"shape": list(logits.shape), "active_rows": active}
-    info |= {"bytes": round(traffic), "GB/s": traffic / ours / 1e9}
+def bench(benchmark, case, device):
+    """Measure a case, with the bytes that a perfect one would move and the time that takes."""
+    fresh = make_batch(case.lengths, case.V, case.dtype, device, seed=1, on_policy=case.on_policy)
+    errors = gradient_errors(case, fresh) if case.loss else logps_errors(case, fresh)
+    ours = case.providers[0]
+    assert errors[ours] < (GRADIENT_ERROR[case.dtype] if case.loss else LOGPS_ERROR), errors
+    del fresh
+    batch, seconds = recording.record(
+        *(benchmark, case.title, device, functools.partial(build, case, device)),
+        functools.partial(floors, device),
+        errors,
+    )
+    logits, mask = batch.logits, batch.mask
+    active = mask.count_nonzero().item()
+    traffic = logits.nbytes * (active / mask.numel() + case.loss)
+    info = {"shape": list(logits.shape), "dtype": case.dtype, "active_rows": active}
+    info |= {"bytes": round(traffic), "GB/s": traffic / seconds[ours] / 1e9, "ours": ours}
+    if case.axis:
+        info |= {"axis": case.axis, "size": case.size, "subject": "logits"}
     if device != "cpu":
-        info |= {
-            "device_ms": 1e3 * ours,
-            "read GB/s": logits.nbytes / seconds["read"] / 1e9,
-            "copy GB/s": 2 * logits.nbytes / seconds["copy"] / 1e9,
-            "time_over_floor": ours / seconds["copy" if writes else "read"],
-        }
+        read, copy = logits.nbytes / seconds["read"], 2 * logits.nbytes / seconds["copy"]
+        floor = traffic / (copy if case.loss else read)
+        info |= {"read GB/s": read / 1e9, "copy GB/s": copy / 1e9, "floor_ms": 1e3 * floor}
+        info |= {"device_ms": 1e3 * seconds[ours], "time_over_floor": seconds[ours] / floor}
     benchmark.extra_info.update(info)
 
 
-def time_losses(benchmark, case, lengths, V, dtype, device, losses):
-    """Loss and gradient: one read of the active rows, one write of all."""
-    make = functools.partial(make_batch, lengths, V, dtype, device)
-    assert gradient_error(next(iter(losses.values())), make(seed=1)) < GRADIENT_ERROR[dtype]
-    build = functools.partial(loss_steps, make, losses, device)
-    record(benchmark, case, device, build, writes=1)
-
-
-def time_logps(benchmark, case, lengths, V, dtype, device, entropy):
-    """Log-probabilities: one read of the active rows."""
-    make = functools.partial(make_batch, lengths, V, dtype, device)
-    assert logps_error(providers.fused_logps, make(seed=1), entropy) < LOGPS_ERROR
-    functions = {"fused": providers.fused_logps, "eager": providers.eager_logps}
-    build = functools.partial(logps_steps, make, functions, entropy)
-    record(benchmark, case, device, build, writes=0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def bench_loss_cpu(benchmark, dtype):
-    losses = {"fused": providers.fused, "eager": providers.eager}
-    case = f"loss and gradient, {dtype}"
-    time_losses(benchmark, case, CPU_LENGTHS, CPU_V, dtype, "cpu", losses)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def bench_logps_cpu(benchmark, dtype):
-    case = f"log-probabilities and entropies, {dtype}"
-    time_logps(benchmark, case, CPU_LENGTHS, CPU_V, dtype, "cpu", entropy=True)
+@pytest.mark.parametrize("case", cases.CPU, ids=lambda case: case.id)
+def bench_logits_cpu(benchmark, case):
+    bench(benchmark, case, "cpu")
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("V", CUDA_V)
-@pytest.mark.parametrize("inplace", [True, False], ids=["inplace", "fresh"])
-def bench_loss_cuda(benchmark, inplace, V):
-    need_memory(V)
-    name = "fused_inplace" if inplace else "fused"
-    case = f"loss and gradient{' in place' if inplace else ''}, bfloat16"
-    losses = {n: getattr(providers, n) for n in (name, "eager", "compiled")}
-    time_losses(benchmark, case, CUDA_LENGTHS, V, "bfloat16", "cuda", losses)
+@pytest.mark.parametrize("case", cases.CUDA, ids=lambda case: case.id)
+def bench_logits_cuda(benchmark, case):
+    need_memory(case)
+    bench(benchmark, case, "cuda")
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("V", CUDA_V)
-@pytest.mark.parametrize("entropy", [False, True], ids=["logps", "entropy"])
-def bench_logps_cuda(benchmark, entropy, V):
-    need_memory(V)
-    case = f"log-probabilities{' and entropies' if entropy else ''}, bfloat16"
-    time_logps(benchmark, case, CUDA_LENGTHS, V, "bfloat16", "cuda", entropy)
-
-
-def need_memory(V):
+def need_memory(case):
     """Skip where ours alone, its floors and the float64 truth do not fit."""
     torch.cuda.empty_cache()
-    needed = 8 * 2 * sum(CUDA_LENGTHS) * V
+    rows = len(case.lengths) * max(case.lengths)
+    truth = 4 * 8 * max(case.lengths) * case.V
+    needed = 6 * DTYPES[case.dtype].itemsize * rows * case.V + truth
     if torch.cuda.get_device_properties().total_memory < needed:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of device memory")

@@ -1,12 +1,14 @@
 """What is timed over hidden states and a head: losses and log-probabilities of one signature.
 
-A loss is `(hidden, weight, ids, mask, advantages, old_logps) -> ()`, that of `providers`,
+A loss is `(hidden, weight, ids, mask, advantages, old_logps, *, level) -> ()`, that of `providers`,
 differentiable in hidden (B, T, H) and weight (V, H).
 
 `trl` is what TRL 1.16's `add_fused_lm_head` runs (`trl/trainer/utils.py`): tiles of 32,768 columns,
 over the active rows on a GPU, over all rows on a CPU. `trl_active` is the same function over the
-active rows, on a CPU too.
+active rows, on a CPU too. The others are in `peers`.
 """
+
+import functools
 
 import torch
 
@@ -18,56 +20,48 @@ from grpo_fused.sources import default_chunk_bytes
 TRL_COLUMNS = 32_768
 
 
-def fused(hidden, weight, ids, mask, advantages, old_logps):
-    return linear_grpo_loss(
-        hidden, weight, ids, mask, advantages, old_logps=old_logps, loss_type="grpo"
-    ).loss
-
-
-def eager(hidden, weight, *tokens):
-    return providers.eager(hidden @ weight.T, *tokens)
-
-
-def trl(hidden, weight, ids, mask, advantages, old_logps):
-    logps, _ = trl_logps(hidden, weight, ids, mask, entropy=False)
-    return providers.surrogate(logps, mask, advantages, old_logps)
-
-
-def trl_active(hidden, weight, ids, mask, advantages, old_logps):
-    logps, _ = trl_active_logps(hidden, weight, ids, mask, entropy=False)
-    return providers.surrogate(logps, mask, advantages, old_logps)
-
-
-def liger(hidden, weight, ids, mask, advantages, old_logps):
-    """A sequence at a time and, on a GPU, compiled: its defaults."""
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    loss = LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=hidden.is_cuda, use_ref_model=False, loss_type="grpo"
-    )
-    return loss(hidden, weight, ids, mask, advantages, old_per_token_logps=old_logps)[0]
-
-
-def fused_gspo(hidden, weight, ids, mask, advantages, old_logps):
+def fused(hidden, weight, ids, mask, advantages, old_logps, *, level="token", **implementation):
     return linear_grpo_loss(
         *(hidden, weight, ids, mask, advantages),
         old_logps=old_logps,
-        loss_type="gspo",
+        loss_type="grpo" if level == "token" else "gspo",
         objective=Clip(providers.EPSILON, providers.EPSILON),
+        **implementation,
     ).loss
 
 
-def eager_gspo(hidden, weight, ids, mask, advantages, old_logps):
-    logps, _ = providers.eager_logps(hidden @ weight.T, ids, mask, entropy=False)
-    return sequence_surrogate(logps, mask, advantages, old_logps)
+def fused_torch(*batch, **formula):
+    """The implementation that a CPU gets."""
+    providers.need(batch[0].is_cuda, "it is what `fused` runs here")
+    return fused(*batch, implementation="torch", **formula)
 
 
-def sequence_surrogate(logps, mask, advantages, old_logps):
-    """As `providers.surrogate`, with the ratio of whole sequences."""
-    total = ((logps - old_logps) * mask).sum(-1)
-    ratio = torch.exp(total / mask.sum(-1).clamp(min=1.0))
-    bounded = torch.clamp(ratio, 1 - providers.EPSILON, 1 + providers.EPSILON)
-    return -torch.min(ratio * advantages, bounded * advantages).mean()
+def eager(hidden, weight, *tokens, **formula):
+    return providers.eager(hidden @ weight.T, *tokens, **formula)
+
+
+def float32(hidden, weight, *tokens, **formula):
+    return providers.float32(hidden @ weight.T, *tokens, **formula)
+
+
+def compiled(*batch, **formula):
+    """`float32`, fused for these shapes."""
+    return _compiled()(*batch, **formula)
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(float32, dynamic=False)
+
+
+def trl(hidden, weight, ids, mask, *tokens, **formula):
+    logps, _ = trl_logps(hidden, weight, ids, mask, entropy=False)
+    return providers.surrogate(logps, mask, *tokens, **formula)
+
+
+def trl_active(hidden, weight, ids, mask, *tokens, **formula):
+    logps, _ = trl_active_logps(hidden, weight, ids, mask, entropy=False)
+    return providers.surrogate(logps, mask, *tokens, **formula)
 
 
 def fused_logps(hidden, weight, ids, mask, entropy):
@@ -129,29 +123,24 @@ def bare_matmuls(hidden, weight, mask, backward):
 
 
 def rounded_logits(hidden, weight):
-    """Yield (1, T, V) float64 logits, rounded to the dtype of the head as everybody's are."""
+    """Yield (T, V) float64 logits, rounded to the dtype of the head as everybody's are."""
     wide = weight.detach().double()
     for states in hidden.detach():
-        yield (states.double() @ wide.T)[None].to(hidden.dtype).double()
+        yield (states.double() @ wide.T).to(hidden.dtype).double()
 
 
 def exact_logps(hidden, weight, ids):
     """(logps, entropies) (B, T) in float64, one sequence of logits at a time."""
-    results = [
-        providers.exact_logps(logits, labels[None])
-        for logits, labels in zip(rounded_logits(hidden, weight), ids, strict=True)
-    ]
-    return [torch.cat(parts) for parts in zip(*results, strict=True)]
+    return providers.exact_logps(rounded_logits(hidden, weight), ids)
 
 
-def exact_gradients(hidden, weight, *tokens, loss=providers.surrogate):
+def exact_gradients(hidden, weight, ids, *tokens, loss=providers.surrogate):
     """[gradient of hidden, of weight] in float64; `loss` as `providers.surrogate`."""
-    wide = weight.detach().double()
+    wide, sequences = weight.detach().double(), rounded_logits(hidden, weight)
     dhidden, dweight = [], torch.zeros_like(wide)
-    for b, logits in enumerate(rounded_logits(hidden, weight)):
-        part = (values[b : b + 1] for values in tokens)
-        (dlogits,) = providers.exact_gradients(logits, *part, loss=loss)
-        dlogits /= len(hidden)
+    exact = exact_logps(hidden, weight, ids)
+    gradients = providers.exact_gradients(sequences, ids, tokens, loss, exact)
+    for states, dlogits in zip(hidden.detach(), gradients, strict=True):
         dhidden.append(dlogits @ wide)
-        dweight.addmm_(dlogits.T, hidden[b].detach().double())
+        dweight.addmm_(dlogits.T, states.double())
     return [torch.stack(dhidden), dweight]

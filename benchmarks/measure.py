@@ -9,8 +9,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
+from benchmarks.peers import DISTRIBUTIONS
 from grpo_fused.kernels.objective import HAS_TRITON, jit, tl
+
+if HAS_TRITON:
+    import triton
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 FLUSHES = 8  # longer on the device than a step takes to launch
@@ -21,7 +26,7 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def environment(device):
-    """Device, versions, threads and commit, for `extra_info`."""
+    """Device, versions (None: not installed), threads and commit, for `extra_info`."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     folder = Path(__file__).parent
     commit = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout.strip()
@@ -32,7 +37,52 @@ def environment(device):
         "triton": importlib.metadata.version("triton") if HAS_TRITON else None,
         "threads": torch.get_num_threads(),
         "commit": commit,
+        "peers": {name: version(name) for name in DISTRIBUTIONS},
     }
+
+
+def version(distribution):
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def count_launches(step):
+    """Kernels and copies that a step starts on the GPU."""
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+
+
+class Compilations:
+    """Counts, while active, what was compiled: Triton kernels, and graphs of `torch.compile`."""
+
+    def __enter__(self):
+        self.kernels, self.graphs_before = 0, self._graphs()
+        if HAS_TRITON:
+            self.hook = triton.knobs.runtime.jit_post_compile_hook
+            triton.knobs.runtime.jit_post_compile_hook = self._count
+        return self
+
+    def __exit__(self, *error):
+        if HAS_TRITON:
+            triton.knobs.runtime.jit_post_compile_hook = self.hook
+
+    def _count(self, **variant):
+        self.kernels += 1
+
+    @staticmethod
+    def _graphs():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    @property
+    def count(self):
+        """Since the start."""
+        return self.kernels + self._graphs() - self.graphs_before
 
 
 def peak_bytes(step, device, prepare=lambda: None):
@@ -177,11 +227,14 @@ def _read_kernel(words_ptr, sums_ptr, BLOCK: tl.constexpr):
 
 
 def floors(logits):
-    """Steps that only read, and only copy, memory of the size of the logits, on a GPU."""
-    words = logits.detach().view(torch.int32).flatten()
+    """Steps that only read, and only copy, memory of the size of the logits, on a GPU.
+
+    To less than a program's share, 32 KB.
+    """
+    programs = logits.nbytes // (4 * WORDS_PER_PROGRAM)
+    values = logits.detach().flatten()[: programs * WORDS_PER_PROGRAM * 4 // logits.itemsize]
+    words = values.view(torch.int32)
     copy = torch.empty_like(words)
-    programs, rest = divmod(words.numel(), WORDS_PER_PROGRAM)
-    assert rest == 0, f"{words.numel()} words are not cut into blocks of {WORDS_PER_PROGRAM}"
     sums = torch.empty(programs, dtype=torch.int32, device=logits.device)
 
     def read():

@@ -1,12 +1,15 @@
-"""What is timed: losses of one signature and their float64 truth; log-probabilities likewise.
+"""What is timed over logits: losses of one signature, log-probabilities of another; their truth.
 
-A loss is `(logits, ids, mask, advantages, old_logps) -> ()`, differentiable in the logits: GRPO's,
-the ratio clipped to 1 +- 0.2, averaged over the tokens of a sequence, then over sequences. Shapes
-are (B, T, V), (B, T), (B, T) int64, (B,) and (B, T) float32.
+A loss is `(logits, ids, mask, advantages, old_logps, *, level, entropy_coef) -> ()`, differentiable
+in the logits: GRPO's, the ratio of tokens or whole sequences clipped to 1 +- 0.2, averaged over the
+tokens of a sequence, then over sequences, less an entropy bonus. Shapes are (B, T, V), (B, T),
+(B, T) int64, (B,) and (B, T) float32; old_logps may be None: on policy. Log-probabilities are
+`(logits, ids, mask, entropy) -> (logps, entropies or None)`.
 
 `eager` is what TRL 1.16 runs where none of its kernels serve, at temperature 1, at which it does
 not divide the logits: `selective_log_softmax` and `entropy_from_logits` of `trl/trainer/utils.py`,
-the loss of `GRPOTrainer._compute_loss`.
+the loss of `GRPOTrainer._compute_loss`. `float32` is the formula over float32 logits, `compiled`
+that under `torch.compile`. The others are in `peers`.
 """
 
 import functools
@@ -14,13 +17,31 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from grpo_fused import grpo_loss, selective_log_softmax
+from grpo_fused import Clip, grpo_loss, selective_log_softmax
 
 EPSILON = 0.2
 
 
-def fused(logits, ids, mask, advantages, old_logps):
-    return grpo_loss(logits, ids, mask, advantages, old_logps=old_logps, loss_type="grpo").loss
+class NotSupported(Exception):
+    """Why a provider takes no part in a case."""
+
+
+def need(condition, reason):
+    if not condition:
+        raise NotSupported(reason)
+
+
+def fused(
+    logits, ids, mask, advantages, old_logps, *, level="token", entropy_coef=0.0, **implementation
+):
+    return grpo_loss(
+        *(logits, ids, mask, advantages),
+        old_logps=old_logps,
+        loss_type="grpo" if level == "token" else "gspo",
+        objective=Clip(EPSILON, EPSILON),
+        entropy_coef=entropy_coef,
+        **implementation,
+    ).loss
 
 
 class Output(torch.autograd.Function):
@@ -35,49 +56,79 @@ class Output(torch.autograd.Function):
         return gradient
 
 
-def fused_inplace(logits, ids, mask, advantages, old_logps):
+def fused_inplace(logits, *tokens, **formula):
     """As `fused`, the gradient written over the logits and handed to the leaf without a copy."""
-    output = Output.apply(logits)
-    return grpo_loss(
-        output, ids, mask, advantages, old_logps=old_logps, loss_type="grpo", inplace=True
-    ).loss
+    return fused(Output.apply(logits), *tokens, inplace=True, **formula)
 
 
-def surrogate(logps, mask, advantages, old_logps):
-    """The loss from log-probabilities (B, T)."""
-    ratio = torch.exp(logps - old_logps)
+def fused_torch(logits, *tokens, **formula):
+    """The implementation that a CPU gets."""
+    need(logits.is_cuda, "it is what `fused` runs here")
+    return fused(logits, *tokens, implementation="torch", **formula)
+
+
+def surrogate(
+    logps, mask, advantages, old_logps, entropies=None, *, level="token", entropy_coef=0.0
+):
+    """The loss from log-probabilities (B, T), and from entropies (B, T) if they count."""
+    counts = mask.sum(-1).clamp(min=1.0)
+    log_ratio = logps - (logps.detach() if old_logps is None else old_logps)
+    if level == "sequence":
+        log_ratio = ((log_ratio * mask).sum(-1) / counts)[:, None]
+    ratio = torch.exp(log_ratio)
     bounded = torch.clamp(ratio, 1 - EPSILON, 1 + EPSILON)
     advantages = advantages[:, None]
     losses = -torch.min(ratio * advantages, bounded * advantages)
-    return ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    loss = ((losses * mask).sum(-1) / counts).mean()
+    if entropy_coef:
+        loss = loss - entropy_coef * (entropies * mask).sum() / mask.sum().clamp(min=1.0)
+    return loss
 
 
-def eager(logits, ids, mask, advantages, old_logps):
-    return surrogate(_eager_logps(logits, ids), mask, advantages, old_logps)
+def eager(logits, ids, *tokens, entropy_coef=0.0, **formula):
+    logps = _eager_logps(logits, ids)
+    entropies = _eager_entropies(logits) if entropy_coef else None
+    return surrogate(logps, *tokens, entropies, entropy_coef=entropy_coef, **formula)
 
 
-def compiled(logits, ids, mask, advantages, old_logps):
-    """The formula over a float32 log-softmax, as `torch.compile` fuses it for these shapes."""
-    return _compiled_formula()(logits, ids, mask, advantages, old_logps)
+def float32(logits, ids, *tokens, entropy_coef=0.0, **formula):
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    logps = log_p.gather(-1, ids[..., None])[..., 0]
+    entropies = -(log_p.exp() * log_p).sum(-1) if entropy_coef else None
+    return surrogate(logps, *tokens, entropies, entropy_coef=entropy_coef, **formula)
+
+
+def compiled(*batch, **formula):
+    """`float32`, fused for these shapes."""
+    return _compiled(float32)(*batch, **formula)
 
 
 @functools.cache
-def _compiled_formula():
-    return torch.compile(_float32_formula, dynamic=False)
+def _compiled(function):
+    return torch.compile(function, dynamic=False)
 
 
-def _float32_formula(logits, ids, mask, advantages, old_logps):
-    logps = F.log_softmax(logits.float(), dim=-1).gather(-1, ids[..., None])[..., 0]
-    return surrogate(logps, mask, advantages, old_logps)
+def fused_logps(logits, ids, mask, entropy, **implementation):
+    return selective_log_softmax(logits, ids, mask, compute_entropy=entropy, **implementation)
 
 
-def fused_logps(logits, ids, mask, entropy):
-    """(logps, entropies), the latter None without `entropy`."""
-    return selective_log_softmax(logits, ids, mask, compute_entropy=entropy)
+def fused_torch_logps(*batch):
+    need(batch[0].is_cuda, "it is what `fused` runs here")
+    return fused_logps(*batch, implementation="torch")
 
 
 def eager_logps(logits, ids, mask, entropy):
     return _eager_logps(logits, ids), _eager_entropies(logits) if entropy else None
+
+
+def float32_logps(logits, ids, mask, entropy):
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    logps = log_p.gather(-1, ids[..., None])[..., 0]
+    return logps, -(log_p.exp() * log_p).sum(-1) if entropy else None
+
+
+def compiled_logps(*batch):
+    return _compiled(float32_logps)(*batch)
 
 
 def _eager_logps(logits, ids):
@@ -100,19 +151,29 @@ def _eager_entropies(logits, rows=128):
 
 def exact_logps(logits, ids):
     """(logps, entropies) in float64, one sequence at a time."""
-    logps, entropies = [], []
-    for x, i in zip(logits.detach(), ids, strict=True):
-        log_p = F.log_softmax(x.double(), dim=-1)
-        logps.append(log_p.gather(-1, i[:, None])[:, 0])
-        entropies.append(-(log_p.exp() * log_p).sum(-1))
-    return torch.stack(logps), torch.stack(entropies)
+    pairs = [_exact(x.detach().double(), i) for x, i in zip(logits, ids, strict=True)]
+    return [torch.stack(values) for values in zip(*pairs, strict=True)]
 
 
-def exact_gradients(logits, ids, mask, advantages, old_logps, loss=surrogate):
-    """Yield the gradient (T, V) of every sequence in float64; `loss` as `surrogate`."""
-    for b in range(len(logits)):
-        x = logits[b].detach().double().requires_grad_()
-        logps = F.log_softmax(x, dim=-1).gather(-1, ids[b, :, None]).T
-        rest = (t[b : b + 1] for t in (mask, advantages.double(), old_logps.double()))
-        (gradient,) = torch.autograd.grad(loss(logps, *rest), x)
-        yield gradient / len(logits)
+def _exact(x, ids):
+    log_p = F.log_softmax(x, dim=-1)
+    return log_p.gather(-1, ids[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def exact_gradients(sequences, ids, tokens, loss, exact):
+    """Yield the gradient (T, V) in every sequence of logits (T, V) in float64.
+
+    Args:
+        sequences: the logits, one sequence at a time.
+        tokens: (mask, advantages, old_logps), what `loss` takes after log-probabilities.
+        loss: as `surrogate`.
+        exact: (logps, entropies) of all of them, of which the loss makes what it weighs them with.
+    """
+    leaves = [values.requires_grad_() for values in exact]
+    value = loss(leaves[0], *(t if t is None else t.double() for t in tokens), leaves[1])
+    upstream = torch.autograd.grad(value, leaves, allow_unused=True)
+    for b, x in enumerate(sequences):
+        x = x.detach().double().requires_grad_()
+        values = _exact(x, ids[b])
+        terms = [(v * u[b]).sum() for v, u in zip(values, upstream, strict=True) if u is not None]
+        yield torch.autograd.grad(sum(terms), x)[0]

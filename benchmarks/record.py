@@ -6,36 +6,55 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 from benchmarks import measure
+from benchmarks.providers import NotSupported
 
 ROUNDS = 15
+REASON_LENGTH = 100
 
 
 def attempt(function):
     """(what it returns, None), or (None, why there is nothing): others may fail, ours may not."""
     try:
         return function(), None
+    except NotSupported as error:
+        reason = f"not supported: {error}"
+    except ModuleNotFoundError as error:
+        reason = f"not installed: {error.name}"
     except torch.OutOfMemoryError:
         reason = "out of memory"
     except Exception as error:
-        reason = f"failed: {type(error).__name__}"
+        message = str(error).strip().splitlines() or [""]
+        reason = f"failed: {type(error).__name__}: {message[0]}"[:REASON_LENGTH]
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None, reason
 
 
-def peaks(build, device):
+def errors_of(functions, error):
+    """{name: error of a function, or why there is none}; the first, ours, is not excused."""
+    ours = next(iter(functions))
+    found = {ours: error(functions[ours])}
+    for name, function in list(functions.items())[1:]:
+        value, reason = attempt(lambda f=function: error(f))
+        found[name] = value if reason is None else reason
+    return found
+
+
+def peaks(build, device, refused=None):
     """{name: figures} of `build()`'s steps: peak memory, or the reason why there is none."""
     measure.check_peak_bytes(device)
     _, steps, prepare = build()
     figures = {}
     for name, step in steps.items():
-        peak, reason = attempt(lambda s=step: measure.peak_bytes(s, device, prepare))
+        peak, reason = None, (refused or {}).get(name)
+        if reason is None:
+            peak, reason = attempt(lambda s=step: measure.peak_bytes(s, device, prepare))
+            prepare()
         figures[name] = {"peak_bytes": peak} if reason is None else reason
-        prepare()
     return figures
 
 
-def peaks_in_new_process(build, device):
+def peaks_in_new_process(build, device, refused=None):
     """`peaks` where nothing was allocated before and all that is freed goes back to the system.
 
     Here the C library keeps what was freed, to be fast, and that is left alone because it is timed:
@@ -45,13 +64,15 @@ def peaks_in_new_process(build, device):
     context = multiprocessing.get_context("spawn")
     keep_nothing = measure.keep_no_freed_memory
     with ProcessPoolExecutor(1, mp_context=context, initializer=keep_nothing) as pool:
-        return pool.submit(peaks, build, device).result()
+        return pool.submit(peaks, build, device, refused).result()
 
 
-def record(benchmark, case, device, build, make_floors):
+def record(benchmark, case, device, build, make_floors, errors=None):
     """Measure the steps, the first of them ours, and the floors; figures go into `extra_info`.
 
     Args:
+        errors: {name: error, or why there is none} of `errors_of`: who could not run there is not
+            asked again, the others' errors stand beside their figures.
         build: returns (batch, {name: step}, prepare); what `pickle` takes. A step is a function
             without arguments, `prepare` runs before each.
         make_floors: batch -> {name: step}.
@@ -59,14 +80,20 @@ def record(benchmark, case, device, build, make_floors):
     Returns:
         (batch, {name: seconds} of what ran).
     """
-    figures = (peaks_in_new_process if device == "cpu" else peaks)(build, device)
+    errors = errors or {}
+    refused = {name: reason for name, reason in errors.items() if isinstance(reason, str)}
+    figures = (peaks_in_new_process if device == "cpu" else peaks)(build, device, refused)
     batch, steps, prepare = build()
     ours = next(iter(steps))
     steps = {name: step for name, step in steps.items() if not isinstance(figures[name], str)}
     assert ours in steps, f"{ours}: {figures[ours]}"
     times = measure.interleave(benchmark, steps | make_floors(batch), prepare, device, ROUNDS)
-    for name in steps:
+    for name, step in steps.items():
         figures[name] |= {"ms": 1e3 * times[name][0], "spread": times[name][1]}
+        if name in errors:
+            figures[name]["error"] = errors[name]
+        if device != "cpu":
+            figures[name]["launches"] = measure.count_launches(step)
     info = measure.environment(device) | {"case": case, "providers": figures}
     info["peak_bytes"] = figures[ours]["peak_bytes"]
     if "eager" in steps:

@@ -17,6 +17,9 @@ if HAS_TRITON:
     LAUNCHERS["triton"] = grpo_fused.kernels.launchers
 
 
+WASTE = 1.125  # memory that the strides of a gradient may take, over what it needs
+
+
 class Tokens(NamedTuple):
     """What is known of every token; constants. Values per token are () or (B,) or (B, T)."""
 
@@ -71,7 +74,24 @@ def _gradient_memory(logits, inplace, implementation):
         return logits
     if implementation == "torch":
         return gradient_memory(logits)
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return _memory_like(logits)
+
+
+def _memory_like(logits):
+    """Memory for the gradient, with the strides of logits (B, L, V) where these waste little.
+
+    Its rows then start as far from whole vectors as theirs: stores are as wide as loads, also
+    where V is odd and the logits are padded, or some of the positions of a tensor. The gradient of
+    a leaf would only be copied by autograd, which wants that contiguous.
+    """
+    sequences, positions, V = logits.shape
+    strides = of_sequence, of_position, _ = logits.stride()
+    row_ends = (positions - 1) * of_position + V
+    apart = of_position >= V and (of_sequence >= row_ends or sequences == 1)
+    little = (sequences - 1) * of_sequence + row_ends <= WASTE * logits.numel()
+    if logits.is_leaf or not (apart and little):
+        strides = (positions * V, V, 1)
+    return torch.empty_strided(logits.shape, strides, dtype=logits.dtype, device=logits.device)
 
 
 def _note_overwritten(logits, dlogits):
@@ -100,7 +120,9 @@ def first_order(backward):
 
     @functools.wraps(backward)
     def refuse(ctx, *upstream):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
+        if not torch.compiler.is_compiling():
             raise RuntimeError("there is no second derivative here: create_graph must be False")
         with torch.no_grad():
             return backward(ctx, *upstream)

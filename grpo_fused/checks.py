@@ -1,6 +1,10 @@
 """Checks that several modules share: a ValueError names the argument, what came, what is wanted."""
 
+from numbers import Real
+
 import torch
+
+NUMBERS = (float, int, Real)  # what `isinstance` finds at once comes first: Real asks a registry
 
 
 def check_choice(name, value, choices):

@@ -78,11 +78,13 @@ def family_loss(
     level = row.level if importance_sampling_level is None else importance_sampling_level
     validation.check_objective(objective, level)
     validation.check_choices(reduction, kl_estimator, normalizer, kl_normalizer)
+    implementation = validation.choose_implementation(implementation, source.tensor.device)
     tokens, sequences, shape = prepare_tokens(
         source,
         completion_ids,
         completion_mask,
         cu_seqlens,
+        implementation,
         mask_name="completion_mask",
         advantages=advantages,
         old_logps=old_logps,
@@ -96,7 +98,6 @@ def family_loss(
     entropy_coef = validation.check_scale("entropy_coef", entropy_coef, source)
     if ref_logps is None and (isinstance(beta, torch.Tensor) or beta != 0):
         raise ValueError("ref_logps is needed unless beta is 0, got None")
-    implementation = validation.choose_implementation(implementation, source.tensor.device)
     weights = prepare_weights(
         sequences,
         "token-sum" if reduction == "none" else normalizer or row.normalizer,

@@ -3,19 +3,27 @@
 import torch
 
 from grpo_fused import validation
-from grpo_fused.autograd import Scales, Tokens, Weights
+from grpo_fused.autograd import LAUNCHERS, Scales, Tokens, Weights
 from grpo_fused.sequences import Packed, Padded
 from grpo_fused.weights import divisors
 
 
 def prepare_tokens(
-    source, ids, mask, cu_seqlens, ids_name="completion_ids", mask_name="mask", **values
+    source,
+    ids,
+    mask,
+    cu_seqlens,
+    implementation="torch",
+    ids_name="completion_ids",
+    mask_name="mask",
+    **values,
 ):
     """(Tokens, sequences, shape of ids): a packed batch (N, ...) becomes one row (1, N, ...).
 
     Args:
         source: `sources.Logits` or `sources.Hidden`; checked, and given the dimension of sequences.
         ids, mask, cu_seqlens: as `grpo_loss`.
+        implementation: "triton" or "torch": which finds packed sequences.
         ids_name, mask_name: how messages call them.
         values: by the names of `grpo_loss`; those that are missing are None.
     """
@@ -52,7 +60,11 @@ def prepare_tokens(
     validation.check_rows(source, ids, ids_name)
     source.check()
     validation.check_ids(source, ids, ids_name, mask)
-    sequences = Padded(ids, mask) if cu_seqlens is None else Packed(ids, mask, cu_seqlens)
+    if cu_seqlens is None:
+        sequences = Padded(ids, mask)
+    else:
+        locate = LAUNCHERS["triton"].locate if implementation == "triton" else None
+        sequences = Packed(ids, mask, cu_seqlens, locate)
     tokens = Tokens(
         ids.contiguous(),
         sequences.active,

@@ -6,7 +6,7 @@ the two spellings together and their derivative to autograd.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
@@ -82,7 +82,7 @@ class Objective:
 
     def knobs(self):
         """The fields as floats, in order."""
-        knobs = (getattr(self, field.name) for field in fields(self))
+        knobs = (getattr(self, name) for name in self.__match_args__)
         return [math.inf if knob is None else float(knob) for knob in knobs]
 
 

@@ -26,6 +26,7 @@ from grpo_fused.rows import (
     targets,
     write_gradient,
 )
+from grpo_fused.sequences import Packed
 
 torch_launcher = functools.partial(launcher, suffix="_torch")
 
@@ -195,6 +196,14 @@ def logprob_bwd(
         row = Statistics(z.exp_(), maxima[block], totals[block], logps[block], entropy)
         g = (dlogps[block] * factor).masked_fill(~known, torch.nan)
         write_gradient(gradient(row, exponents, target, g, h, slope), dx, masked)
+
+
+@torch_launcher
+def locate(cu_seqlens, active, index, counts):
+    """As `grpo_fused.kernels.packing.locate`."""
+    sequences = Packed(index[None], active, cu_seqlens)
+    index.copy_(sequences.index)
+    counts.copy_(sequences.counts)
 
 
 @torch_launcher

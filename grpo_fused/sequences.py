@@ -76,22 +76,42 @@ class Packed(Padded):
 
     Sequences may be empty. A token's sequence is found without waiting for the device; a device
     cannot be asked about wrong cu_seqlens, so they are cut to what lies inside of the tokens.
+
+    Args:
+        locate: a launcher that finds index and counts in one launch; None: torch does, in several.
     """
 
-    def __init__(self, ids, mask, cu_seqlens):
+    def __init__(self, ids, mask, cu_seqlens, locate=None):
         super().__init__(ids, mask)
         self.number = len(cu_seqlens) - 1
-        self.offsets = cu_seqlens.long().clamp(0, self.length).cummax(0).values
+        self.cu_seqlens, self.locate = cu_seqlens, locate if self.number else None
+
+    @once
+    def offsets(self):
+        """(B + 1,) cu_seqlens that rise from 0 to N at most."""
+        return self.cu_seqlens.long().clamp(0, self.length).cummax(0).values
+
+    @once
+    def located(self):
+        """(index, counts) of a launcher."""
+        index = torch.empty(self.length, dtype=torch.int64, device=self.device)
+        counts = torch.empty(self.number, dtype=torch.float32, device=self.device)
+        self.locate(self.cu_seqlens.contiguous(), self.active, index, counts)
+        return index, counts
 
     @once
     def index(self):
         """(N,) number of the sequence of every token."""
+        if self.locate is not None:
+            return self.located[0]
         position = torch.arange(self.length, device=self.device)
         index = torch.searchsorted(self.offsets[1:], position, right=True)
         return index.clamp_(max=max(self.number - 1, 0))
 
     @once
     def counts(self):
+        if self.locate is not None:
+            return self.located[1]
         if self.active is None:
             return self.offsets.diff()
         return self._sum(self.active.to(torch.float32))

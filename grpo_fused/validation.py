@@ -6,15 +6,18 @@ everywhere, ids and 0-d tensors on the CPU only.
 
 import functools
 import math
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 
-from grpo_fused.checks import check_choice, check_cu_seqlens
+from grpo_fused.checks import NUMBERS, check_choice, check_cu_seqlens
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.objective import HAS_TRITON
 from grpo_fused.objectives import LEVELS, Objective
 from grpo_fused.weights import RULES
+
+if HAS_TRITON:
+    import grpo_fused.kernels.launch as launch
 
 PER_SEQUENCE = ("importance_sampling_ratio", "policy_mask")
 FLOATING = ("advantages", "old_logps", "ref_logps", "importance_sampling_ratio", "temperature")
@@ -149,9 +152,8 @@ def check_tokens(source, shape, number, tensors):
             wanted = [(number,), (number, 1), shape]
         elif name in ("advantages", "temperature"):
             wanted = [(number,), shape]
-        found = tuple(tensor.shape)
-        if found not in wanted:
-            choice = " or ".join(map(str, wanted))
+        if tensor.shape not in wanted:
+            choice, found = " or ".join(map(str, wanted)), tuple(tensor.shape)
             raise ValueError(f"{name} must have shape {choice} for ids {shape}, got {found}")
         if name in FLOATING and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
@@ -170,6 +172,11 @@ def check_ids(source, ids, ids_name, mask):
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     V = source.vocabulary
+    if ids.numel() == 0:
+        return
+    least, most = ids.aminmax()  # of all: as a rule one pass tells that none is outside
+    if least.item() >= 0 and most.item() < V:
+        return
     outside = (ids < 0) | (ids >= V)
     if mask is not None:
         outside &= mask != 0
@@ -187,7 +194,7 @@ def check_scale(name, value, source, positive=False, nonzero=False):
         value = value.detach()
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return value
-    elif not isinstance(value, Real):
+    elif not isinstance(value, NUMBERS):
         raise ValueError(f"{name} must be a number or a 0-d tensor, got {value!r}")
     number = float(value)
     if not abs(number) < math.inf or (positive and number <= 0) or (nonzero and number == 0):
@@ -264,9 +271,7 @@ def choose_implementation(implementation, device):
     if implementation == "triton" and not serves:
         if not HAS_TRITON:
             raise ValueError('implementation="triton", but Triton is not installed')
-        from grpo_fused.kernels.launch import INTERPRETED
-
-        if not INTERPRETED:
+        if not launch.INTERPRETED:
             raise ValueError(
                 f'implementation="triton" needs a device with a Triton driver, got logits on '
                 f'{device}; use "torch", or set TRITON_INTERPRET=1 before the first import'

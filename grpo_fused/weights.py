@@ -1,12 +1,11 @@
 """Reductions: every mean of the family is a sum with weights that mask and counts decide."""
 
 import math
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 
-from grpo_fused.checks import check_choice
+from grpo_fused.checks import NUMBERS, check_choice
 from grpo_fused.sequences import Padded
 
 RULES = (
@@ -130,7 +129,7 @@ def _divisor(name, value, sequences, at_least=None):
             raise ValueError(f"{name} must be a number or a 0-d tensor, got {found}")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return value.to(device)
-    elif not isinstance(value, Real):
+    elif not isinstance(value, NUMBERS):
         raise ValueError(f"{name} must be a number or a 0-d tensor, got {value!r}")
     if not (value < math.inf and (value > 0 if at_least is None else value >= at_least)):
         bound = "> 0" if at_least is None else f">= {at_least}"

@@ -3,6 +3,7 @@
 from .fused_loss import fused_loss
 from .linear_launchers import RowLaunchers, linear_launchers
 from .logprob import logprob_bwd, logprob_fwd
+from .packing import locate
 from .reduce import reduce
 from .rescale import rescale
 
@@ -15,6 +16,7 @@ __all__ = [
     "linear_logprob_bwd",
     "linear_logprob_fwd",
     "linear_loss",
+    "locate",
     "logprob_bwd",
     "logprob_fwd",
     "reduce",

@@ -46,6 +46,7 @@ SIGNATURES = {
         f"{HEAD}Tensor ids, {SCALES}int chunk_bytes, {LOGPROB_GRADIENTS}bool accumulate, "
         f"Tensor(a!)? logits, {DHEAD}"
     ),
+    "locate": ("Tensor cu_seqlens, Tensor? active, Tensor(a!) index, Tensor(b!) counts"),
     "reduce": (
         "Tensor terms, Tensor? active, Tensor? entropies, "
         "Tensor(a!) loss, Tensor(b!) sums, Tensor(c!) metrics"

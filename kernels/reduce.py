@@ -92,7 +92,7 @@ def reduce(terms, active, entropies, loss, sums, metrics):
         terms.stride(0),
         active,
         entropies,
-        terms[0].numel(),
+        terms.numel() // 4,
         loss,
         sums,
         metrics,

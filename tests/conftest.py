@@ -1,5 +1,6 @@
 """One suite for both kinds of machine: kernels run on the GPU, or in Triton's interpreter."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # transformers imports a top-level `kernels` if it finds one; the folder of that name is not it.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+# So the suite of benchmarks, which no wheel has, is found by its own path.
+spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
+sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(spec))
 
 import torch  # noqa: E402
 
@@ -95,6 +99,10 @@ def seed():
     torch.manual_seed(0)
 
 
+def poisoned(memory):
+    return memory if torch.compiler.is_compiling() else memory.fill_(torch.nan)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """torch.empty is NaN in the package: an output that nobody writes cannot pass for one."""
@@ -105,8 +113,15 @@ def poisoned_memory(monkeypatch):
 
         @staticmethod
         def empty(*args, **kwargs):
-            memory = torch.empty(*args, **kwargs)
-            return memory if torch.compiler.is_compiling() else memory.fill_(torch.nan)
+            return poisoned(torch.empty(*args, **kwargs))
+
+        @staticmethod
+        def empty_like(*args, **kwargs):
+            return poisoned(torch.empty_like(*args, **kwargs))
+
+        @staticmethod
+        def empty_strided(*args, **kwargs):
+            return poisoned(torch.empty_strided(*args, **kwargs))
 
     for module in POISONED:
         monkeypatch.setattr(module, "torch", Torch())
