@@ -23,7 +23,7 @@ def python_with(version):
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True)
         wanted = ["--constraint", "constraints.txt", "--editable", ".[train]"]
-        wanted += [f"trl=={version}.*", "peft", "pytest", "numpy"]
+        wanted += [f"trl=={version}.*", "peft", "pytest", "numpy", "requests"]
         command = [python, "-m", "pip", "install", "--quiet", *wanted]
         subprocess.run(command, cwd=ROOT, check=True)
         (folder / "ready").touch()
