@@ -9,6 +9,7 @@ import pytest
 import torch
 import verl_peer  # noqa: F401 - skips where verl is not installed
 from batches import relative_error
+from tiny_models import batch, tiny
 from verl.utils import torch_functional as theirs
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy as their_kernel
@@ -229,6 +230,24 @@ def test_patch_verl(verl_modules):
     wanted = ours.linear_cross_entropy(hidden, weight, labels, 0.7)
     assert got[0].shape == labels.shape
     assert all(torch.equal(a.flatten(), b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_models_that_verl_has_patched(verl_modules):
+    """verl's own forward of a model, with either backend of its fused kernels."""
+    from verl.models.transformers import dense_common
+
+    model, input_ids = tiny(), batch()[0]
+    call = {"input_ids": input_ids, "temperature": 0.7, "return_dict": True}
+    theirs_out = dense_common.forward_with_torch_backend(model, **call)
+    ours.patch_verl()
+    for forward in (
+        dense_common.forward_with_torch_backend,
+        dense_common.forward_with_triton_backend,  # on a CPU: with ours alone
+    ):
+        out = forward(model, **call)
+        for name in ("log_probs", "entropy"):
+            got, wanted = out[name].flatten(), theirs_out[name].flatten()
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
 
 
 def test_patch_of_another_verl(monkeypatch):
