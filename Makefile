@@ -34,4 +34,5 @@ clean:
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,parity,lint]"
+	$(BIN)/python -m pip install --quiet --no-deps "verl==0.9.1; python_version < '3.13'"
 	touch $@

@@ -29,7 +29,7 @@ ORDER = [
     ["linear_coupled"],
     ["sources"],
     ["family", "logprob"],
-    ["linear", "loss"],
+    ["from_logps", "linear", "loss"],
     ["testing", "causal_lm"],
     ["__init__"],
     ["integrations"],

@@ -1,1 +1,1 @@
-"""Drop-ins for the trainers people already use; each module needs that trainer installed."""
+"""Drop-ins for trainers that people already use; each imports its framework when it is imported."""
