@@ -78,7 +78,7 @@ def test_same_log_and_weights(folder, tmp_path, name):
     stock, fused = both(folder, tmp_path, **CASES[name])
     # A matmul in bfloat16 is rounded where it is cut, and TRL cuts it elsewhere.
     assert_same(stock, fused, 2e-2 if name == "bf16" else BOUND)
-    assert stock.log[-1]["grad_norm"] > 0
+    assert max(row["grad_norm"] for row in stock.log if "grad_norm" in row) > 0
 
 
 def test_the_cases_clip_on_both_sides(folder, tmp_path):
@@ -169,7 +169,9 @@ class Collectives:
         return call
 
 
-@pytest.mark.parametrize("trainer, calls", [(GRPOTrainer, 7), (FusedGRPOTrainer, 1)])
+@pytest.mark.parametrize(
+    "trainer, calls", [(GRPOTrainer, 7 if RECENT else 5), (FusedGRPOTrainer, 1)]
+)
 def test_one_collective_call_for_all_metrics(folder, tmp_path, trainer, calls):
     counts = []
     before = lambda trainer: counts.append(Collectives(trainer))  # noqa: E731

@@ -48,6 +48,7 @@ def score(prompts, completions, **columns):
 def make_trainer(trainer_class, folder, output_dir, *, peft_config=None, **options):
     """A trainer for STEPS optimizer steps."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # for adapters
     config = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 8,

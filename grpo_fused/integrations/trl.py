@@ -6,7 +6,6 @@ is all that changes in a script: configuration, metrics and numbers stay TRL's.
 """
 
 import inspect
-import math
 import warnings
 
 import torch
@@ -16,7 +15,7 @@ from trl import GRPOTrainer
 
 from grpo_fused import Cispo, Clip, Sapo, linear_grpo_loss, linear_selective_log_softmax
 from grpo_fused.causal_lm import fuse_lm_head, why_not_fused
-from grpo_fused.metrics import SUMS
+from grpo_fused.integrations.trl_metrics import Ranks, extremes
 
 TESTED = ("1.0", "1.8", "1.12", "1.16")
 VERSION = Version(trl.__version__)
@@ -28,6 +27,7 @@ if f"{VERSION.major}.{VERSION.minor}" not in TESTED:
 
 SIGNATURE = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
 RETURNS_AUX_LOSS = "compute_aux_loss" in SIGNATURE.parameters
+OLD = VERSION < Version("1.12")  # another luspo, entropy bonus and divisor, other metrics
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 OVER_THE_BATCH = ("dapo", "cispo")  # their divisor holds the accumulation already
 NORMALIZERS = {
@@ -117,7 +117,8 @@ class FusedGRPOTrainer(GRPOTrainer):
                 **options,
                 **others,
             )
-        parts = []
+        # TRL's luspo before 1.12 read what is under the mask too.
+        everything, parts = OLD and self.loss_type == "luspo", []
         for ids, mask in zip(
             input_ids.split(batch_size or len(input_ids)),
             attention_mask.split(batch_size or len(input_ids)),
@@ -129,7 +130,7 @@ class FusedGRPOTrainer(GRPOTrainer):
                     hidden,
                     weight,
                     ids[:, -logits_to_keep:],
-                    mask[:, -logits_to_keep:],
+                    None if everything else mask[:, -logits_to_keep:],
                     temperature=self.temperature,
                     compute_entropy=compute_entropy,
                     upcast=self.args.cast_lm_head_to_fp32,
@@ -152,11 +153,10 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def _keeps_trls_loss(self, inputs):
         """Whether TRL's own loss runs, on whatever log-probabilities there are."""
-        old = VERSION < Version("1.12")  # other luspo and entropy bonus
         return bool(
             self._why_unfused
             or self.loss_type not in NORMALIZERS
-            or (old and (self.loss_type == "luspo" or self._entropy_bonus))
+            or (OLD and (self.loss_type == "luspo" or self._entropy_bonus))
             or getattr(self, "use_adaptive_entropy", False)
             or getattr(self, "aux_loss_enabled", False)
             # TRL counts what is clipped after this cap, if it is lower than the bounds
@@ -228,7 +228,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         if self.loss_type == "bnpo":
             return mask.sum().clamp(min=1) * steps
         items = inputs["num_items_in_batch"] / self.accelerator.num_processes
-        if VERSION >= Version("1.12"):
+        if not OLD:
             items = items.clamp(min=1.0 / self.accelerator.num_processes)
             if mode == "train":
                 items = items * steps / self.args.steps_per_generation
@@ -238,59 +238,31 @@ class FusedGRPOTrainer(GRPOTrainer):
         """Append TRL's metrics, of all ranks: one gather and one wait for the device."""
         of_rank = [*out.sums.unbind(), out.loss.detach()]
         if self.loss_type in CLIPPED:
-            of_rank += self._extremes(out, inputs, mask, objective)
-        of_rank = torch.stack(of_rank)[None]
-        ranks = torch.tensor(self.accelerator.gather(of_rank).tolist(), dtype=torch.float64)
-        sums = dict(zip(SUMS, ranks[:, : len(SUMS)].sum(0).tolist(), strict=True))
-        log = self._metrics[mode]
+            of_rank += extremes(
+                objective,
+                out.logps,
+                inputs.get("old_per_token_logps"),
+                inputs["advantages"],
+                mask,
+                sequence_level=self.importance_sampling_level == "sequence",
+            )
+        gathered = self.accelerator.gather(torch.stack(of_rank)[None]).tolist()
+        ranks, log = Ranks(gathered, means_of_ranks=OLD), self._metrics[mode]
         if self._entropy_bonus:
-            local = dict(zip(SUMS, ranks[:, : len(SUMS)].unbind(1), strict=True))
-            bonus = entropy_coef * local["entropy"] / local["tokens"].clamp(min=1)
             scale = 1 if self.loss_type in OVER_THE_BATCH else steps
-            log["policy_loss"].append(((ranks[:, len(SUMS)] + bonus) * scale).nanmean().item())
+            log["policy_loss"].append(ranks.policy_loss(entropy_coef, scale))
             if mode == "train" and self.accelerator.sync_gradients:
                 log["entropy_coef"].append(self.entropy_coef)
-        tokens, ratios = max(sums["tokens"], 1.0), max(sums["ratios"], 1.0)
         if self.beta != 0.0:
-            log["kl"].append(sums["kl"] / tokens)
-        log["entropy"].append(sums["entropy"] / tokens)
-        low, high = sums["clipped_low"] / ratios, sums["clipped_high"] / ratios
+            log["kl"].append(ranks.mean("kl", count="tokens"))
+        log["entropy"].append(ranks.mean("entropy", count="tokens"))
         if self.loss_type in CLIPPED:
-            log["clip_ratio/low_mean"].append(low)
-            log["clip_ratio/high_mean"].append(high)
-            log["clip_ratio/region_mean"].append(low + high)
-            lowest, highest = ranks[:, len(SUMS) + 1 :].unbind(1)
-            log["clip_ratio/low_min"].append(_known(lowest, min))
-            log["clip_ratio/high_max"].append(_known(highest, max))
+            for name, value in ranks.clip_ratios().items():
+                log[f"clip_ratio/{name}"].append(value)
         elif self.loss_type == "cispo":
-            log["cispo_clip_ratio"].append(high)
-
-    def _extremes(self, out, inputs, mask, objective):
-        """[least share of ratios clipped low in a sequence, greatest clipped high], NaN if none."""
-        advantages, old = inputs["advantages"], inputs.get("old_per_token_logps")
-        advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-        active, tokens = mask != 0, mask.sum(-1, keepdim=True)
-        log_ratio = torch.zeros_like(out.logps)
-        if old is not None:
-            log_ratio = torch.where(active, out.logps - old, 0.0)
-        if self.importance_sampling_level == "sequence":
-            log_ratio = log_ratio.sum(-1, keepdim=True) / tokens.clamp(min=1)
-        clipped = objective.evaluate(log_ratio, log_ratio, advantages)[2]
-
-        def shares(hit):
-            return hit.float() if hit.shape[1] == 1 else (hit & active).sum(-1) / tokens[:, 0]
-
-        lowest, highest = shares(clipped < 0), shares(clipped > 0)
-        lowest = torch.where(lowest.isnan(), math.inf, lowest).amin()
-        highest = torch.where(highest.isnan(), -math.inf, highest).amax()
-        return [torch.where(x.isinf(), math.nan, x) for x in (lowest, highest)]
+            log["cispo_clip_ratio"].append(ranks.mean("clipped_high", count="ratios"))
 
 
 def _base_model(model):
     """The transformers model, which peft may have wrapped."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _known(values, choose):
-    """The least or greatest value of all ranks that is not NaN; NaN if all are."""
-    return choose((x for x in values.tolist() if not math.isnan(x)), default=math.nan)
