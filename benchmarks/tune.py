@@ -20,8 +20,7 @@ from benchmarks import measure, providers
 from grpo_fused import Clip
 from grpo_fused.kernels import launch, launchers, tiling
 
-SEGMENT_BYTES = 64 << 10
-RESIDENT_THREADS = 2048  # of a multiprocessor
+SEGMENT_BYTES, RESIDENT_THREADS = 64 << 10, 2048
 GRADIENT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
@@ -36,7 +35,6 @@ def candidates():
 
 @contextlib.contextmanager
 def chosen(choice):
-    """Launches inside take this choice."""
     before, tiling.CHOICES = tiling.CHOICES, (choice,)
     try:
         yield
@@ -66,7 +64,6 @@ def step_of(logits, ids, mask, advantages, old_logps):
 
 
 def check(V, dtype, device):
-    """Assert that the gradient is that of float64."""
     batch = make_batch(16, V, dtype, device)
     want = list(providers.exact_gradients(*batch))
     step_of(*batch)()
@@ -75,7 +72,6 @@ def check(V, dtype, device):
 
 
 def device_timer(step, prepare):
-    """Median of seconds on the GPU."""
     flush = torch.empty(measure.FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     times = [prepare() or measure._device_seconds(step, flush) for _ in range(17)]
     return statistics.median(times[2:])
