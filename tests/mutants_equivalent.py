@@ -157,7 +157,7 @@ EQUIVALENT = {
     ],
     "the last block of columns is empty, its mask is too": [
         "kernels/rescale.py `Gt -> GtE` if remaining > 0:",
-        "kernels/online_softmax.py `Gt -> GtE` if remaining > 0:",
+        "kernels/row_gradient.py `Gt -> GtE` if remaining > 0:",
         "kernels/row_gradient.py `Gt -> GtE` if remaining > 0:",
         "kernels/row_gradient.py `Gt -> GtE #2` if remaining > 0:",
     ],
