@@ -32,14 +32,16 @@ ORDER = [
     ["linear", "loss"],
     ["testing", "causal_lm"],
     ["__init__"],
-    ["demo"],
+    ["demo", "trainer"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 
 def name_of(path):
-    return "kernels" if path.parent.name == "kernels" else path.relative_to(ROOT).parts[1][:-3]
+    if path.parent.name == "kernels":
+        return "kernels"
+    return path.relative_to(ROOT).parts[1].removesuffix(".py")
 
 
 def imported_modules(path):
