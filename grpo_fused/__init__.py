@@ -25,8 +25,6 @@ __all__ = [
     "LOSSES",
     "Cispo",
     "Clip",
-    "GRPOTrainer",
-    "GRPOTrainerConfig",
     "Gmpo",
     "LossOutput",
     "PolicyGradient",

@@ -1,5 +1,6 @@
 """The trainer: rollout -> rewards -> advantages -> minibatches -> reference, on Accelerate."""
 
 from grpo_fused.trainer.config import GRPOTrainerConfig, TrainConfig
+from grpo_fused.trainer.trainer import GRPOTrainer, TrainResult
 
-__all__ = ["GRPOTrainerConfig", "TrainConfig"]
+__all__ = ["GRPOTrainer", "GRPOTrainerConfig", "TrainConfig", "TrainResult"]

@@ -1,0 +1,69 @@
+"""What a trainer checks and makes before its first step."""
+
+import warnings
+
+import torch
+from accelerate.tracking import get_available_trackers
+
+
+def check_trackers(names):
+    """Accelerate leaves out, without a word, what is not installed."""
+    available = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                f"report_to: {name} is not installed or unknown to Accelerate, which has "
+                f"{', '.join(available) or 'none'}"
+            )
+
+
+def check_rows(name, data):
+    """Rows that have a prompt each."""
+    if data is None or len(data) == 0:
+        raise ValueError(f"{name} has no rows")
+    if not isinstance(data[0], dict) or "prompt" not in data[0]:
+        raise ValueError(f'{name}: rows must be dicts with a "prompt", got {data[0]!r}')
+    return data
+
+
+def rows_per_rank(config, num_processes):
+    """Sequences of one rank in a rollout: whole groups, and as many in each minibatch."""
+    prompts = config.prompts_per_rollout
+    if prompts % num_processes:
+        raise ValueError(
+            f"prompts_per_rollout must be a multiple of the {num_processes} ranks, that groups "
+            f"stay together, got {prompts}"
+        )
+    rows = prompts // num_processes * config.num_generations
+    if rows % config.minibatches:
+        raise ValueError(
+            f"minibatches must divide the {rows} sequences of each of {num_processes} ranks, "
+            f"got {config.minibatches}"
+        )
+    if config.num_generations == 1:
+        warnings.warn(
+            "num_generations is 1: outcome rewards of a group of one have advantage 0 and train "
+            "nothing; only rewards of several steps do",
+            stacklevel=3,
+        )
+    return rows
+
+
+def split_columns(rows):
+    """(prompts, columns) of rows: what is no prompt goes to the rewards, by name."""
+    names = [name for name in rows[0] if name != "prompt"]
+    return [row["prompt"] for row in rows], {name: [row[name] for row in rows] for name in names}
+
+
+def make_optimizer(model, config):
+    """AdamW on what is trained; norms and biases do not decay."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=tuple(config.adam_betas),
+    )
