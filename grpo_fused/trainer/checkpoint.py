@@ -83,7 +83,7 @@ def sync(path):
 
 def remove(path):
     """Deletes a checkpoint; one that is half deleted does not bear its name."""
-    doomed = path.with_name(path.name + PARTIAL)
+    doomed = path.with_name(f"{path.name}.old{PARTIAL}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(path, doomed)
     shutil.rmtree(doomed)

@@ -129,6 +129,8 @@ def advantages_of(rewards, group_size, scale):
 
 def step_advantages(steps, completion_length, group_size, scale):
     """(B, T) float32: `process_advantages` of [(end_token, score), ...] per completion."""
+    if scale == "batch":
+        raise ValueError('scale_rewards must be group or none for rewards of steps, got "batch"')
     ends, _ = pad([[end for end, _ in row] for row in steps], -1)
     scores, _ = pad([[score for _, score in row] for row in steps], 0.0, dtype=torch.float32)
     return process_advantages(scores, ends, completion_length, group_size, scale=scale)

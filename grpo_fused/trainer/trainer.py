@@ -140,22 +140,30 @@ class GRPOTrainer:
             FloatingPointError: a gradient that is not finite; the last checkpoint is untouched.
             RuntimeError: a checkpoint could not be written.
         """
-        config, accelerator = self.config, self.accelerator
-        set_seed(config.seed, device_specific=True)
-        found = find_checkpoint(config.resume, config.output_dir)
-        accelerator.init_trackers("grpo_fused")
+        set_seed(self.config.seed, device_specific=True)
+        found = find_checkpoint(self.config.resume, self.config.output_dir)
+        self.accelerator.init_trackers("grpo_fused")
         if found is not None:
             load(self, found)
-        elif self.eval_data is not None:
+        try:
+            signal = self.run()
+            save_pretrained(self)
+        finally:
+            if self.run_log is not None and self.accelerator.is_main_process:
+                self.run_log.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()  # `end_training` would end the process group as well
+        return TrainResult(self.step, signal)
+
+    def run(self) -> int | None:
+        """The loop, from the step at which the trainer stands; the signal that ended it, if any."""
+        config = self.config
+        show = config.progress_bar and self.accelerator.is_main_process
+        bar = tqdm(total=config.max_steps, initial=self.step, disable=not show, dynamic_ncols=True)
+        signal = None
+        if self.step == 0 and self.eval_data is not None:
             self.log(evaluate(self))
-        show = config.progress_bar and accelerator.is_main_process
-        with (
-            Signals() as signals,
-            tqdm(
-                total=config.max_steps, initial=self.step, disable=not show, dynamic_ncols=True
-            ) as bar,
-        ):
-            signal = None
+        with Signals() as signals, bar:
             while self.step < config.max_steps and not signal:
                 if self.experience is None:
                     self.refresh_reference()
@@ -164,6 +172,7 @@ class GRPOTrainer:
                 self.step += 1
                 if self.experience.position == config.steps_per_rollout:
                     self.experience = None
+
                 done = self.step == config.max_steps
                 if self.eval_data is not None and (self.step % config.eval_steps == 0 or done):
                     metrics |= evaluate(self)
@@ -173,12 +182,7 @@ class GRPOTrainer:
                 every = config.save_steps
                 if signal or (every is not None and (self.step % every == 0 or done)):
                     save(self)
-        save_pretrained(self)
-        if self.run_log is not None and accelerator.is_main_process:
-            self.run_log.close()
-        for tracker in accelerator.trackers:  # `end_training` would end the process group as well
-            tracker.finish()
-        return TrainResult(self.step, signal)
+        return signal
 
     def refresh_reference(self):
         """Iterative GRPO: every so many rollouts the reference becomes, or nears, the policy."""
