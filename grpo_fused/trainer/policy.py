@@ -37,7 +37,9 @@ def prepare_model(model, config):
                 module.attention_dropout = 0.0
     if config.gradient_checkpointing:
         # The reentrant kind finds no input with a gradient where the embeddings are frozen.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(base, "activation_checkpointing_enable", None)  # transformers 5.24
+        enable = enable or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def base_of(model):

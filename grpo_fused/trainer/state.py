@@ -55,7 +55,7 @@ def load(trainer, folder):
     if own["experience"] is not None:
         trainer.experience = Experience.from_state_dict(own["experience"], device)
     if trainer.reference is not None:
-        state = torch.load(folder / REFERENCE, map_location=device, weights_only=True)
+        state = torch.load(folder / REFERENCE, map_location="cpu", weights_only=True)
         trainer.reference.load_state_dict(state, trainer.unwrapped)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
 
@@ -78,18 +78,12 @@ def rank_file(trainer):
 def save_pretrained(trainer):
     """Writes `model/`, which `from_pretrained` loads; an older one stays until it is whole."""
     accelerator = trainer.accelerator
-    final = Path(trainer.config.output_dir) / "model"
-    partial = final.with_name("model.partial")
+    weights = accelerator.get_state_dict(trainer.model)  # of sharded models too, from all ranks
     if accelerator.is_main_process:
+        final = Path(trainer.config.output_dir) / "model"
+        partial = final.with_name("model.partial")
         shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    trainer.unwrapped.save_pretrained(
-        partial,
-        is_main_process=accelerator.is_main_process,
-        save_function=accelerator.save,
-        state_dict=accelerator.get_state_dict(trainer.model),
-    )
-    if accelerator.is_main_process:
+        trainer.unwrapped.save_pretrained(partial, state_dict=weights)
         trainer.tokenizer.save_pretrained(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
