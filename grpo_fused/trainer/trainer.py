@@ -117,7 +117,7 @@ class GRPOTrainer:
                 prepare_model(self.reference.model, config)
                 self.reference.model.to(self.accelerator.device)
         prepare_model(model, config)
-        self.policy = Policy(config, model)
+        self.policy = Policy(config, model.train())  # checkpointing is for models in training
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, config))
         self.unwrapped = self.accelerator.unwrap_model(self.model)
         self.scheduler = get_scheduler(
