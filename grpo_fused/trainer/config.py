@@ -9,6 +9,8 @@ from grpo_fused import LOSSES
 from grpo_fused.advantages import SCALES
 from grpo_fused.checks import check_choice
 from grpo_fused.corrections import LEVELS, MODES
+from grpo_fused.divergences import DIVERGENCES
+from grpo_fused.validation import check_objective
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -97,9 +99,7 @@ class GRPOTrainerConfig:
         choices=("token", "sequence", "sequence_token"),
     )
     beta: float = option(0.0, "weight of the KL penalty; 0: no reference model is kept", low=0)
-    kl_estimator: str = option(
-        "k3", "of the KL penalty", choices=("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
-    )
+    kl_estimator: str = option("k3", "of the KL penalty", choices=tuple(DIVERGENCES))
     use_bias_correction_kl: bool = option(False, "multiply the KL by the ratio, with its gradient")
     entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0)
     loss_input: str = option(
@@ -128,7 +128,7 @@ class GRPOTrainerConfig:
 
     # The optimizer
     learning_rate: float = option(1e-6, "of AdamW, at its highest", low=0)
-    adam_betas: list[float] = option([0.9, 0.999], "decays of AdamW's two moments", low=0, high=1)
+    adam_betas: list[float] = option([0.9, 0.999], "decays of AdamW's two moments", low=0)
     weight_decay: float = option(0.0, "of AdamW", low=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to it; 0: never", low=0)
     lr_scheduler_type: str = option("constant", "course of the learning rate", choices=SCHEDULES)
@@ -169,8 +169,10 @@ class GRPOTrainerConfig:
         for this in fields(self):
             check_field(this, getattr(self, this.name))
         check_objective_knobs(self.loss_type, self.objective)
-        if len(self.adam_betas) != 2:
-            raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas}")
+        level = self.importance_sampling_level or LOSSES[self.loss_type].level
+        check_objective(self.objective_or_default, level)
+        if len(self.adam_betas) != 2 or max(self.adam_betas) >= 1:
+            raise ValueError(f"adam_betas must be two numbers below 1, got {self.adam_betas}")
         rows = self.prompts_per_rollout * self.num_generations
         if rows % self.minibatches:
             raise ValueError(
@@ -273,7 +275,7 @@ def check_value(name, value, kind, rules):
 
 
 def check_objective_knobs(loss_type, knobs):
-    """Knobs that the objective of a loss has, with values that it takes."""
+    """Only knobs that the objective of a loss has; it refuses bad values itself."""
     objective = LOSSES[loss_type].objective
     known = [this.name for this in fields(objective)]
     for name in knobs:
@@ -283,4 +285,3 @@ def check_objective_knobs(loss_type, knobs):
             raise ValueError(
                 f"objective: {loss_type} has {', '.join(known) or 'no knobs'}, got {name!r}{hint}"
             )
-    replace(objective, **knobs)

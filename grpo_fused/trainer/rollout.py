@@ -66,7 +66,11 @@ class Sampler:
             ValueError: a prompt that is neither or has no tokens; one that leaves no room for
                 max_completion_length in the model's context.
         """
-        return [self._encode(prompt) for prompt in prompts]
+        encoded = []
+        for i, prompt in enumerate(prompts):  # those of a group stand side by side
+            again = i > 0 and prompt == prompts[i - 1]
+            encoded.append(encoded[-1] if again else self._encode(prompt))
+        return encoded
 
     def _encode(self, prompt):
         if isinstance(prompt, str):
