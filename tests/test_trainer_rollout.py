@@ -205,6 +205,7 @@ def test_a_sampler_s_log_probabilities_become_weights(options):
         ([[4]], "rollout_fn must return a dict with completion_ids"),
         ({"logprobs": []}, "rollout_fn must return a dict with completion_ids"),
         ({"completion_ids": [[4]]}, "completion_ids must be one per prompt, 16, got 1"),
+        ({"completion_ids": [[4]] * 16, "prompt_ids": [[]] * 16}, "prompt_ids must have a token"),
         ({"completion_ids": [[4, 4, 4]] * 16}, "completion 0 has 3 tokens, max_.* is 2"),
         (
             {"completion_ids": [[4]] * 16, "logprobs": [[0.0]] * 15 + [[]]},

@@ -77,15 +77,14 @@ def run_rank(rank, folder, port, expected):
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    for loss_type in LOSSES:
-        for size in (8, 3):
-            gradients, experience, metrics, _ = gradients_of(
-                f"{folder}/{rank}", loss_type, micro_batch_size=size
-            )
-            close(gradients, expected[loss_type]["gradients"], 1e-6)
-            for name, value in expected[loss_type]["metrics"].items():
-                if "seconds" not in name:
-                    assert abs(metrics[name] - value) <= 1e-4 * max(1, abs(value)), name
+    for i, loss_type in enumerate(LOSSES):
+        gradients, _, metrics, _ = gradients_of(
+            f"{folder}/{rank}", loss_type, micro_batch_size=(8, 3)[i % 2]
+        )
+        close(gradients, expected[loss_type]["gradients"], 1e-6)
+        for name, value in expected[loss_type]["metrics"].items():
+            if "seconds" not in name:
+                assert abs(metrics[name] - value) <= 1e-4 * max(1, abs(value)), name
     resumes_alike(rank, folder, accelerator)
     dist.destroy_process_group()
 

@@ -17,6 +17,15 @@ def check_trackers(names):
             )
 
 
+def check_precision(config, accelerator):
+    """An Accelerator of one's own has its own."""
+    if accelerator.mixed_precision != config.mixed_precision:
+        raise ValueError(
+            f"mixed_precision is {config.mixed_precision!r}, that of the accelerator is "
+            f"{accelerator.mixed_precision!r}"
+        )
+
+
 def check_rows(name, data):
     """Rows that have a prompt each."""
     if data is None or len(data) == 0:
