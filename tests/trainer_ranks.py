@@ -7,11 +7,14 @@ import signal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
 from trainer_runs import Scores, judge, trainer_of, weights_of
 
 from grpo_fused import LOSSES
+from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.checkpoint import checkpoints
 from grpo_fused.trainer.collect import collect
+from grpo_fused.trainer.policy import Reference
 from grpo_fused.trainer.signals import Signals
 
 T = 7
@@ -85,8 +88,24 @@ def run_rank(rank, folder, port, expected):
         for name, value in expected[loss_type]["metrics"].items():
             if "seconds" not in name:
                 assert abs(metrics[name] - value) <= 1e-4 * max(1, abs(value)), name
+    refreshes_from_shards()
     resumes_alike(rank, folder, accelerator)
     dist.destroy_process_group()
+
+
+def refreshes_from_shards():
+    """A reference that is whole on every rank becomes, or nears, a policy that is sharded."""
+    for mix in (1.0, 0.5):
+        torch.manual_seed(0)
+        policy, new = make_model(make_tokenizer()), make_model(make_tokenizer())
+        reference = Reference(policy, mix)
+        expected = [
+            p + mix * (q - p) for p, q in zip(policy.parameters(), new.parameters(), strict=True)
+        ]
+        fully_shard(new)
+        reference.refresh(new)
+        for mine, wanted in zip(reference.model.parameters(), expected, strict=True):
+            torch.testing.assert_close(mine.detach(), wanted.detach())
 
 
 def resumes_alike(rank, folder, accelerator):
