@@ -138,8 +138,9 @@ class GRPOTrainer:
     def train(self) -> TrainResult:
         """Trains until max_steps, or until the step during which SIGTERM or SIGINT came.
 
-        Either way all is saved as it then stands: a checkpoint that `resume` continues bit by bit,
-        and `model/` in output_dir, which `from_pretrained` loads, at the end.
+        Either way all is saved as it then stands: a checkpoint that `resume` continues bit by bit
+        (on a GPU as far as its kernels repeat themselves), and `model/` in output_dir, which
+        `from_pretrained` loads.
 
         Raises:
             ValueError: a checkpoint of another run; bad data or rewards when they are met.
