@@ -217,9 +217,15 @@ class TrainConfig(GRPOTrainerConfig):
     model: str = option("", "folder or Hub name of a causal language model of transformers")
     dtype: str = option("float32", "of the model's weights", choices=DTYPES)
     tokenizer: str | None = option(None, "folder or Hub name; none: the model's")
-    data: str = option("", "rows to train on: .jsonl, .parquet, .csv, a data set, a task's name")
+    data: str = option("", "rows: .jsonl, .parquet, .csv, a saved data set, reasoning_gym:TASK")
     eval_data: str | None = option(None, "held-out rows", free=True)
-    rewards: list[str] = option([], "reward functions by path, as module:function")
+    data_columns: dict[str, str] = option({}, "columns by other names, as {prompt: question}")
+    data_split: str = option("train", "of a data set that has several")
+    task_rows: int = option(1000, "rows drawn from a reasoning_gym task", low=1)
+    system_prompt: str | None = option(None, "makes chats of prompts that are text")
+    rewards: list[str] = option(
+        [], "path.py:function, module:function, math_verify, exact_match, or a reward model"
+    )
     reward_weights: list[float] | None = option(None, "one per reward; none: 1 each")
     lora_rank: int = option(0, "rank of LoRA adapters; 0: all weights are trained", low=0)
     lora_alpha: float = option(32.0, "scale of the adapters' product, divided by the rank", above=0)
