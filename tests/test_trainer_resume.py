@@ -48,8 +48,16 @@ def test_resume_from_every_step_is_bit_identical(tmp_path, name):
             assert torch.equal(weights_of(resumed)[name], weight), (path.name, name)
 
 
+@pytest.fixture
+def not_ignored():
+    """A shell that starts pytest in the background leaves SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(tmp_path, number):
+def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(tmp_path, number, not_ignored):
     whole, expected = trainer_of(tmp_path / "whole", **BUFFERED)
     whole.train()
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
@@ -72,7 +80,7 @@ def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(tmp_path, numb
     assert records | later == expected
 
 
-def test_a_second_signal_does_what_it_always_does(tmp_path):
+def test_a_second_signal_does_what_it_always_does(tmp_path, not_ignored):
     def impatient(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -81,6 +89,17 @@ def test_a_second_signal_does_what_it_always_does(tmp_path):
     trainer, _ = trainer_of(tmp_path, rewards=impatient)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path, not_ignored):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def interrupting(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return judge(*arguments)
+
+    trainer, _ = trainer_of(tmp_path, rewards=interrupting)
+    assert trainer.train() == (4, None)
 
 
 def test_latest_of_nothing_is_a_fresh_start_and_more_steps_may_follow(tmp_path):

@@ -107,12 +107,14 @@ def test_prompts_as_text_and_as_messages():
         seen.update(prompts=prompts, completions=completions, columns=columns)
         return Scores(torch.arange(16.0), {})
 
-    rows = [{"prompt": message, "answer": "2", "level": i} for i in range(4)]
+    rows = [{"prompt": message, "level": i} for i in range(4)]
+    rows[2]["answer"] = "2"  # the others have none
     trainer, _ = trainer_of("unused", rewards=rewards, data=rows, tokenizer=tokenizer)
     collect(trainer)
     assert seen["prompts"] == [message] * 16
     assert all(c[0]["role"] == "assistant" and len(c) == 1 for c in seen["completions"])
-    levels = seen["columns"]["level"]
+    levels, answers = seen["columns"]["level"], seen["columns"]["answer"]
+    assert answers == ["2" if level == 2 else None for level in levels]
     assert [levels[i : i + 4] for i in range(0, 16, 4)] == [[i] * 4 for i in levels[::4]]
 
 
@@ -205,6 +207,7 @@ def test_a_sampler_s_log_probabilities_become_weights(options):
         ([[4]], "rollout_fn must return a dict with completion_ids"),
         ({"logprobs": []}, "rollout_fn must return a dict with completion_ids"),
         ({"completion_ids": [[4]]}, "completion_ids must be one per prompt, 16, got 1"),
+        ({"completion_ids": [[4]] * 16, "prompt_ids": [[]] * 16}, "prompt_ids must have a token"),
         ({"completion_ids": [[4, 4, 4]] * 16}, "completion 0 has 3 tokens, max_.* is 2"),
         (
             {"completion_ids": [[4]] * 16, "logprobs": [[0.0]] * 15 + [[]]},

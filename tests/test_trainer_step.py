@@ -8,6 +8,7 @@ from trainer_ranks import STEP, close, gradients_of, run_rank
 from trainer_runs import trainer_of
 
 from grpo_fused import LOSSES, GRPOTrainerConfig, grpo_loss
+from grpo_fused.trainer.collect import collect
 
 
 def expected_gradients(trainer, experience):
@@ -62,6 +63,28 @@ def test_old_logps_are_the_bits_of_the_first_update(tmp_path):
         if step % 4 == 1:
             assert metrics["ratio/max"] == metrics["ratio/mean"] == 1.0
     assert any(metrics["ratio/max"] > 1 for metrics in records.values())
+
+
+def test_every_pass_trains_on_every_sequence_once(tmp_path):
+    """Within a pass the advantages name the sequences: here they are their numbers."""
+    trainer, _ = trainer_of(
+        tmp_path, max_steps=8, minibatches=4, num_iterations=2, micro_batch_size=3
+    )
+    seen, loss = [], trainer.policy.loss
+
+    def recorded(model, batch, num_items, num_sequences):
+        assert num_sequences == 4 and num_items == batch.completion_mask.shape[1] * 4
+        seen.append(batch.advantages.tolist())
+        return loss(model, batch, num_items, num_sequences)
+
+    trainer.policy.loss = recorded
+    trainer.experience = collect(trainer)
+    trainer.experience.batch.advantages = torch.arange(16.0)
+    trainer.experience.batch.completion_mask[:] = True
+    trainer.experience.num_items = [8.0] * 4
+    trainer.run()
+    assert [len(part) for part in seen] == [3, 1] * 8
+    assert sum(seen, []) == list(range(16)) * 2
 
 
 def test_a_step_without_old_logps_is_the_one_with_them(tmp_path, monkeypatch):

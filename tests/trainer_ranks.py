@@ -7,11 +7,18 @@ import signal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from trainer_runs import Scores, judge, trainer_of, weights_of
+from peft import LoraConfig
+from torch.distributed.fsdp import fully_shard
+from trainer_runs import HELD_OUT, Scores, judge, trainer_of, weights_of
 
 from grpo_fused import LOSSES
+from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.checkpoint import checkpoints
 from grpo_fused.trainer.collect import collect
+from grpo_fused.trainer.collect import judge as judge_rollout
+from grpo_fused.trainer.evaluation import evaluate
+from grpo_fused.trainer.policy import Reference
+from grpo_fused.trainer.setup import split_columns
 from grpo_fused.trainer.signals import Signals
 
 T = 7
@@ -77,17 +84,53 @@ def run_rank(rank, folder, port, expected):
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    for loss_type in LOSSES:
-        for size in (8, 3):
-            gradients, experience, metrics, _ = gradients_of(
-                f"{folder}/{rank}", loss_type, micro_batch_size=size
-            )
-            close(gradients, expected[loss_type]["gradients"], 1e-6)
-            for name, value in expected[loss_type]["metrics"].items():
-                if "seconds" not in name:
-                    assert abs(metrics[name] - value) <= 1e-4 * max(1, abs(value)), name
+    for i, loss_type in enumerate(LOSSES):
+        gradients, _, metrics, _ = gradients_of(
+            f"{folder}/{rank}", loss_type, micro_batch_size=(8, 3)[i % 2]
+        )
+        close(gradients, expected[loss_type]["gradients"], 1e-6)
+        for name, value in expected[loss_type]["metrics"].items():
+            if "seconds" not in name:
+                assert abs(metrics[name] - value) <= 1e-4 * max(1, abs(value)), name
+    refreshes_from_shards()
     resumes_alike(rank, folder, accelerator)
+    adapters_stay_alike(folder, accelerator)
     dist.destroy_process_group()
+
+
+def refreshes_from_shards():
+    """A reference that is whole on every rank becomes, or nears, a policy that is sharded."""
+    for mix in (1.0, 0.5):
+        torch.manual_seed(0)
+        policy, new = make_model(make_tokenizer()), make_model(make_tokenizer())
+        reference = Reference(policy, mix)
+        expected = [
+            p + mix * (q - p) for p, q in zip(policy.parameters(), new.parameters(), strict=True)
+        ]
+        fully_shard(new)
+        reference.refresh(new)
+        for mine, wanted in zip(reference.model.parameters(), expected, strict=True):
+            torch.testing.assert_close(mine.detach(), wanted.detach())
+
+
+def evaluates_each_row_once(trainer):
+    """Five rows on two ranks: the sixth, which keeps the ranks in step, does not count."""
+    trainer.eval_data, trainer.config.eval_batch_size = HELD_OUT[:5], 2
+    prompts, columns = split_columns(trainer.eval_data)
+    rollout = trainer.sampler.roll_out(trainer.unwrapped, prompts, columns, temperature=0.0)
+    expected = judge_rollout(trainer, rollout).total.mean().item()
+    assert abs(evaluate(trainer)["eval/reward"] - expected) < 1e-6
+
+
+def adapters_stay_alike(folder, accelerator):
+    """Switched off and on again around the reference's forward passes."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    options = {"beta": 0.1, "num_iterations": 2, "reference_refresh_rollouts": 1}
+    trainer, records = trainer_of(f"{folder}/lora", peft_config=lora, **options)
+    trainer.train()
+    for name, weight in weights_of(trainer).items():
+        assert torch.equal(accelerator.gather(weight[None].contiguous())[0], weight), name
+    assert records[1]["kl"] > 0 == records[3]["kl"] and records[4]["kl"] > 0
 
 
 def resumes_alike(rank, folder, accelerator):
@@ -98,6 +141,7 @@ def resumes_alike(rank, folder, accelerator):
     whole.train()
     mine = whole.unwrapped.lm_head.weight.detach().clone()
     assert torch.equal(accelerator.gather(mine[None])[0], mine), "ranks have drifted apart"
+    evaluates_each_row_once(whole)
     for path in checkpoints(f"{folder}/whole")[1:6:2]:
         resumed, records = trainer_of(f"{folder}/again", resume=str(path), seed=99, **options)
         resumed.train()

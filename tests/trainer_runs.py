@@ -1,5 +1,6 @@
 """Tiny runs of the trainer: the demo's task, rewards that need no data, what two runs share."""
 
+import json
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,20 @@ class Scores(NamedTuple):
     steps: list | None = None
 
 
+class Log:
+    def __init__(self):
+        self.steps, self.tables, self.closed = {}, {}, 0
+
+    def write(self, step, metrics):
+        self.steps[step] = json.loads(json.dumps(metrics))
+
+    def completions(self, step, rows):
+        self.tables[step] = rows
+
+    def close(self):
+        self.closed += 1
+
+
 def judge(prompts, completions, completion_ids, columns):
     """Partial credit, so that a model of random weights has groups that differ."""
     exact = [
@@ -40,7 +55,8 @@ def trainer_of(folder, *, rewards=judge, data=ROWS, model=None, tokenizer=None, 
         torch.manual_seed(seed)
         model = make_model(tokenizer)
     config = GRPOTrainerConfig(output_dir=str(folder), **{**SMALL, **options})
-    given.setdefault("accelerator", Accelerator(cpu=True, mixed_precision=config.mixed_precision))
+    if "accelerator" not in given:
+        given["accelerator"] = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
     trainer = GRPOTrainer(model, rewards, config, data, tokenizer=tokenizer, **given)
     records = {}
     log = trainer.log

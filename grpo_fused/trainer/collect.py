@@ -1,5 +1,6 @@
 """Collecting experience: samples, rewards, advantages, old and reference log-probabilities."""
 
+import functools
 import random
 import time
 
@@ -71,19 +72,16 @@ def collect(trainer) -> Experience:
 
 def next_rows(trainer) -> list[int]:
     """Indices of this rank's prompts: every epoch has an order that its number decides."""
-    config, size = trainer.config, len(trainer.data)
-    share = config.prompts_per_rollout // trainer.accelerator.num_processes
-    first = (
-        trainer.rollouts * config.prompts_per_rollout + trainer.accelerator.process_index * share
-    )
-    orders = {}
-    rows = []
-    for place in range(first, first + share):
-        epoch = place // size
-        if epoch not in orders:
-            orders[epoch] = random.Random(f"{config.seed} {epoch}").sample(range(size), size)
-        rows.append(orders[epoch][place % size])
-    return rows
+    config, accelerator, size = trainer.config, trainer.accelerator, len(trainer.data)
+    share = config.prompts_per_rollout // accelerator.num_processes
+    first = trainer.rollouts * config.prompts_per_rollout + accelerator.process_index * share
+    places = range(first, first + share)
+    return [epoch_order(config.seed, place // size, size)[place % size] for place in places]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, size) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(size), size)
 
 
 def judge(trainer, rollout):
@@ -114,6 +112,7 @@ def logps(trainer, model, experience):
     width = experience.batch.completion_ids.shape[1]
     for minibatch in range(minibatches):
         for batch in experience.micro_batches(minibatch, minibatches, size):
-            logps = trainer.policy.logps(model, batch)
+            with trainer.accelerator.autocast():  # which the reference is not prepared for
+                logps = trainer.policy.logps(model, batch)
             parts.append(F.pad(logps, (0, width - logps.shape[1])))
     return torch.cat(parts)

@@ -6,6 +6,7 @@ import inspect
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from grpo_fused import (
     LOSSES,
@@ -75,7 +76,7 @@ class Policy:
         """(B, T) float32, 0 where masked: log-probabilities of a batch's completions."""
         arguments = (batch.completion_ids, batch.completion_mask)
         functions = linear_selective_log_softmax, selective_log_softmax
-        return self._through_head(model, batch, functions, arguments, {})[0]
+        return self._through_head(model, batch, functions, arguments)[0]
 
     def loss(self, model, batch, num_items, num_sequences):
         """The share of a micro-batch in the loss of its optimizer step, as a LossOutput.
@@ -108,9 +109,10 @@ class Policy:
             "max_completion_length": config.max_completion_length,
         }
         arguments = (batch.completion_ids, batch.completion_mask, batch.advantages)
-        return self._through_head(model, batch, (linear_grpo_loss, grpo_loss), arguments, options)
+        functions = linear_grpo_loss, grpo_loss
+        return self._through_head(model, batch, functions, arguments, **options)
 
-    def _through_head(self, model, batch, functions, arguments, options):
+    def _through_head(self, model, batch, functions, arguments, **options):
         """A function of hidden states and head, or the other one of logits, of the completion."""
         of_hidden, of_logits = functions
         options["temperature"] = self.config.temperature
@@ -171,7 +173,8 @@ class Reference:
             self.adapters = [parameter.detach().clone() for parameter in trained(policy)]
             return
         for mine, new in zip(self.model.parameters(), policy.parameters(), strict=True):
-            mine.lerp_(new.detach().to(mine.dtype), self.mix) if self.mix != 1 else mine.copy_(new)
+            new = whole(new).to(mine.dtype)
+            mine.copy_(new) if self.mix == 1 else mine.lerp_(new, self.mix)
         for mine, new in zip(self.model.buffers(), policy.buffers(), strict=True):
             mine.copy_(new)
 
@@ -183,6 +186,11 @@ class Reference:
             self.model.load_state_dict(state)
         elif state is not None:
             self.adapters = [tensor.to(policy.device) for tensor in state]
+
+
+def whole(parameter):
+    """A parameter that is sharded over ranks, gathered; any other as it is."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def trained(model):

@@ -173,6 +173,8 @@ def checked(output, prompts, columns, sampler) -> Rollout:
                     f"got {len(output[name][row])}"
                 )
     prompt_ids = output.get("prompt_ids")
+    if prompt_ids is not None and not all(map(len, prompt_ids)):
+        raise ValueError("rollout_fn: prompt_ids must have a token at least, got an empty list")
     return Rollout(
         list(prompts),
         sampler.encode(prompts) if prompt_ids is None else [list(ids) for ids in prompt_ids],

@@ -17,6 +17,15 @@ def check_trackers(names):
             )
 
 
+def check_precision(config, accelerator):
+    """An Accelerator of one's own has its own."""
+    if accelerator.mixed_precision != config.mixed_precision:
+        raise ValueError(
+            f"mixed_precision is {config.mixed_precision!r}, that of the accelerator is "
+            f"{accelerator.mixed_precision!r}"
+        )
+
+
 def check_rows(name, data):
     """Rows that have a prompt each."""
     if data is None or len(data) == 0:
@@ -50,9 +59,14 @@ def rows_per_rank(config, num_processes):
 
 
 def split_columns(rows):
-    """(prompts, columns) of rows: what is no prompt goes to the rewards, by name."""
-    names = [name for name in rows[0] if name != "prompt"]
-    return [row["prompt"] for row in rows], {name: [row[name] for row in rows] for name in names}
+    """(prompts, columns) of rows: what is no prompt goes to the rewards, None where it lacks."""
+    for row in rows:
+        if "prompt" not in row:
+            raise ValueError(f'a row has no "prompt": {row!r}')
+    names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+    return [row["prompt"] for row in rows], {
+        name: [row.get(name) for row in rows] for name in names
+    }
 
 
 def make_optimizer(model, config):

@@ -7,6 +7,8 @@ import threading
 class Signals:
     """While entered, remembers a SIGTERM or SIGINT; a second one does what it always does.
 
+    One that is ignored stays so: shells start what runs in the background without Ctrl-C.
+
     Attributes:
         received: number of the signal, 0 for none.
     """
@@ -15,7 +17,8 @@ class Signals:
         self.received, self.before = 0, {}
         if threading.current_thread() is threading.main_thread():  # others cannot have handlers
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self._receive)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number, frame):

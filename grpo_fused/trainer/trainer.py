@@ -19,6 +19,7 @@ from grpo_fused.trainer.figures import step_figures, summary
 from grpo_fused.trainer.policy import Policy, Reference, prepare_model, trained
 from grpo_fused.trainer.rollout import Sampler
 from grpo_fused.trainer.setup import (
+    check_precision,
     check_rows,
     check_trackers,
     make_optimizer,
@@ -59,11 +60,15 @@ class GRPOTrainer:
             a reward model further on new samples (DeepSeekMath, Algorithm 1, line 12).
         run_log: where metrics and tables go, beside the trackers: `write(step, metrics)`,
             `completions(step, rows)`, `close()`; on the main process.
-        accelerator: an Accelerator, where its defaults do not serve.
+        accelerator: an Accelerator, where its defaults do not serve; trackers are then its own.
 
     Raises:
         ValueError: no rows; a tokenizer without an end token; settings that do not fit the model,
             the data or the number of ranks.
+
+    Example:
+        trainer = GRPOTrainer("Qwen/Qwen3-0.6B", rewards, GRPOTrainerConfig(beta=0.04), rows)
+        trainer.train()
 
     References:
         DeepSeekMath, https://arxiv.org/abs/2402.03300, Algorithm 1.
@@ -92,6 +97,7 @@ class GRPOTrainer:
             log_with=config.report_to or None,
             project_dir=config.output_dir,
         )
+        check_precision(config, self.accelerator)
         self.data, self.eval_data = check_rows("data", data), None
         if config.eval_steps is not None:
             if eval_data is None:
@@ -132,8 +138,9 @@ class GRPOTrainer:
     def train(self) -> TrainResult:
         """Trains until max_steps, or until the step during which SIGTERM or SIGINT came.
 
-        Either way all is saved as it then stands: a checkpoint that `resume` continues bit by bit,
-        and `model/` in output_dir, which `from_pretrained` loads, at the end.
+        Either way all is saved as it then stands: a checkpoint that `resume` continues bit by bit
+        (on a GPU as far as its kernels repeat themselves), and `model/` in output_dir, which
+        `from_pretrained` loads.
 
         Raises:
             ValueError: a checkpoint of another run; bad data or rewards when they are met.
@@ -226,6 +233,7 @@ class GRPOTrainer:
                 "taken"
             )
         figures["learning_rate"] = self.scheduler.get_last_lr()[0]
+        figures["epoch"] = self.rollouts * config.prompts_per_rollout / len(self.data)
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
