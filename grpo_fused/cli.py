@@ -9,11 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 TRAIN_EXTRA = ("accelerate", "matplotlib", "tqdm", "transformers")
+TRAINER_EXTRA = (*TRAIN_EXTRA, "datasets", "yaml")
 TRAIN_USAGE = """usage: grpo-fused train CONFIG.yaml [--name value ...]
 
 Trains a causal language model by GRPO or another loss of the family; README.md has an example.
 CONFIG.yaml holds `name: value` lines; options on the command line replace them, and without
 CONFIG.yaml they are all there is. `--objective.epsilon_low 0.1` is one entry of a mapping.
+GRPO_FUSED_TRACEBACK=1 in the environment shows where an error came from.
 
 options:
 """
@@ -78,7 +80,7 @@ def add_demo(commands) -> None:
 
 
 def demo(parser: argparse.ArgumentParser, **options) -> int:
-    if lacks_extra("demo"):
+    if lacks_extra("demo", TRAIN_EXTRA):
         return 1
     from grpo_fused import LOSSES
     from grpo_fused.demo import DemoOptions, run_demo
@@ -94,7 +96,7 @@ def demo(parser: argparse.ArgumentParser, **options) -> int:
 
 def train(arguments: list[str]) -> int:
     """`grpo-fused train`: 0, 1 for what fails on the way, 2 for a bad config, 128 + a signal."""
-    if lacks_extra("train"):
+    if lacks_extra("train", TRAINER_EXTRA):
         return 1
     from grpo_fused.trainer.config import TrainConfig
     from grpo_fused.trainer.options import format_options, load_options
@@ -112,18 +114,17 @@ def train(arguments: list[str]) -> int:
 
     try:
         result = train(config)
-    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("GRPO_FUSED_TRACEBACK"):
             raise
         print(f"grpo-fused train: {error}", file=sys.stderr)
-        print("GRPO_FUSED_TRACEBACK=1 shows where", file=sys.stderr)
         return 1
     return 128 + result.signal if result.signal else 0
 
 
-def lacks_extra(command: str) -> bool:
-    """Says what a command needs that is not installed."""
-    missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
+def lacks_extra(command: str, modules: Sequence[str]) -> bool:
+    """Says which modules that a command needs are not installed."""
+    missing = [name for name in modules if find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
         message = f'grpo-fused {command} needs {names}: pip install "grpo-fused[train]"'

@@ -1,4 +1,4 @@
-"""Rewards: TRL's signature, None, weights, async, steps, models; and errors that name who and what."""
+"""Rewards: signature, None, weights, async, steps, models; errors that name who and what."""
 
 import asyncio
 import math

@@ -28,7 +28,7 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
         dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"model {config.model} cannot be loaded: {error}") from error
     run_log = RunLog(config.output_dir, f"{config.model}, {config.loss_type} loss")
     trainer = GRPOTrainer(
