@@ -1,13 +1,21 @@
 """Whole runs: it learns, every loss and option runs, bad input is said before it does harm."""
 
+import json
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
-from trainer_runs import HELD_OUT, ROWS, Log, Scores, judge, trainer_of, weights_of
+from trainer_runs import HELD_OUT, ROWS, Log, Scores, trainer_of, weights_of
 from transformers import AutoModelForCausalLM
 
-from grpo_fused import LOSSES, GRPOTrainer, GRPOTrainerConfig, process_advantages
+from grpo_fused import (
+    LOSSES,
+    GRPOTrainer,
+    GRPOTrainerConfig,
+    outcome_advantages,
+    process_advantages,
+)
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.collect import collect
 
@@ -162,6 +170,9 @@ def test_who_was_not_judged_neither_counts_nor_trains(tmp_path, scale):
     assert not advantages.isnan().any() and (advantages[totals.isnan()] == 0).all()
     assert advantages[[0, 2, 3]].sum().abs() < 1e-5 and advantages[0] < 0 < advantages[3]
     assert experience.metrics["reward"] == totals.nanmean().item()
+    judged, groups = ~totals.isnan(), torch.arange(16) // 4
+    expected = outcome_advantages(totals[judged], group_ids=groups[judged], scale=scale)
+    assert torch.equal(advantages[judged], expected)
     totals.fill_(float("nan"))
     assert (collect(trainer).batch.advantages == 0).all()
 
@@ -213,7 +224,20 @@ def test_a_model_by_name_and_trackers(tmp_path):
         max_completion_length=2,
         progress_bar=False,
     )
-    GRPOTrainer(str(tmp_path / "start"), judge, config, ROWS).train()
+    steps = []
+
+    def any_digit(completions, answer, trainer_state, **columns):
+        steps.append((trainer_state.global_step, trainer_state.max_steps))
+        return [float(text[:1].isdigit()) for text in completions]
+
+    def matches(completions, answer):
+        return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+    GRPOTrainer(str(tmp_path / "start"), [any_digit, matches], config, ROWS).train()
+    assert steps == [(0, 1)]
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert {"step", "reward", "rewards/any_digit", "rewards/matches"} <= set(json.loads(line))
     names = [path.name for path in (tmp_path / "run").rglob("*")]
+    assert "reward.png" in names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "checkpoint-1" in names and "model.safetensors" in names
