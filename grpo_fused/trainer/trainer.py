@@ -28,7 +28,7 @@ from grpo_fused.trainer.setup import (
     rows_per_rank,
 )
 from grpo_fused.trainer.signals import Signals
-from grpo_fused.trainer.state import load, save, save_pretrained
+from grpo_fused.trainer.state import leave_out_frozen, load, save, save_pretrained
 from grpo_fused.trainer.tracking import RunLog
 
 
@@ -139,6 +139,7 @@ class GRPOTrainer:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.max_steps,
         )
+        self.frozen = leave_out_frozen(self)
         self.step = self.rollouts = 0
         self.experience: Experience | None = None
 
