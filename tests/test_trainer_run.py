@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
+from safetensors.torch import load_file
 from trainer_runs import HELD_OUT, ROWS, Log, Scores, trainer_of, weights_of
 from transformers import AutoModelForCausalLM
 
@@ -127,7 +128,10 @@ def test_adapters_are_trained_and_the_reference_is_the_model_without_them(tmp_pa
     with trainer.reference.instead_of(trainer.model, trainer.unwrapped) as model:
         refreshed = trainer.policy.logps(model, batch)
     assert torch.equal(refreshed, trainer.policy.logps(trainer.model, batch))
-    assert (tmp_path / "model" / "adapter_model.safetensors").exists()
+    saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    saved = {name.replace(".weight", ".default.weight"): w for name, w in saved.items()}
+    assert saved.keys() == {name for name in after if "lora_" in name}
+    assert all(torch.equal(weight, after[name]) for name, weight in saved.items())
     with pytest.raises(ValueError, match="reference_mix must be 1 for a model with adapters"):
         trainer_of(tmp_path, peft_config=LORA, beta=0.1, reference_mix=0.5)
 
