@@ -23,14 +23,9 @@ LIMIT = 0.05
 ROUNDS = 2
 
 
-class Scores:
-    def __init__(self, total):
-        self.total, self.each, self.steps = total, {"length": total}, None
-
-
-def rewards(prompts, completions, completion_ids, columns):
-    """Differ within every group: a sequence without an advantage would cost less."""
-    return Scores(torch.tensor([float(len(text) % 7) for text in completions]))
+def reward(completions, **columns):
+    """Differs within every group: a sequence without an advantage would cost less."""
+    return [float(len(text) % 7) for text in completions]
 
 
 def make_tokenizer(size):
@@ -82,7 +77,7 @@ def build(folder):
     options |= {"report_to": [], "progress_bar": False}
     config = GRPOTrainerConfig(output_dir=str(folder), **SHARED, **options)
     return GRPOTrainer(
-        model, rewards, config, data, tokenizer=tokenizer, accelerator=Accelerator(cpu=True)
+        model, reward, config, data, tokenizer=tokenizer, accelerator=Accelerator(cpu=True)
     )
 
 
@@ -98,9 +93,6 @@ def trl_seconds(folder):
     class Laps(callback):
         def on_step_end(self, *args, **kwargs):
             laps.append(time.process_time())
-
-    def reward(completions, **kwargs):
-        return rewards(None, completions, None, None).total.tolist()
 
     options = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}
     options |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}

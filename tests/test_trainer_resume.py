@@ -36,7 +36,8 @@ def test_resume_from_every_step_is_bit_identical(tmp_path, name):
     found = checkpoints(tmp_path / "whole")
     assert len(found) == options["max_steps"]
     for path in found[:-1]:
-        resumed, records = trainer_of(tmp_path / "again", resume=str(path), seed=99, **options)
+        seed = 3 if "peft_config" in options else 99  # of weights: what is not frozen is loaded
+        resumed, records = trainer_of(tmp_path / "again", resume=str(path), seed=seed, **options)
         if options.get("beta") and "peft_config" not in options:
             torch.nn.init.ones_(next(resumed.reference.model.parameters()))  # all is loaded
         resumed.train()
@@ -46,6 +47,18 @@ def test_resume_from_every_step_is_bit_identical(tmp_path, name):
             assert metrics == expected[step], (path.name, step)
         for name, weight in weights_of(whole).items():
             assert torch.equal(weights_of(resumed)[name], weight), (path.name, name)
+
+
+def test_a_checkpoint_of_adapters_is_small_and_knows_its_model(tmp_path):
+    options = {"peft_config": RUNS["adapters"]["peft_config"], "max_steps": 2, "save_steps": 1}
+    trainer, _ = trainer_of(tmp_path, **options)
+    trainer.train()
+    (path,) = (tmp_path / "checkpoint-1").glob("model.safetensors")
+    adapters = sum(p.numel() for p in trainer.unwrapped.parameters() if p.requires_grad)
+    assert 4 * adapters <= path.stat().st_size < 4 * adapters + 2000
+    other, _ = trainer_of(tmp_path, resume="latest", seed=99, **options)
+    with pytest.raises(ValueError, match="resume: frozen weights is .*, the checkpoint has"):
+        other.train()
 
 
 @pytest.fixture

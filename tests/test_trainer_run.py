@@ -1,13 +1,22 @@
 """Whole runs: it learns, every loss and option runs, bad input is said before it does harm."""
 
+import json
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
-from trainer_runs import HELD_OUT, ROWS, Log, Scores, judge, trainer_of, weights_of
+from safetensors.torch import load_file
+from trainer_runs import HELD_OUT, ROWS, Log, Scores, trainer_of, weights_of
 from transformers import AutoModelForCausalLM
 
-from grpo_fused import LOSSES, GRPOTrainer, GRPOTrainerConfig, process_advantages
+from grpo_fused import (
+    LOSSES,
+    GRPOTrainer,
+    GRPOTrainerConfig,
+    outcome_advantages,
+    process_advantages,
+)
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.collect import collect
 
@@ -119,7 +128,10 @@ def test_adapters_are_trained_and_the_reference_is_the_model_without_them(tmp_pa
     with trainer.reference.instead_of(trainer.model, trainer.unwrapped) as model:
         refreshed = trainer.policy.logps(model, batch)
     assert torch.equal(refreshed, trainer.policy.logps(trainer.model, batch))
-    assert (tmp_path / "model" / "adapter_model.safetensors").exists()
+    saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    saved = {name.replace(".weight", ".default.weight"): w for name, w in saved.items()}
+    assert saved.keys() == {name for name in after if "lora_" in name}
+    assert all(torch.equal(weight, after[name]) for name, weight in saved.items())
     with pytest.raises(ValueError, match="reference_mix must be 1 for a model with adapters"):
         trainer_of(tmp_path, peft_config=LORA, beta=0.1, reference_mix=0.5)
 
@@ -162,6 +174,9 @@ def test_who_was_not_judged_neither_counts_nor_trains(tmp_path, scale):
     assert not advantages.isnan().any() and (advantages[totals.isnan()] == 0).all()
     assert advantages[[0, 2, 3]].sum().abs() < 1e-5 and advantages[0] < 0 < advantages[3]
     assert experience.metrics["reward"] == totals.nanmean().item()
+    judged, groups = ~totals.isnan(), torch.arange(16) // 4
+    expected = outcome_advantages(totals[judged], group_ids=groups[judged], scale=scale)
+    assert torch.equal(advantages[judged], expected)
     totals.fill_(float("nan"))
     assert (collect(trainer).batch.advantages == 0).all()
 
@@ -213,7 +228,20 @@ def test_a_model_by_name_and_trackers(tmp_path):
         max_completion_length=2,
         progress_bar=False,
     )
-    GRPOTrainer(str(tmp_path / "start"), judge, config, ROWS).train()
+    steps = []
+
+    def any_digit(completions, answer, trainer_state, **columns):
+        steps.append((trainer_state.global_step, trainer_state.max_steps))
+        return [float(text[:1].isdigit()) for text in completions]
+
+    def matches(completions, answer):
+        return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+    GRPOTrainer(str(tmp_path / "start"), [any_digit, matches], config, ROWS).train()
+    assert steps == [(0, 1)]
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert {"step", "reward", "rewards/any_digit", "rewards/matches"} <= set(json.loads(line))
     names = [path.name for path in (tmp_path / "run").rglob("*")]
+    assert "reward.png" in names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "checkpoint-1" in names and "model.safetensors" in names

@@ -1,13 +1,13 @@
 """Tiny runs of the trainer: the demo's task, rewards that need no data, what two runs share."""
 
 import json
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from grpo_fused import GRPOTrainer, GRPOTrainerConfig
 from grpo_fused.demo import make_model, make_problems, make_tokenizer
+from grpo_fused.trainer.rewards import Rewards, Scores
 
 ROWS = [{"prompt": prompt, "answer": answer} for prompt, answer in make_problems()[0]]
 HELD_OUT = [{"prompt": prompt, "answer": answer} for prompt, answer in make_problems()[1]]
@@ -16,10 +16,14 @@ SMALL |= {"max_completion_length": 2, "learning_rate": 1e-2, "report_to": [], "s
 SMALL |= {"progress_bar": False}
 
 
-class Scores(NamedTuple):
-    total: torch.Tensor
-    each: dict
-    steps: list | None = None
+class Judge(Rewards):
+    """A function (prompts, completions, completion_ids, columns) -> Scores in the place of many."""
+
+    def __init__(self, function):
+        self.function, self.trainer_state = function, None
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
 
 
 class Log:
@@ -57,7 +61,8 @@ def trainer_of(folder, *, rewards=judge, data=ROWS, model=None, tokenizer=None, 
     config = GRPOTrainerConfig(output_dir=str(folder), **{**SMALL, **options})
     if "accelerator" not in given:
         given["accelerator"] = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
-    trainer = GRPOTrainer(model, rewards, config, data, tokenizer=tokenizer, **given)
+    given.setdefault("run_log", Log())  # no picture is drawn
+    trainer = GRPOTrainer(model, Judge(rewards), config, data, tokenizer=tokenizer, **given)
     records = {}
     log = trainer.log
 

@@ -63,7 +63,7 @@ def collect(trainer) -> Experience:
             experience.batch.ref_logps = logps(trainer, reference, experience)
     trainer.rollouts += 1
     every = config.completions_steps
-    if every and trainer.rollouts % every == 0 and trainer.run_log and accelerator.is_main_process:
+    if every and trainer.rollouts % every == 0 and accelerator.is_main_process:
         shown = table(rollout, scores, trainer.sampler, config.completions_rows)
         trainer.run_log.completions(trainer.step, shown)
     figures["seconds/rollout"] = time.perf_counter() - started

@@ -1,7 +1,5 @@
 """`grpo-fused train`: from a config to a trained model in its output_dir."""
 
-from types import SimpleNamespace
-
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +29,7 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
     except (OSError, ValueError) as error:
         raise ValueError(f"model {config.model} cannot be loaded: {error}") from error
     run_log = RunLog(config.output_dir, f"{config.model}, {config.loss_type} loss")
-    trainer = GRPOTrainer(
+    return GRPOTrainer(
         model,
         rewards,
         config,
@@ -41,8 +39,6 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
         peft_config=adapters_of(config),
         run_log=run_log,
     )
-    rewards.trainer_state = TrainerState(trainer)
-    return trainer
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -56,21 +52,6 @@ def train(config: TrainConfig) -> TrainResult:
         print(f"{config.output_dir}; --resume latest goes on" if result.signal else
               config.output_dir)  # fmt: skip
     return result
-
-
-class TrainerState(SimpleNamespace):
-    """What rewards get as `trainer_state`: of TRL's the two that a reward may depend on."""
-
-    def __init__(self, trainer):
-        super().__init__(trainer=trainer)
-
-    @property
-    def global_step(self) -> int:
-        return self.trainer.step
-
-    @property
-    def max_steps(self) -> int:
-        return self.trainer.config.max_steps
 
 
 def rows_of(config, source, part):

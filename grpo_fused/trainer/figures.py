@@ -3,6 +3,7 @@
 import torch
 
 from grpo_fused import metrics
+from grpo_fused.trainer.policy import whole
 
 
 def rollout_figures(accelerator, rollout, scores, group_size):
@@ -46,10 +47,11 @@ def step_figures(accelerator, sums, highest, grad_norm, signal, has_ref):
     Args:
         sums: (8,) of `LossOutput`, added up over micro-batches.
         highest: () largest ratio.
-        grad_norm: number or () tensor.
+        grad_norm: number or () tensor, a DTensor too.
         signal: number of a signal that this rank received, or 0.
     """
-    own = torch.stack([highest, highest.new_tensor(signal), torch.as_tensor(grad_norm).to(highest)])
+    grad_norm = whole(torch.as_tensor(grad_norm)).to(highest)
+    own = torch.stack([highest, highest.new_tensor(signal), grad_norm])
     every_rank = accelerator.gather(torch.cat([sums, own])[None]).cpu()
     sums = every_rank[:, : len(metrics.SUMS)].sum(0)
     highest, signals, grad_norms = every_rank[:, len(metrics.SUMS) :].unbind(1)

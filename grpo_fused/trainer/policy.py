@@ -188,9 +188,9 @@ class Reference:
             self.adapters = [tensor.to(policy.device) for tensor in state]
 
 
-def whole(parameter):
-    """A parameter that is sharded over ranks, gathered; any other as it is."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+def whole(tensor):
+    """What is sharded over ranks, gathered; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def trained(model):

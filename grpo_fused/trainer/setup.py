@@ -1,9 +1,25 @@
 """What a trainer checks and makes before its first step."""
 
 import warnings
+from types import SimpleNamespace
 
 import torch
 from accelerate.tracking import get_available_trackers
+
+
+class TrainerState(SimpleNamespace):
+    """What rewards get as `trainer_state`: of TRL's the two that a reward may depend on."""
+
+    def __init__(self, trainer):
+        super().__init__(trainer=trainer)
+
+    @property
+    def global_step(self) -> int:
+        return self.trainer.step
+
+    @property
+    def max_steps(self) -> int:
+        return self.trainer.config.max_steps
 
 
 def check_trackers(names):

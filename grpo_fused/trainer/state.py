@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.utils import SAFE_WEIGHTS_NAME
+from safetensors.torch import load_file
 
 from grpo_fused.trainer.checkpoint import check_same_run, save_checkpoint, write_json
 from grpo_fused.trainer.experience import Experience
+from grpo_fused.trainer.policy import whole
 
 RUN, REFERENCE = "trainer.json", "reference.pt"
 
@@ -46,7 +49,9 @@ def load(trainer, folder):
     folder = Path(folder)
     saved = json.loads((folder / RUN).read_text())
     now = describe(trainer)
-    check_same_run(saved, trainer.config, {name: now[name] for name in ("ranks", "rows")})
+    check_same_run(
+        saved, trainer.config, {name: now[name] for name in ("ranks", "rows", "frozen weights")}
+    )
     device = trainer.accelerator.device
     trainer.accelerator.load_state(str(folder))
     own = torch.load(folder / rank_file(trainer), map_location="cpu", weights_only=True)
@@ -66,8 +71,36 @@ def describe(trainer):
         "rollouts": trainer.rollouts,
         "ranks": trainer.accelerator.num_processes,
         "rows": len(trainer.data),
+        "frozen weights": trainer.frozen,
         "config": dataclasses.asdict(trainer.config),
     }
+
+
+def leave_out_frozen(trainer):
+    """Checkpoints of adapters are as small as these: what is frozen is where it came from.
+
+    Returns:
+        Their sum, by which a checkpoint knows them, as a str; None if nothing is frozen.
+    """
+    frozen = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return None
+
+    def leave_out(models, states, folder):
+        for state in states:  # none of sharded models, which Accelerate saves itself
+            for name in frozen.keys() & state.keys():
+                del state[name]
+
+    def load_rest(models, folder):
+        while models:
+            state = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+            missing, unexpected = models.pop().load_state_dict(state, strict=False)
+            assert frozen.keys() >= set(missing) and not unexpected
+
+    trainer.accelerator.register_save_state_pre_hook(leave_out)
+    trainer.accelerator.register_load_state_pre_hook(load_rest)
+    total = float(sum(whole(p).double().abs().sum().cpu() for p in frozen.values()))
+    return f"{total:.6e}"  # the order of a sum is its device's
 
 
 def rank_file(trainer):

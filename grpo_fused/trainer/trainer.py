@@ -17,8 +17,10 @@ from grpo_fused.trainer.evaluation import evaluate
 from grpo_fused.trainer.experience import Experience
 from grpo_fused.trainer.figures import step_figures, summary
 from grpo_fused.trainer.policy import Policy, Reference, prepare_model, trained
+from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rollout import Sampler
 from grpo_fused.trainer.setup import (
+    TrainerState,
     check_precision,
     check_rows,
     check_trackers,
@@ -26,7 +28,8 @@ from grpo_fused.trainer.setup import (
     rows_per_rank,
 )
 from grpo_fused.trainer.signals import Signals
-from grpo_fused.trainer.state import load, save, save_pretrained
+from grpo_fused.trainer.state import leave_out_frozen, load, save, save_pretrained
+from grpo_fused.trainer.tracking import RunLog
 
 
 class TrainResult(NamedTuple):
@@ -41,10 +44,9 @@ class GRPOTrainer:
 
     Args:
         model: a transformers model, or the folder or Hub name of one (float32).
-        rewards: `rewards(prompts, completions, completion_ids, columns)` -> Scores with `total`
-            (B,) float32, NaN where nobody judged, `each`: dict of (B,), and `steps`: None or, for
-            process supervision, [(end_token, score), ...] per completion, which then make the
-            advantages. See `grpo_fused.trainer.rewards`.
+        rewards: a function with TRL's signature, or several, or a `Rewards`, which says what they
+            may return: a number, None (not judged) or, for process supervision, a list of
+            (end_token, score), per completion. With steps, they make the advantages.
         config: GRPOTrainerConfig.
         data: rows to train on, a sequence of dicts: "prompt", a str or a list of messages, and
             columns for the rewards.
@@ -58,8 +60,8 @@ class GRPOTrainer:
             becomes columns for the rewards.
         on_refresh: called with the trainer after the reference was refreshed: the place to train
             a reward model further on new samples (DeepSeekMath, Algorithm 1, line 12).
-        run_log: where metrics and tables go, beside the trackers: `write(step, metrics)`,
-            `completions(step, rows)`, `close()`; on the main process.
+        run_log: where metrics and tables go beside the trackers, on the main process; None = a
+            `RunLog` in output_dir.
         accelerator: an Accelerator, where its defaults do not serve; trackers are then its own.
 
     Raises:
@@ -67,8 +69,11 @@ class GRPOTrainer:
             the data or the number of ranks.
 
     Example:
-        trainer = GRPOTrainer("Qwen/Qwen3-0.6B", rewards, GRPOTrainerConfig(beta=0.04), rows)
-        trainer.train()
+        def exact(completions, answer, **columns):
+            return [float(c.strip() == a) for c, a in zip(completions, answer)]
+
+        rows = [{"prompt": "2+2=", "answer": "4"}, ...]
+        GRPOTrainer("Qwen/Qwen3-0.6B", exact, GRPOTrainerConfig(beta=0.04), rows).train()
 
     References:
         DeepSeekMath, https://arxiv.org/abs/2402.03300, Algorithm 1.
@@ -90,7 +95,9 @@ class GRPOTrainer:
         accelerator=None,
     ):
         check_trackers(config.report_to)
-        self.config, self.rewards = config, rewards
+        self.config = config
+        self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
+        self.rewards.trainer_state = TrainerState(self)
         self.rollout_fn, self.on_refresh, self.run_log = rollout_fn, on_refresh, run_log
         self.accelerator = accelerator or Accelerator(
             mixed_precision=config.mixed_precision,
@@ -132,6 +139,7 @@ class GRPOTrainer:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.max_steps,
         )
+        self.frozen = leave_out_frozen(self)
         self.step = self.rollouts = 0
         self.experience: Experience | None = None
 
@@ -152,11 +160,13 @@ class GRPOTrainer:
         self.accelerator.init_trackers("grpo_fused")
         if found is not None:
             load(self, found)
+        if self.run_log is None and self.accelerator.is_main_process:
+            self.run_log = RunLog(self.config.output_dir)
         try:
             signal = self.run()
             save_pretrained(self)
         finally:
-            if self.run_log is not None and self.accelerator.is_main_process:
+            if self.accelerator.is_main_process:
                 self.run_log.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()  # `end_training` would end the process group as well
@@ -245,5 +255,5 @@ class GRPOTrainer:
     def log(self, metrics):
         """Metrics of the step that was taken last, to the trackers and the run's log."""
         self.accelerator.log(metrics, step=self.step)
-        if self.run_log is not None and self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             self.run_log.write(self.step, metrics)
