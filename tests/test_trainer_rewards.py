@@ -9,7 +9,14 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from grpo_fused.demo import make_tokenizer
-from grpo_fused.trainer.judges import READY, RewardModel, exact_match, math_verify, reasoning_gym
+from grpo_fused.trainer.judges import (
+    NEEDS,
+    READY,
+    RewardModel,
+    exact_match,
+    math_verify,
+    reasoning_gym,
+)
 from grpo_fused.trainer.rewards import Rewards
 
 PROMPTS = ["1?2=", "3?4=", "5?6="]
@@ -210,6 +217,13 @@ def test_ready_ones():
     chat = [[{"role": "assistant", "content": text}] for text in (" 2 ", "3", "x")]
     assert exact_match(chat, [2, "4", "y"]) == [1.0, 0.0, 0.0]
     assert set(READY) == {"exact_match", "math_verify", "reasoning_gym"}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_ready_one_names_the_package_that_it_needs(monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"{name} needs {NEEDS[name]}: pip install {NEEDS[name]}"):
+        Rewards(name)
 
 
 def test_math_is_compared_by_value():

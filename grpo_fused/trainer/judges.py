@@ -26,13 +26,8 @@ def math_verify(completions, answer, **columns) -> list[float | None]:
     r"""1 where the completion's final answer equals the column `answer`, as math-verify reads both.
 
     `1/2`, `0.5` and `\boxed{\frac{1}{2}}` are equal. Of a GSM8K answer only what stands behind
-    `####` counts. None where the answer cannot be read.
-
-    Raises:
-        ValueError: math-verify is not installed.
+    `####` counts. None where the answer cannot be read. Needs the package math-verify.
     """
-    if importlib.util.find_spec("math_verify") is None:
-        raise ValueError('the reward math_verify needs math-verify: pip install "math-verify"')
     from math_verify import parse, verify
 
     scores = []
@@ -43,7 +38,7 @@ def math_verify(completions, answer, **columns) -> list[float | None]:
 
 
 def reasoning_gym(completions, entry, **columns) -> list[float]:
-    """What the task of reasoning-gym, whose rows `load_rows` made, gives for a completion."""
+    """What the task of reasoning-gym, whose rows `load_rows` made, gives a completion."""
     from reasoning_gym import get_score_answer_fn
 
     scores = []
@@ -54,6 +49,7 @@ def reasoning_gym(completions, entry, **columns) -> list[float]:
 
 
 READY = {one.__name__: one for one in (exact_match, math_verify, reasoning_gym)}
+NEEDS = {"math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}  # module, package
 
 
 class RewardModel:
@@ -82,12 +78,12 @@ class RewardModel:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.model.config.pad_token_id is None:  # it finds the last token by it
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        if torch.cuda.is_available():
-            self.model.to(torch.cuda.current_device())
 
     @torch.no_grad()
     def __call__(self, prompts, completions, **columns) -> list[float]:
         """One score per prompt and completion, B of each."""
+        if torch.cuda.is_available():  # which device is a rank's is not known before training
+            self.model.to(torch.cuda.current_device())
         texts, scores = list(map(self._text, prompts, completions)), []
         for start in range(0, len(texts), self.batch_size):
             inputs = self.tokenizer(
@@ -120,6 +116,9 @@ def find_reward(name: str) -> Callable:
     source, colon, attribute = name.rpartition(":")
     if not colon:
         if name in READY:
+            if name in NEEDS and importlib.util.find_spec(name) is None:
+                package = NEEDS[name]
+                raise ValueError(f"rewards: {name} needs {package}: pip install {package}")
             return READY[name]
         if (Path(name) / "config.json").is_file():
             return RewardModel(name)
