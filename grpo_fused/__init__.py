@@ -1,5 +1,7 @@
 """Fused losses of the GRPO family over logits, in Triton and in plain torch."""
 
+from importlib import import_module
+
 from grpo_fused.advantages import (
     gae_advantages,
     mask_truncated,
@@ -44,3 +46,12 @@ __all__ = [
     "token_weights",
     "whiten",
 ]
+
+# What needs the extra [train] is imported when it is asked for.
+LAZY = {"GRPOTrainer": "grpo_fused.trainer", "GRPOTrainerConfig": "grpo_fused.trainer"}
+
+
+def __getattr__(name):
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(LAZY[name]), name)

@@ -2,22 +2,37 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 TRAIN_EXTRA = ("accelerate", "matplotlib", "tqdm", "transformers")
+TRAINER_EXTRA = (*TRAIN_EXTRA, "datasets", "yaml")
+TRAIN_USAGE = """usage: grpo-fused train CONFIG.yaml [--name value ...]
+
+Trains a causal language model by GRPO or another loss of the family; README.md has an example.
+CONFIG.yaml holds `name: value` lines; options on the command line replace them, and without
+CONFIG.yaml they are all there is. `--objective.epsilon_low 0.1` is one entry of a mapping.
+GRPO_FUSED_TRACEBACK=1 in the environment shows where an error came from.
+
+options:
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="grpo-fused", description="Losses of the GRPO family.")
     commands = parser.add_subparsers(metavar="command", required=True)
     add_demo(commands)
-    options = vars(parser.parse_args(argv))
-    run = options.pop("run")
+    commands.add_parser("train", help="train a language model as a config file says")
     try:
+        if argv[:1] == ["train"]:  # its options are the fields of a class that is not imported yet
+            return train(argv[1:])
+        options = vars(parser.parse_args(argv))
+        run = options.pop("run")
         return run(**options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -65,10 +80,7 @@ def add_demo(commands) -> None:
 
 
 def demo(parser: argparse.ArgumentParser, **options) -> int:
-    missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
-    if missing:
-        names = ", ".join(missing)
-        print(f'grpo-fused demo needs {names}: pip install "grpo-fused[train]"', file=sys.stderr)
+    if lacks_extra("demo", TRAIN_EXTRA):
         return 1
     from grpo_fused import LOSSES
     from grpo_fused.demo import DemoOptions, run_demo
@@ -80,6 +92,44 @@ def demo(parser: argparse.ArgumentParser, **options) -> int:
     if options.output_dir.exists() and not options.output_dir.is_dir():
         parser.error(f"argument --output-dir: {options.output_dir} is not a directory")
     return run_demo(options)
+
+
+def train(arguments: list[str]) -> int:
+    """`grpo-fused train`: 0, 1 for what fails on the way, 2 for a bad config, 128 + a signal."""
+    if lacks_extra("train", TRAINER_EXTRA):
+        return 1
+    from grpo_fused.trainer.config import TrainConfig
+    from grpo_fused.trainer.options import format_options, load_options
+
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(TRAIN_USAGE + format_options(TrainConfig))
+        return 0 if arguments else 2
+    path = None if arguments[0].startswith("--") else arguments.pop(0)
+    try:
+        config = load_options(TrainConfig, path, arguments)
+    except ValueError as error:
+        print(f"grpo-fused train: {error}", file=sys.stderr)
+        return 2
+    from grpo_fused.trainer.command import train
+
+    try:
+        result = train(config)
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("GRPO_FUSED_TRACEBACK"):
+            raise
+        print(f"grpo-fused train: {error}", file=sys.stderr)
+        return 1
+    return 128 + result.signal if result.signal else 0
+
+
+def lacks_extra(command: str, modules: Sequence[str]) -> bool:
+    """Says which modules that a command needs are not installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        message = f'grpo-fused {command} needs {names}: pip install "grpo-fused[train]"'
+        print(message, file=sys.stderr)
+    return bool(missing)
 
 
 if __name__ == "__main__":

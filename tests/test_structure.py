@@ -33,7 +33,7 @@ ORDER = [
     ["testing", "causal_lm"],
     ["__init__"],
     ["integrations"],
-    ["demo"],
+    ["demo", "trainer"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

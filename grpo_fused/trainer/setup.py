@@ -1,0 +1,99 @@
+"""What a trainer checks and makes before its first step."""
+
+import warnings
+from types import SimpleNamespace
+
+import torch
+from accelerate.tracking import get_available_trackers
+
+
+class TrainerState(SimpleNamespace):
+    """What rewards get as `trainer_state`: of TRL's the two that a reward may depend on."""
+
+    def __init__(self, trainer):
+        super().__init__(trainer=trainer)
+
+    @property
+    def global_step(self) -> int:
+        return self.trainer.step
+
+    @property
+    def max_steps(self) -> int:
+        return self.trainer.config.max_steps
+
+
+def check_trackers(names):
+    """Accelerate leaves out, without a word, what is not installed."""
+    available = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                f"report_to: {name} is not installed or unknown to Accelerate, which has "
+                f"{', '.join(available) or 'none'}"
+            )
+
+
+def check_precision(config, accelerator):
+    """An Accelerator of one's own has its own."""
+    if accelerator.mixed_precision != config.mixed_precision:
+        raise ValueError(
+            f"mixed_precision is {config.mixed_precision!r}, that of the accelerator is "
+            f"{accelerator.mixed_precision!r}"
+        )
+
+
+def check_rows(name, data):
+    """Rows that have a prompt each."""
+    if data is None or len(data) == 0:
+        raise ValueError(f"{name} has no rows")
+    if not isinstance(data[0], dict) or "prompt" not in data[0]:
+        raise ValueError(f'{name}: rows must be dicts with a "prompt", got {data[0]!r}')
+    return data
+
+
+def rows_per_rank(config, num_processes):
+    """Sequences of one rank in a rollout: whole groups, and as many in each minibatch."""
+    prompts = config.prompts_per_rollout
+    if prompts % num_processes:
+        raise ValueError(
+            f"prompts_per_rollout must be a multiple of the {num_processes} ranks, that groups "
+            f"stay together, got {prompts}"
+        )
+    rows = prompts // num_processes * config.num_generations
+    if rows % config.minibatches:
+        raise ValueError(
+            f"minibatches must divide the {rows} sequences of each of {num_processes} ranks, "
+            f"got {config.minibatches}"
+        )
+    if config.num_generations == 1:
+        warnings.warn(
+            "num_generations is 1: outcome rewards of a group of one have advantage 0 and train "
+            "nothing; only rewards of several steps do",
+            stacklevel=3,
+        )
+    return rows
+
+
+def split_columns(rows):
+    """(prompts, columns) of rows: what is no prompt goes to the rewards, None where it lacks."""
+    for row in rows:
+        if "prompt" not in row:
+            raise ValueError(f'a row has no "prompt": {row!r}')
+    names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+    return [row["prompt"] for row in rows], {
+        name: [row.get(name) for row in rows] for name in names
+    }
+
+
+def make_optimizer(model, config):
+    """AdamW on what is trained; norms and biases do not decay."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=tuple(config.adam_betas),
+    )

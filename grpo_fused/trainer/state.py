@@ -1,0 +1,123 @@
+"""What a run is made of, written and read: nothing that its next step depends on is left out."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate.utils import SAFE_WEIGHTS_NAME
+from safetensors.torch import load_file
+
+from grpo_fused.trainer.checkpoint import check_same_run, save_checkpoint, write_json
+from grpo_fused.trainer.experience import Experience
+from grpo_fused.trainer.policy import whole
+
+RUN, REFERENCE = "trainer.json", "reference.pt"
+
+
+def save(trainer):
+    """Writes a checkpoint of a trainer, on all ranks; see `save_checkpoint`."""
+
+    def write(folder):
+        # Model, optimizer, loss scale; the random states of every rank.
+        trainer.accelerator.save_state(str(folder))
+        experience = trainer.experience
+        own = {
+            "scheduler": trainer.scheduler.state_dict(),
+            "experience": None if experience is None else experience.state_dict(),
+        }
+        torch.save(own, folder / rank_file(trainer))
+        if trainer.accelerator.is_main_process:
+            if trainer.reference is not None:
+                torch.save(trainer.reference.state_dict(), folder / REFERENCE)
+            write_json(folder / RUN, describe(trainer))
+
+    config = trainer.config
+    save_checkpoint(
+        trainer.accelerator, config.output_dir, trainer.step, write, config.save_total_limit
+    )
+
+
+def load(trainer, folder):
+    """Puts a trainer where it was when it saved.
+
+    Raises:
+        ValueError: a checkpoint of a run with other settings, rows or ranks.
+    """
+    folder = Path(folder)
+    saved = json.loads((folder / RUN).read_text())
+    now = describe(trainer)
+    check_same_run(
+        saved, trainer.config, {name: now[name] for name in ("ranks", "rows", "frozen weights")}
+    )
+    device = trainer.accelerator.device
+    trainer.accelerator.load_state(str(folder))
+    own = torch.load(folder / rank_file(trainer), map_location="cpu", weights_only=True)
+    trainer.scheduler.load_state_dict(own["scheduler"])
+    trainer.experience = None
+    if own["experience"] is not None:
+        trainer.experience = Experience.from_state_dict(own["experience"], device)
+    if trainer.reference is not None:
+        state = torch.load(folder / REFERENCE, map_location="cpu", weights_only=True)
+        trainer.reference.load_state_dict(state, trainer.unwrapped)
+    trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
+
+
+def describe(trainer):
+    return {
+        "step": trainer.step,
+        "rollouts": trainer.rollouts,
+        "ranks": trainer.accelerator.num_processes,
+        "rows": len(trainer.data),
+        "frozen weights": trainer.frozen,
+        "config": dataclasses.asdict(trainer.config),
+    }
+
+
+def leave_out_frozen(trainer):
+    """Checkpoints of adapters are as small as these: what is frozen is where it came from.
+
+    Returns:
+        Their sum, by which a checkpoint knows them, as a str; None if nothing is frozen.
+    """
+    frozen = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return None
+
+    def leave_out(models, states, folder):
+        for state in states:  # none of sharded models, which Accelerate saves itself
+            for name in frozen.keys() & state.keys():
+                del state[name]
+
+    def load_rest(models, folder):
+        while models:
+            state = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+            missing, unexpected = models.pop().load_state_dict(state, strict=False)
+            assert frozen.keys() >= set(missing) and not unexpected
+
+    trainer.accelerator.register_save_state_pre_hook(leave_out)
+    trainer.accelerator.register_load_state_pre_hook(load_rest)
+    total = float(sum(whole(p).double().abs().sum().cpu() for p in frozen.values()))
+    return f"{total:.6e}"  # the order of a sum is its device's
+
+
+def rank_file(trainer):
+    """Accelerate keeps state of one's own on rank 0 alone: here every rank writes its own."""
+    return f"rank_{trainer.accelerator.process_index}.pt"
+
+
+def save_pretrained(trainer):
+    """Writes `model/`, which `from_pretrained` loads; an older one stays until it is whole."""
+    accelerator = trainer.accelerator
+    weights = accelerator.get_state_dict(trainer.model)  # of sharded models too, from all ranks
+    if accelerator.is_main_process:
+        final = Path(trainer.config.output_dir) / "model"
+        partial = final.with_name("model.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        trainer.unwrapped.save_pretrained(partial, state_dict=weights)
+        trainer.tokenizer.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    accelerator.wait_for_everyone()

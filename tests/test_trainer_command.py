@@ -1,0 +1,211 @@
+"""`grpo-fused train`: from the examples' configs to a model, resumed, interrupted, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
+
+from grpo_fused import cli
+from grpo_fused.demo import make_model, make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+REWARDS = """
+def digits(completions, completion_ids, trainer_state, **columns):
+    assert trainer_state.max_steps >= trainer_state.global_step >= 0
+    return [text[:1].isdigit() + 0.1 * len(ids) for text, ids in zip(completions, completion_ids)]
+
+def wrong(completions, **columns):
+    return [1.0]
+
+def broken(completions, answer, **columns):
+    return [1 / (a != "9") for a in answer]
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """Accelerate keeps the first one's settings for a process; runs have their own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a tiny model of random weights, rows and rewards."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for one in messages %}{{ one.content }}{% endfor %}="
+    make_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"{a}?{b}=", "answer": str(max(a, b))} for a in range(10) for b in range(3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def arguments_of(files, output_dir, **options):
+    given = {"model": files / "model", "data": files / "rows.jsonl", "output_dir": output_dir}
+    given |= {"rewards": f"{files}/rewards.py:digits", "prompts_per_rollout": 2, "report_to": "[]"}
+    given |= {"num_generations": 2, "max_completion_length": 2, "max_steps": 3, "save_steps": 1}
+    given |= {"progress_bar": "false", "learning_rate": "1e-2"} | options
+    return ["train", *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
+
+
+def steps_of(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["reward"] for line in lines}
+
+
+def weights_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+
+
+def test_a_run_and_what_it_leaves(files, tmp_path, capsys):
+    options = {"eval_data": files / "rows.jsonl", "eval_steps": 2, "completions_steps": 1}
+    assert cli.main(arguments_of(files, tmp_path, report_to="tensorboard", **options)) == 0
+    lines = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert {"eval/reward", "rewards/digits", "kl"} & lines[2].keys() == {
+        "eval/reward",
+        "rewards/digits",
+    }
+    assert (tmp_path / "reward.png").stat().st_size > 10_000
+    assert "completion" in json.loads((tmp_path / "completions" / "0.jsonl").read_text()[:200]
+                                      .splitlines()[0])  # fmt: skip
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    before = AutoModelForCausalLM.from_pretrained(files / "model").state_dict()
+    after = weights_of(tmp_path)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert (
+        f"trained 3 of 3 steps; model/ and metrics.jsonl in {tmp_path}" in capsys.readouterr().out
+    )
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(files, tmp_path, capsys):
+    options = {"num_iterations": 2, "beta": 0.1, "rewards": f"[{files}/rewards.py:digits]"}
+    assert cli.main(arguments_of(files, tmp_path / "a", **options)) == 0
+    assert cli.main(arguments_of(files, tmp_path / "b", **options | {"max_steps": 1})) == 0
+    resumed = options | {"resume": "latest"}
+    assert cli.main(arguments_of(files, tmp_path / "b", **resumed)) == 0
+    assert steps_of(tmp_path / "a") == steps_of(tmp_path / "b")
+    one, other = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    assert cli.main(arguments_of(files, tmp_path / "b", **resumed | {"beta": 0.2})) == 1
+    assert "resume: beta is 0.2, the checkpoint has 0.1" in capsys.readouterr().err
+    assert cli.main(arguments_of(files, tmp_path / "b", **options)) == 1
+    assert "of an earlier run: resume=latest continues it" in capsys.readouterr().err
+
+
+def test_the_gsm8k_example(files, tmp_path, monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.chdir(ROOT)
+    given = {"model": files / "model", "output_dir": tmp_path, "max_completion_length": 3}
+    given |= {"prompts_per_rollout": 2, "num_generations": 2, "max_steps": 3, "lora_rank": 2}
+    command = ["train", "examples/gsm8k.yaml"]
+    command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    assert cli.main(command) == 0
+    assert len(steps_of(tmp_path)) == 3
+
+
+def test_the_example_of_sums(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = tmp_path / "sums.jsonl"
+    subprocess.run([sys.executable, "examples/sums.py", rows], check=True)
+    assert len(rows.read_text().splitlines()) == 36
+    command = ["train", "examples/sums.yaml", "--model", str(files / "model"), "--max_steps", "1"]
+    assert cli.main([*command, "--data", str(rows), "--output-dir", str(tmp_path / "run")]) == 0
+    assert steps_of(tmp_path / "run") == {1: 0.0}
+    monkeypatch.syspath_prepend("examples")
+    from sums import right_sum
+
+    assert right_sum(["5\n3", " 5\n", "5", "55\n", "4\n"], ["5"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_sigterm_saves_and_the_run_goes_on(files, tmp_path):
+    command = arguments_of(files, tmp_path, max_steps=100_000, save_steps="none")
+    program = "import sys; from grpo_fused.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *command],
+        cwd=tmp_path,  # not the checkout, whose folders must not be importable
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    path = tmp_path / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGTERM
+    done = len(steps_of(tmp_path))
+    assert f"interrupted after {done} of 100000 steps" in output
+    assert (tmp_path / f"checkpoint-{done}").is_dir() and (tmp_path / "reward.png").exists()
+    command = arguments_of(files, tmp_path, max_steps=done + 1, save_steps="none", resume="latest")
+    assert cli.main(command) == 0
+    assert list(steps_of(tmp_path)) == list(range(1, done + 2))
+
+
+@pytest.mark.parametrize(
+    "options, code, message",
+    [
+        ({"max_stpes": 3}, 2, "there is no option max_stpes (did you mean max_steps?)"),
+        ({"max_steps": "many"}, 2, "max_steps must be an integer, got 'many'"),
+        ({"loss_type": "grop"}, 2, "loss_type must be one of grpo, "),
+        ({"rewards": ""}, 2, "rewards is needed, got []"),
+        ({"data": "nowhere.jsonl"}, 1, "there is no file or folder nowhere.jsonl"),
+        ({"rewards": "nowhere.py:f"}, 1, "there is no file nowhere.py"),
+        ({"model": "{files}/none"}, 1, "/none cannot be loaded: "),
+        ({"rewards": "{files}/rewards.py:wrong"}, 1, "reward wrong must return one value per com"),
+        ({"data_columns": "{prompt: question}"}, 1, "has no column question: there are prompt, an"),
+    ],
+)
+def test_bad_input_is_said_in_one_line(files, tmp_path, capsys, options, code, message):
+    options = {k: str(v).replace("{files}", str(files)) for k, v in options.items()}
+    assert cli.main(arguments_of(files, tmp_path / "run", **options)) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert message in [line for line in lines if line.startswith("grpo-fused train: ")][0]
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_an_output_dir_that_is_a_file(files, capsys):
+    assert cli.main(arguments_of(files, files / "rows.jsonl")) == 1
+    assert "rows.jsonl" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_failing_reward_stops_the_run_with_its_example(files, tmp_path):
+    with pytest.raises(RuntimeError, match="broken failed on example .*ZeroDivision.*prompt: '9"):
+        command = arguments_of(files, tmp_path, rewards=f"{files}/rewards.py:broken", max_steps=99)
+        cli.main(command)
+    lines = steps_of(tmp_path) if (tmp_path / "metrics.jsonl").exists() else {}
+    assert list(lines) == list(range(1, len(lines) + 1))
+
+
+def test_help_and_no_arguments(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: grpo-fused train CONFIG.yaml") and "--learning_rate" in text
+    assert cli.main(["train"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "train a language model as a config file says" in capsys.readouterr().out
+
+
+def test_every_example_is_a_config():
+    from grpo_fused.trainer import TrainConfig
+    from grpo_fused.trainer.options import load_options
+
+    for path in (ROOT / "examples").glob("*.yaml"):
+        config = load_options(TrainConfig, path)
+        assert yaml.safe_load(path.read_text())["model"] == config.model

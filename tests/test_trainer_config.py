@@ -1,0 +1,87 @@
+"""Settings: what they take, what they refuse, and that each one says what it means."""
+
+import dataclasses
+
+import pytest
+
+from grpo_fused import LOSSES, Clip, GRPOTrainerConfig
+from grpo_fused.trainer import TrainConfig
+
+GIVEN = {"model": "folder", "data": "rows.jsonl", "rewards": ["math:gcd"]}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
+def test_every_field_says_what_it_means_and_takes_its_default(field):
+    assert len(field.metadata["help"]) > 5
+    assert getattr(TrainConfig(**GIVEN), field.name) is not dataclasses.MISSING
+
+
+def test_no_two_configs_share_a_list():
+    one, other = GRPOTrainerConfig(), GRPOTrainerConfig()
+    one.report_to.append("wandb")
+    assert other.report_to == ["tensorboard"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"max_steps": 2.0}, "max_steps must be an integer, got 2.0"),
+        ({"max_steps": True}, "max_steps must be an integer, got True"),
+        ({"max_steps": None}, "max_steps must be an integer, got None"),
+        ({"seed": 2**32}, "seed must be at least 0 and at most 4294967295, got 4294967296"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
+        ({"learning_rate": float("inf")}, "learning_rate must be at least 0, got inf"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"loss_type": "grop"}, "loss_type must be one of grpo, .*, got 'grop'"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing must be true or false, got 1"),
+        ({"report_to": "wandb"}, "report_to must be a list, got 'wandb'"),
+        ({"report_to": [3]}, "report_to must be a string, got 3"),
+        ({"adam_betas": [0.9]}, r"adam_betas must be two numbers below 1, got \[0.9\]"),
+        ({"adam_betas": [0.9, 1.0]}, r"adam_betas must be two numbers below 1, got \[0.9, 1.0\]"),
+        ({"minibatches": 7}, "minibatches must divide .* = 64, got 7"),
+        ({"objective": {"epsilon": 0.1}}, r"objective: dapo has .*'epsilon' \(did you mean epsi"),
+        ({"objective": {"epsilon_low": -1.0}}, "epsilon_low must be"),
+        ({"objective": {"epsilon_low": "x"}}, "objective must be a number, got 'x'"),
+        ({"loss_type": "gpg", "objective": {"x": 1.0}}, "objective: gpg has no knobs, got 'x'"),
+        ({"rollout_correction_floor": 3.0}, "floor must be below .*cap = 3.0, got 3.0"),
+        ({"reference_refresh_rollouts": 2}, "reference_refresh_rollouts wants beta > 0"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of token"),
+        (
+            {"loss_type": "gmpo", "importance_sampling_level": "token"},
+            "importance_sampling_level 'token' has no meaning for Gmpo",
+        ),
+    ],
+)
+def test_bad_values_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOTrainerConfig(**options)
+
+
+@pytest.mark.parametrize("missing", GIVEN)
+def test_what_train_needs(missing):
+    with pytest.raises(ValueError, match=f"{missing} is needed"):
+        TrainConfig(**{name: value for name, value in GIVEN.items() if name != missing})
+
+
+def test_weights_of_rewards_are_one_each():
+    with pytest.raises(ValueError, match="reward_weights must be one per reward, 1, got 2"):
+        TrainConfig(**GIVEN, reward_weights=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_objective_is_the_loss_s_with_other_knobs(loss_type):
+    objective = LOSSES[loss_type].objective
+    config = GRPOTrainerConfig(loss_type=loss_type)
+    assert config.objective_or_default == objective
+    if isinstance(objective, Clip):
+        config = GRPOTrainerConfig(loss_type=loss_type, objective={"delta": 4.0})
+        assert config.objective_or_default == dataclasses.replace(objective, delta=4.0)
+
+
+def test_off_policy_is_more_than_one_step_per_rollout():
+    assert not GRPOTrainerConfig().is_off_policy
+    assert GRPOTrainerConfig(minibatches=2).is_off_policy
+    assert GRPOTrainerConfig(num_iterations=2).is_off_policy

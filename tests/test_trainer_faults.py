@@ -1,0 +1,142 @@
+"""Bad input and faults: an error that names it before harm is done, or what is defined."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig
+from trainer_runs import ROWS, Log, Scores, judge, trainer_of, weights_of
+
+from grpo_fused import LOSSES
+
+
+def test_nothing_but_end_tokens(tmp_path):
+    def ends(prompts, trainer):
+        return {"completion_ids": [[1]] * len(prompts)}
+
+    trainer, records = trainer_of(tmp_path, rollout_fn=ends, rewards=lambda *_: Scores(
+        torch.arange(16.0), {}))  # fmt: skip
+    trainer.train()
+    assert records[1]["completions/max_length"] == 1 and records[1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("completion", [[], [5, 5]])
+def test_nothing_to_train_on_is_a_step_that_changes_nothing(tmp_path, completion):
+    """Empty completions, or all cut off and masked: a differentiable 0."""
+
+    def nothing(prompts, trainer):
+        return {"completion_ids": [completion] * len(prompts)}
+
+    trainer, records = trainer_of(
+        tmp_path, rollout_fn=nothing, mask_truncated_completions=True, max_steps=2, beta=0.1
+    )
+    before = weights_of(trainer)
+    trainer.train()
+    assert records[2]["loss"] == records[2]["grad_norm"] == records[2]["num_tokens"] == 0
+    assert records[2]["completions/clipped_ratio"] == 1
+    assert all(torch.equal(before[name], w) for name, w in weights_of(trainer).items())
+
+
+def test_a_group_of_one_is_warned_of_and_trains_nothing(tmp_path):
+    with pytest.warns(UserWarning, match="num_generations is 1"):
+        trainer, records = trainer_of(tmp_path, num_generations=1)
+    trainer.train()
+    assert records[4]["grad_norm"] == 0 and records[4]["reward_std"] == 0
+
+
+def fails(*_):
+    raise RuntimeError("no such answer")
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"data": []}, ValueError, "data has no rows"),
+        ({"data": [{"question": "?"}]}, ValueError, 'rows must be dicts with a "prompt"'),
+        (
+            {"data": [ROWS[0], {"answer": "3"}]},
+            ValueError,
+            "a row has no \"prompt\": {'answer': '3'}",
+        ),
+        ({"eval_steps": 3}, ValueError, "eval_steps is 3, but there is no eval_data"),
+        ({"eval_steps": 3, "eval_data": []}, ValueError, "eval_data has no rows"),
+        ({"report_to": ["wandbb"]}, ValueError, "report_to: wandbb is not installed or unknown"),
+        ({"rewards": fails}, RuntimeError, "no such answer"),
+        (
+            {"rewards": lambda *_: Scores(torch.ones(3), {})},
+            ValueError,
+            r"total must have shape \(16,\), got \(3,\)",
+        ),
+        (
+            {"rewards": lambda *_: Scores(torch.full((16,), float("inf")), {})},
+            ValueError,
+            "total must be finite or NaN",
+        ),
+    ],
+)
+def test_bad_input_is_an_error_that_names_it(tmp_path, options, error, message):
+    log = Log()
+    with pytest.raises(error, match=message):
+        trainer, _ = trainer_of(tmp_path, run_log=log, **options)
+        trainer.train()
+    assert not log.steps
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_applied(tmp_path):
+    trainer, _ = trainer_of(tmp_path, save_steps=1)
+
+    def broken(parameter):
+        parameter.grad.fill_(float("nan"))
+
+    weight = trainer.unwrapped.lm_head.weight
+    trainer.on_refresh = None
+    hook = None
+
+    def rewards(*arguments):
+        nonlocal hook
+        if trainer.step == 2:
+            hook = weight.register_post_accumulate_grad_hook(broken)
+        return judge(*arguments)
+
+    trainer.rewards = rewards
+    with pytest.raises(FloatingPointError, match="grad_norm is nan in step 3: the step is not ta"):
+        trainer.train()
+    assert weight.isfinite().all() and (tmp_path / "checkpoint-2").exists()
+
+
+def test_a_head_that_cannot_be_fused_wants_logits(tmp_path):
+    head = LoraConfig(r=2, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match='cannot be fused.*loss_input "logits" works with any'):
+        trainer_of(tmp_path, peft_config=head)
+    trainer, records = trainer_of(tmp_path, peft_config=head, loss_input="logits", beta=0.1)
+    trainer.train()
+    assert records[4]["grad_norm"] > 0
+
+
+def test_groups_and_minibatches_that_ranks_cannot_share(tmp_path):
+    class Three(Accelerator):
+        num_processes = 3
+
+    with pytest.raises(ValueError, match="prompts_per_rollout must be a multiple of the 3 ranks"):
+        trainer_of(tmp_path, accelerator=Three(cpu=True))
+    with pytest.raises(ValueError, match="minibatches must divide the 4 sequences of each of 3"):
+        trainer_of(tmp_path, accelerator=Three(cpu=True), prompts_per_rollout=3, minibatches=3)
+
+
+def test_the_name_needs_the_extra_only_when_it_is_used(tmp_path):
+    program = (
+        "import sys; sys.modules.update(transformers=None, accelerate=None)\n"
+        "import grpo_fused; from grpo_fused import *; print(len(grpo_fused.LOSSES))\n"
+        "try: grpo_fused.nothing\nexcept AttributeError as error: print(error)\n"
+        "try: grpo_fused.GRPOTrainer\nexcept ImportError as error: print('needs', error.name)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines() == [
+        str(len(LOSSES)),
+        "module 'grpo_fused' has no attribute 'nothing'",
+        "needs accelerate",
+    ]

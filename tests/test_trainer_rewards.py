@@ -1,0 +1,264 @@
+"""Rewards: signature, None, weights, async, steps, models; errors that name who and what."""
+
+import asyncio
+import math
+
+import numpy
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from grpo_fused.demo import make_tokenizer
+from grpo_fused.trainer.judges import (
+    NEEDS,
+    READY,
+    RewardModel,
+    exact_match,
+    math_verify,
+    reasoning_gym,
+)
+from grpo_fused.trainer.rewards import Rewards
+
+PROMPTS = ["1?2=", "3?4=", "5?6="]
+COMPLETIONS = ["2", "3", "66"]
+IDS = [[4, 1], [5, 1], [8, 8]]
+COLUMNS = {"answer": ["2", "4", "6"]}
+
+
+def judged(functions, weights=None, completions=COMPLETIONS, columns=COLUMNS):
+    return Rewards(functions, weights)(PROMPTS, completions, IDS, columns)
+
+
+def length(completions, **kwargs):
+    return [len(text) for text in completions]
+
+
+def test_functions_get_what_their_signature_names():
+    seen = {}
+
+    def everything(prompts, completions, completion_ids, **kwargs):
+        seen.update(kwargs, prompts=prompts, completions=completions, ids=completion_ids)
+        return [0.0] * 3
+
+    def few(answer, completions):
+        return [float(a == c) for a, c in zip(answer, completions, strict=True)]
+
+    def stateful(completions, trainer_state, missing=None, **columns):
+        return [trainer_state.global_step + (missing is None)] * len(completions)
+
+    class State:
+        global_step = 3
+
+    rewards = Rewards([everything, few, stateful])
+    rewards.trainer_state = State
+    scores = rewards(PROMPTS, COMPLETIONS, IDS, COLUMNS)
+    assert seen == {"answer": COLUMNS["answer"], "trainer_state": State, "prompts": PROMPTS,
+                    "completions": COMPLETIONS, "ids": IDS}  # fmt: skip
+    assert scores.each["few"].tolist() == [1.0, 0.0, 0.0]
+    assert scores.total.tolist() == [5.0, 4.0, 4.0]
+    assert scores.total.dtype == torch.float32 and scores.steps is None
+
+
+def test_weights_and_what_is_not_judged():
+    def some(completions, **kwargs):
+        return [None, 2, None]
+
+    def others(completions, **kwargs):
+        return [1.0, True, None]
+
+    scores = judged([some, others], [0.5, 3.0])
+    assert scores.total[:2].tolist() == [3.0, 4.0] and scores.total[2].isnan()
+    assert scores.each["some"][1] == 2.0 and scores.each["some"][[0, 2]].isnan().all()
+    assert scores.each["others"][:2].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array, tuple, list])
+def test_whatever_holds_numbers(kind):
+    assert judged(lambda completions: kind([1.0, 2.0, 3.0])).total.tolist() == [1.0, 2.0, 3.0]
+    assert judged(lambda completions: list(kind([1, 2, 3]))).total.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_async_functions_run_at_the_same_time_even_inside_a_loop():
+    both = []
+
+    def waiting(me):
+        async def function(completions, **kwargs):
+            both.append(me)
+            while len(both) < 2:  # alone it would never return
+                await asyncio.sleep(0)
+            return [float(me)] * len(completions)
+
+        return function
+
+    class Caller:
+        async def __call__(self, completions, **kwargs):
+            return [0.5] * len(completions)
+
+    async def inside():
+        return judged([waiting(1), waiting(2), Caller(), length])
+
+    scores = asyncio.run(asyncio.wait_for(inside(), 30))
+    assert scores.total.tolist() == [4.5, 4.5, 5.5]
+    assert list(scores.each) == ["function", "function_2", "Caller", "length"]
+
+
+def test_steps_and_numbers_together():
+    def steps(completions, **kwargs):
+        return [[(0, 1.0), (1, 0.5)], None, []]
+
+    scores = judged([steps], [2.0])
+    assert scores.steps == [[(0, 2.0), (1, 1.0)], [], []]
+    assert scores.total[0] == 3.0 and scores.total[1:].isnan().all()
+
+    scores = judged([steps, length], [2.0, 10.0])
+    assert scores.steps == [[(0, 2.0), (1, 1.0), (1, 10.0)], [(1, 10.0)], [(1, 20.0)]]
+    assert scores.total.tolist() == [13.0, 10.0, 20.0]
+
+
+def function_of(result):
+    def bad(completions, **kwargs):
+        return result
+
+    return bad
+
+
+@pytest.mark.parametrize(
+    "result, message",
+    [
+        ([1.0, 2.0], "reward bad must return one value per completion, 3, got 2"),
+        (1.0, "one value per completion, 3, got 1.0"),
+        (None, "one value per completion, 3, got None"),
+        (torch.tensor(1.0), "one value per completion, 3, got 1.0"),
+        ([1.0, math.nan, 2.0], "bad: value 1 must be finite, or None for not judged, got nan"),
+        ([1.0, 2.0, math.inf], "bad: value 2 must be finite, or None for not judged, got inf"),
+        (["1", 1, 1], "bad: value 0 must be a number or None, got '1'"),
+        ([{}, 1, 1], "bad: value 0 must be a number or None, got {}"),
+        ([[1], [], []], r"a step of completion 0 must be \(end_token, score\), got 1"),
+        ([[(0, 1)], [(2, 1)], []], "end_token of completion 1 must be .* its 2 tokens, got 2"),
+        ([[(-1, 1)], [], []], "end_token of completion 0 .* got -1"),
+        ([[(0.0, 1)], [], []], "end_token of completion 0 .* got 0.0"),
+        ([[(0, math.nan)], [], []], "step score 0 must be finite"),
+        ([[(0, "x")], [], []], "step score 0 must be a number"),
+    ],
+)
+def test_results_are_refused_by_function_and_value(result, message):
+    with pytest.raises(ValueError, match=message):
+        judged(function_of(result))
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_failing_reward_names_its_example(is_async):
+    def check(completions):
+        return [1 / (len(text) - 2) for text in completions]
+
+    async def check_later(completions):
+        return check(completions)
+
+    message = (
+        r"reward check(_later)? failed on example 2 of 3 \(ZeroDivisionError: .*\); "
+        "prompt: '5\\?6='; completion: '66'"
+    )
+    with pytest.raises(RuntimeError, match=message) as raised:
+        judged(check_later if is_async else check)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_a_reward_that_fails_on_a_batch_only_says_so():
+    def check(completions):
+        raise KeyError("batch") if len(completions) > 1 else AssertionError
+
+    def batches(completions):
+        if len(completions) > 1:
+            raise KeyError("two")
+        return [1.0]
+
+    with pytest.raises(RuntimeError, match=r"batches failed on 3 .* none alone \(KeyError: 'two'"):
+        judged(batches)
+
+
+def test_a_missing_column_is_named():
+    def needs(completions, solution):
+        return [1.0] * 3
+
+    with pytest.raises(ValueError, match="needs wants solution, .*there are .*answer"):
+        judged(needs)
+
+
+@pytest.mark.parametrize(
+    "functions, weights, message",
+    [
+        ([], None, "at least one function is needed"),
+        ([3], None, "a function is wanted, got 3"),
+        ([length], [1.0, 2.0], r"one finite number per reward, 1, got \[1.0, 2.0\]"),
+        ([length], [math.nan], "one finite number per reward, 1"),
+        (["exact_mach"], None, r"exact_mach' is neither .*\(did you mean exact_match\?\)"),
+        (["nowhere.py:f"], None, "there is no file nowhere.py"),
+        (["no.such.module:f"], None, "module no.such.module cannot be imported"),
+        (["math:gdc"], None, r"math has no function gdc \(did you mean gcd\?\)"),
+    ],
+)
+def test_rewards_that_cannot_be_made(functions, weights, message):
+    with pytest.raises(ValueError, match=message):
+        Rewards(functions, weights)
+
+
+def test_functions_by_path(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def good(completions, **kwargs):\n    return [7.0] * len(completions)\n")
+    rewards = Rewards([f"{path}:good", "grpo_fused.trainer.judges:exact_match", "exact_match"])
+    assert list(rewards.functions) == ["good", "exact_match", "exact_match_2"]
+    assert rewards(PROMPTS, COMPLETIONS, IDS, COLUMNS).total.tolist() == [9.0, 7.0, 7.0]
+    path.write_text("1 / 0")
+    with pytest.raises(ValueError, match=r"mine.py cannot be imported \(ZeroDivisionError"):
+        Rewards(f"{path}:good")
+
+
+def test_ready_ones():
+    chat = [[{"role": "assistant", "content": text}] for text in (" 2 ", "3", "x")]
+    assert exact_match(chat, [2, "4", "y"]) == [1.0, 0.0, 0.0]
+    assert set(READY) == {"exact_match", "math_verify", "reasoning_gym"}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_ready_one_names_the_package_that_it_needs(monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"{name} needs {NEEDS[name]}: pip install {NEEDS[name]}"):
+        Rewards(name)
+
+
+def test_math_is_compared_by_value():
+    pytest.importorskip("math_verify")
+    texts = [r"So \boxed{\frac{1}{2}}.", "The answer is 42.", "41", "no idea", "7"]
+    answers = ["0.5", "Tom has 40 + 2 = 42\n#### 42", "42", "3", "Nobody knows!"]
+    assert math_verify(texts, answers) == [1.0, 1.0, 0.0, 0.0, None]
+
+
+def test_a_task_judges_its_own_rows():
+    pytest.importorskip("reasoning_gym")
+    from grpo_fused.trainer.data import load_rows
+
+    rows = load_rows("reasoning_gym:basic_arithmetic", task_size=2)
+    entries = [row["entry"] for row in rows]
+    assert reasoning_gym([rows[0]["answer"], "nothing"], entries) == [1.0, 0.0]
+
+
+def test_a_reward_model(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "vocab_size": len(tokenizer), "pad_token_id": 0}
+    config = LlamaConfig(**sizes, num_labels=1)
+    model = LlamaForSequenceClassification(config).eval()
+    for folder, labels in (("one", 1), ("two", 2)):
+        config.num_labels = labels
+        saved = model if labels == 1 else LlamaForSequenceClassification(config)
+        saved.save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    scores = judged(str(tmp_path / "one"))
+    for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        ids = tokenizer(prompt + completion, return_tensors="pt")["input_ids"]
+        assert abs(model(ids).logits.item() - scores.each["one"][i]) < 1e-5
+    with pytest.raises(ValueError, match="two must have one label, got 2"):
+        RewardModel(str(tmp_path / "two"))
+    with pytest.raises(RuntimeError, match="one has no chat template for chat prompts"):
+        Rewards(str(tmp_path / "one"))([[{"role": "user", "content": "1"}]], [[]], [[1]], {})

@@ -1,0 +1,247 @@
+"""Whole runs: it learns, every loss and option runs, bad input is said before it does harm."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import LoraConfig
+from safetensors.torch import load_file
+from trainer_runs import HELD_OUT, ROWS, Log, Scores, trainer_of, weights_of
+from transformers import AutoModelForCausalLM
+
+from grpo_fused import (
+    LOSSES,
+    GRPOTrainer,
+    GRPOTrainerConfig,
+    outcome_advantages,
+    process_advantages,
+)
+from grpo_fused.demo import make_model, make_tokenizer
+from grpo_fused.trainer.collect import collect
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj"])
+
+
+def exact(prompts, completions, completion_ids, columns):
+    """1 for the larger digit and then the end."""
+    right = [
+        float(text == answer and ids[-1] == 1)
+        for text, answer, ids in zip(completions, columns["answer"], completion_ids, strict=True)
+    ]
+    return Scores(torch.tensor(right), {"exact": torch.tensor(right)})
+
+
+def test_it_learns_and_all_that_it_promises_is_there(tmp_path):
+    log = Log()
+    trainer, records = trainer_of(
+        tmp_path,
+        rewards=exact,
+        seed=0,
+        prompts_per_rollout=16,
+        num_generations=16,
+        micro_batch_size=256,
+        max_steps=150,
+        learning_rate=1e-3,
+        adam_betas=[0.9, 0.99],
+        entropy_coef=0.01,
+        lr_scheduler_type="linear",
+        eval_steps=100,
+        eval_data=HELD_OUT,
+        completions_steps=50,
+        run_log=log,
+    )
+    assert trainer.train() == (150, None)
+    rewards = [records[step]["reward"] for step in range(1, 151)]
+    assert sum(rewards[:10]) / 10 < 0.2 and sum(rewards[-10:]) / 10 > 0.8
+    assert list(log.steps) == list(range(151)) and log.closed == 1
+    assert [step for step in log.steps if "eval/reward" in log.steps[step]] == [0, 100, 150]
+    assert log.steps[150]["eval/reward"] > 0.7 > 0.3 > log.steps[0]["eval/reward"]
+    assert log.steps[150]["learning_rate"] < 1e-4 and "kl" not in log.steps[150]
+    assert list(log.tables) == [49, 99, 149]
+    row = log.tables[149][0]
+    assert set(row) == {"prompt", "completion", "reward", "exact"} and row["prompt"].endswith("=")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, weights_of(trainer)[name])
+    assert model.generation_config.max_new_tokens == 2, "the model's own, not the sampling's"
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_every_loss_runs(tmp_path, loss_type, beta):
+    trainer, records = trainer_of(tmp_path, loss_type=loss_type, beta=beta, num_iterations=2)
+    before = weights_of(trainer)
+    trainer.train()
+    assert len(records) == 4 and ("kl" in records[4]) == (beta > 0)
+    assert any(not torch.equal(before[name], w) for name, w in weights_of(trainer).items())
+
+
+@pytest.mark.parametrize("mix", [1.0, 0.25])
+def test_the_reference_is_refreshed_every_so_many_rollouts(tmp_path, mix):
+    refreshed = []
+
+    def on_refresh(trainer):
+        moved = [
+            torch.allclose(mine, before + mix * (new - before), atol=1e-6)
+            for mine, before, new in zip(
+                trainer.reference.model.parameters(),
+                kept[-1],
+                trainer.unwrapped.parameters(),
+                strict=True,
+            )
+        ]
+        assert all(moved)
+        refreshed.append((trainer.step, trainer.rollouts))
+        kept.append([p.clone() for p in trainer.reference.model.parameters()])
+
+    trainer, records = trainer_of(
+        tmp_path,
+        beta=0.1,
+        max_steps=6,
+        reference_refresh_rollouts=2,
+        reference_mix=mix,
+        on_refresh=on_refresh,
+    )
+    kept = [[p.clone() for p in trainer.reference.model.parameters()]]
+    trainer.train()
+    assert refreshed == [(2, 2), (4, 4)]
+    assert (records[3]["kl"] == 0) == (mix == 1.0) and records[2]["kl"] > 0
+
+
+def test_adapters_are_trained_and_the_reference_is_the_model_without_them(tmp_path):
+    trainer, records = trainer_of(tmp_path, peft_config=LORA, beta=0.1, num_iterations=2)
+    assert trainer.reference.model is None, "no copy"
+    before = weights_of(trainer)
+    trainer.train()
+    after = weights_of(trainer)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert records[1]["kl"] == 0 < records[4]["kl"]
+
+    batch = collect(trainer).batch
+    with trainer.unwrapped.disable_adapter():
+        expected = trainer.policy.logps(trainer.model, batch)
+    assert torch.equal(batch.ref_logps, expected)
+    trainer.reference.refresh(trainer.unwrapped)
+    with trainer.reference.instead_of(trainer.model, trainer.unwrapped) as model:
+        refreshed = trainer.policy.logps(model, batch)
+    assert torch.equal(refreshed, trainer.policy.logps(trainer.model, batch))
+    saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    saved = {name.replace(".weight", ".default.weight"): w for name, w in saved.items()}
+    assert saved.keys() == {name for name in after if "lora_" in name}
+    assert all(torch.equal(weight, after[name]) for name, weight in saved.items())
+    with pytest.raises(ValueError, match="reference_mix must be 1 for a model with adapters"):
+        trainer_of(tmp_path, peft_config=LORA, beta=0.1, reference_mix=0.5)
+
+
+def test_rewards_of_steps_are_process_supervision(tmp_path):
+    steps = [[(0, 1.0), (1, float(i % 3))] if i % 5 else [(1, 0.5)] for i in range(16)]
+
+    def rewards(prompts, completions, completion_ids, columns):
+        return Scores(torch.full((16,), float("nan")), {}, steps)
+
+    def two_tokens(prompts, trainer):
+        return {"completion_ids": [[4, 5]] * len(prompts)}
+
+    trainer, records = trainer_of(tmp_path, rewards=rewards, rollout_fn=two_tokens)
+    ends = torch.tensor([[e for e, _ in row] + [-1] * (2 - len(row)) for row in steps])
+    scores = torch.tensor([[s for _, s in row] + [0.0] * (2 - len(row)) for row in steps])
+    expected = process_advantages(scores, ends, 2, 4)
+    assert torch.equal(collect(trainer).batch.advantages, expected)
+    trainer.train()
+    assert records[4]["grad_norm"] > 0
+    steps[3] = [(2, 1.0)]  # behind the completion
+    with pytest.raises(ValueError, match="step_ends must be < 2, got 2"):
+        collect(trainer)
+    trainer, _ = trainer_of(tmp_path, rewards=rewards, scale_rewards="batch")
+    with pytest.raises(ValueError, match="scale_rewards must be group or none for rewards of st"):
+        collect(trainer)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_who_was_not_judged_neither_counts_nor_trains(tmp_path, scale):
+    totals = torch.arange(16.0)
+    totals[[1, 5]], totals[12:16] = float("nan"), float("nan")
+
+    def rewards(*_):
+        return Scores(totals, {})
+
+    trainer, _ = trainer_of(tmp_path, rewards=rewards, scale_rewards=scale)
+    experience = collect(trainer)
+    advantages = experience.batch.advantages
+    assert not advantages.isnan().any() and (advantages[totals.isnan()] == 0).all()
+    assert advantages[[0, 2, 3]].sum().abs() < 1e-5 and advantages[0] < 0 < advantages[3]
+    assert experience.metrics["reward"] == totals.nanmean().item()
+    judged, groups = ~totals.isnan(), torch.arange(16) // 4
+    expected = outcome_advantages(totals[judged], group_ids=groups[judged], scale=scale)
+    assert torch.equal(advantages[judged], expected)
+    totals.fill_(float("nan"))
+    assert (collect(trainer).batch.advantages == 0).all()
+
+
+def test_activations_are_computed_again_in_backward(tmp_path):
+    model = make_model(make_tokenizer()).eval()  # as from_pretrained returns it
+    trainer, _ = trainer_of(tmp_path, model=model, gradient_checkpointing=True)
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    experience = collect(trainer)
+    calls.clear()
+    batch = next(iter(experience.micro_batches(0, 1, 16)))
+    loss = trainer.policy.loss(trainer.model, batch, 32, 16).loss
+    forward = len(calls)
+    loss.backward()
+    assert (forward, len(calls)) == (1, 2)
+
+
+def test_bfloat16_autocast(tmp_path):
+    AcceleratorState._reset_state(True)
+    try:
+        trainer, records = trainer_of(tmp_path, mixed_precision="bf16", beta=0.1, num_iterations=2)
+        trainer.train()
+        assert records[1]["ratio/max"] == 1 and records[1]["kl"] == 0 < records[4]["kl"]
+        with pytest.raises(ValueError, match="mixed_precision is 'no', that of the accelerator is"):
+            trainer_of(tmp_path, accelerator=trainer.accelerator)
+        assert next(trainer.unwrapped.parameters()).dtype == torch.float32
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_dropout_is_off_unless_it_is_wanted(tmp_path):
+    model = make_model(make_tokenizer())
+    model.dropout, model.model.layers[0].self_attn.attention_dropout = torch.nn.Dropout(0.5), 0.5
+    trainer_of(tmp_path, model=model, disable_dropout=False)
+    assert model.dropout.p == 0.5 == model.model.layers[0].self_attn.attention_dropout
+    trainer_of(tmp_path, model=model)
+    assert model.dropout.p == 0 == model.model.layers[0].self_attn.attention_dropout
+
+
+def test_a_model_by_name_and_trackers(tmp_path):
+    tokenizer = make_tokenizer()
+    make_model(tokenizer).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    config = GRPOTrainerConfig(
+        output_dir=str(tmp_path / "run"),
+        prompts_per_rollout=2,
+        max_steps=1,
+        max_completion_length=2,
+        progress_bar=False,
+    )
+    steps = []
+
+    def any_digit(completions, answer, trainer_state, **columns):
+        steps.append((trainer_state.global_step, trainer_state.max_steps))
+        return [float(text[:1].isdigit()) for text in completions]
+
+    def matches(completions, answer):
+        return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+    GRPOTrainer(str(tmp_path / "start"), [any_digit, matches], config, ROWS).train()
+    assert steps == [(0, 1)]
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert {"step", "reward", "rewards/any_digit", "rewards/matches"} <= set(json.loads(line))
+    names = [path.name for path in (tmp_path / "run").rglob("*")]
+    assert "reward.png" in names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert "checkpoint-1" in names and "model.safetensors" in names

@@ -1,0 +1,116 @@
+"""One optimizer step: the gradient of the whole, however it is cut, on however many ranks."""
+
+import socket
+
+import pytest
+import torch
+from trainer_ranks import STEP, close, gradients_of, run_rank
+from trainer_runs import trainer_of
+
+from grpo_fused import LOSSES, GRPOTrainerConfig, grpo_loss
+from grpo_fused.trainer.collect import collect
+
+
+def expected_gradients(trainer, experience):
+    """Of the loss of the whole batch at once, over logits, without any divisor handed in."""
+    model, batch, config = trainer.unwrapped, experience.batch, trainer.config
+    model.zero_grad()
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    output = grpo_loss(
+        logits[:, -batch.completion_ids.shape[1] - 1 :],
+        batch.completion_ids,
+        batch.completion_mask,
+        batch.advantages,
+        old_logps=batch.old_logps,
+        ref_logps=batch.ref_logps,
+        loss_type=config.loss_type,
+        beta=config.beta,
+        entropy_coef=config.entropy_coef,
+        temperature=config.temperature,
+        max_completion_length=config.max_completion_length,
+    )
+    output.loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}, output
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_any_cut_has_the_gradient_of_the_whole(tmp_path, loss_type):
+    gradients, experience, _, trainer = gradients_of(tmp_path, loss_type, micro_batch_size=16)
+    assert 0 < experience.batch.completion_mask.any(1).sum() < 16, "some rows are masked"
+    truth, output = expected_gradients(trainer, experience)
+    close(gradients, truth, 1e-6)
+    for options in ({"micro_batch_size": 8}, {"micro_batch_size": 4}, {"micro_batch_size": 5}):
+        cut, _, metrics, _ = gradients_of(tmp_path, loss_type, **options)
+        close(cut, truth, 1e-6)
+        for name in ("kl", "entropy", "clip_ratio/region_mean", "ratio/max"):
+            assert metrics[name] == pytest.approx(float(output.metrics[name]), abs=1e-5), name
+        assert metrics["loss"] == pytest.approx(output.loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"gradient_checkpointing": True}])
+def test_logits_instead_of_hidden_states_give_the_same(tmp_path, options):
+    hidden = gradients_of(tmp_path, "grpo", **options)[0]
+    close(gradients_of(tmp_path, "grpo", loss_input="logits", **options)[0], hidden, 1e-6)
+
+
+def test_old_logps_are_the_bits_of_the_first_update(tmp_path):
+    """Micro-batches of different lengths, trimmed to their longest: the ratio is exactly 1."""
+    trainer, records = trainer_of(
+        tmp_path, max_steps=8, minibatches=2, num_iterations=2, micro_batch_size=3
+    )
+    trainer.train()
+    for step, metrics in records.items():
+        if step % 4 == 1:
+            assert metrics["ratio/max"] == metrics["ratio/mean"] == 1.0
+    assert any(metrics["ratio/max"] > 1 for metrics in records.values())
+
+
+def test_every_pass_trains_on_every_sequence_once(tmp_path):
+    """Within a pass the advantages name the sequences: here they are their numbers."""
+    trainer, _ = trainer_of(
+        tmp_path, max_steps=8, minibatches=4, num_iterations=2, micro_batch_size=3
+    )
+    seen, loss = [], trainer.policy.loss
+
+    def recorded(model, batch, num_items, num_sequences):
+        assert num_sequences == 4 and num_items == batch.completion_mask.shape[1] * 4
+        seen.append(batch.advantages.tolist())
+        return loss(model, batch, num_items, num_sequences)
+
+    trainer.policy.loss = recorded
+    trainer.experience = collect(trainer)
+    trainer.experience.batch.advantages = torch.arange(16.0)
+    trainer.experience.batch.completion_mask[:] = True
+    trainer.experience.num_items = [8.0] * 4
+    trainer.run()
+    assert [len(part) for part in seen] == [3, 1] * 8
+    assert sum(seen, []) == list(range(16)) * 2
+
+
+def test_a_step_without_old_logps_is_the_one_with_them(tmp_path, monkeypatch):
+    """One step per rollout asks the model once less, and nothing changes."""
+    weights = []
+    for is_off_policy in (False, True):
+        monkeypatch.setattr(GRPOTrainerConfig, "is_off_policy", is_off_policy)
+        trainer, _ = trainer_of(tmp_path / str(is_off_policy), max_steps=2)
+        trainer.train()
+        weights.append(trainer.unwrapped.lm_head.weight.detach().clone())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_two_ranks(tmp_path):
+    expected = {}
+    for loss_type in LOSSES:
+        gradients, _, metrics, _ = gradients_of(tmp_path / "one", loss_type)
+        expected[loss_type] = {"gradients": gradients, "metrics": metrics}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path), port, expected), nprocs=2)
+
+
+def test_without_clipping_the_norm_is_still_there(tmp_path):
+    assert STEP["max_grad_norm"] == 0
+    gradients, _, metrics, _ = gradients_of(tmp_path, "dapo")
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)

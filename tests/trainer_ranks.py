@@ -1,0 +1,161 @@
+"""A step whose gradient is known, and what one rank of two does."""
+
+import os
+import random
+import signal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from peft import LoraConfig
+from torch.distributed.fsdp import fully_shard
+from trainer_runs import HELD_OUT, Scores, judge, trainer_of, weights_of
+
+from grpo_fused import LOSSES
+from grpo_fused.demo import make_model, make_tokenizer
+from grpo_fused.trainer.checkpoint import checkpoints
+from grpo_fused.trainer.collect import collect
+from grpo_fused.trainer.collect import judge as judge_rollout
+from grpo_fused.trainer.evaluation import evaluate
+from grpo_fused.trainer.policy import Reference
+from grpo_fused.trainer.setup import split_columns
+from grpo_fused.trainer.signals import Signals
+
+T = 7
+# 4 prompts x 4 completions of 1 to 7 tokens; KL, entropy bonus and masked rows are all in it.
+STEP = {"max_completion_length": T, "beta": 0.3, "entropy_coef": 0.02, "num_iterations": 2}
+STEP |= {"mask_truncated_completions": True, "max_grad_norm": 0.0}
+
+
+def sampled(prompts, trainer):
+    """Completions that the prompt and its place in the group decide, whatever the rank."""
+    completions, seen = [], {}
+    for prompt in prompts:
+        seen[prompt] = seen.get(prompt, -1) + 1
+        draw = random.Random(f"{prompt} {seen[prompt]}")
+        ids = [draw.randrange(2, 14) for _ in range(draw.randrange(0, T))]
+        completions.append(ids + [draw.randrange(1, 3)])  # 1 is the end token
+    return {"completion_ids": completions}
+
+
+def by_length(prompts, completions, completion_ids, columns):
+    totals = torch.tensor([float(sum(ids) % 5) for ids in completion_ids])
+    return Scores(totals, {"mod": totals})
+
+
+def step_gradients(trainer):
+    """Gradients of one step off policy, by name, and the experience that it was made of."""
+    experience = collect(trainer)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer.unwrapped.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    trainer.optimizer.step = trainer.optimizer.zero_grad = lambda: None
+    trainer.scheduler.step = lambda: None
+    with Signals() as signals:
+        metrics, _ = trainer.update(experience, signals)
+    gradients = {name: p.grad.clone() for name, p in trainer.unwrapped.named_parameters()}
+    return gradients, experience, metrics
+
+
+def gradients_of(folder, loss_type, **options):
+    trainer, _ = trainer_of(
+        folder,
+        rewards=by_length,
+        rollout_fn=sampled,
+        loss_type=loss_type,
+        **{**STEP, **options},
+    )
+    return *step_gradients(trainer), trainer
+
+
+def close(gradients, expected, tolerance):
+    """Relative to the largest of all gradients: those of single tensors may cancel to nothing."""
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (gradients[name] - gradient).abs().max()
+        assert error <= tolerance * largest, (name, float(error / largest))
+
+
+def run_rank(rank, folder, port, expected):
+    """All that two ranks are tested for: starting them costs more than what they do."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    for i, loss_type in enumerate(LOSSES):
+        gradients, _, metrics, _ = gradients_of(
+            f"{folder}/{rank}", loss_type, micro_batch_size=(8, 3)[i % 2]
+        )
+        close(gradients, expected[loss_type]["gradients"], 1e-6)
+        for name, value in expected[loss_type]["metrics"].items():
+            if "seconds" not in name:
+                assert abs(metrics[name] - value) <= 1e-4 * max(1, abs(value)), name
+    refreshes_from_shards()
+    resumes_alike(rank, folder, accelerator)
+    adapters_stay_alike(folder, accelerator)
+    dist.destroy_process_group()
+
+
+def refreshes_from_shards():
+    """A reference that is whole on every rank becomes, or nears, a policy that is sharded."""
+    for mix in (1.0, 0.5):
+        torch.manual_seed(0)
+        policy, new = make_model(make_tokenizer()), make_model(make_tokenizer())
+        reference = Reference(policy, mix)
+        expected = [
+            p + mix * (q - p) for p, q in zip(policy.parameters(), new.parameters(), strict=True)
+        ]
+        fully_shard(new)
+        reference.refresh(new)
+        for mine, wanted in zip(reference.model.parameters(), expected, strict=True):
+            torch.testing.assert_close(mine.detach(), wanted.detach())
+
+
+def evaluates_each_row_once(trainer):
+    """Five rows on two ranks: the sixth, which keeps the ranks in step, does not count."""
+    trainer.eval_data, trainer.config.eval_batch_size = HELD_OUT[:5], 2
+    prompts, columns = split_columns(trainer.eval_data)
+    rollout = trainer.sampler.roll_out(trainer.unwrapped, prompts, columns, temperature=0.0)
+    expected = judge_rollout(trainer, rollout).total.mean().item()
+    assert abs(evaluate(trainer)["eval/reward"] - expected) < 1e-6
+
+
+def adapters_stay_alike(folder, accelerator):
+    """Switched off and on again around the reference's forward passes."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    options = {"beta": 0.1, "num_iterations": 2, "reference_refresh_rollouts": 1}
+    trainer, records = trainer_of(f"{folder}/lora", peft_config=lora, **options)
+    trainer.train()
+    for name, weight in weights_of(trainer).items():
+        assert torch.equal(accelerator.gather(weight[None].contiguous())[0], weight), name
+    assert records[1]["kl"] > 0 == records[3]["kl"] and records[4]["kl"] > 0
+
+
+def resumes_alike(rank, folder, accelerator):
+    """From every step, after a signal on one rank alone; each rank has a buffer of its own."""
+    options = {"num_iterations": 2, "minibatches": 2, "beta": 0.04, "max_steps": 7}
+    options |= {"reference_refresh_rollouts": 1}
+    whole, expected = trainer_of(f"{folder}/whole", save_steps=1, save_total_limit=None, **options)
+    whole.train()
+    mine = whole.unwrapped.lm_head.weight.detach().clone()
+    assert torch.equal(accelerator.gather(mine[None])[0], mine), "ranks have drifted apart"
+    evaluates_each_row_once(whole)
+    for path in checkpoints(f"{folder}/whole")[1:6:2]:
+        resumed, records = trainer_of(f"{folder}/again", resume=str(path), seed=99, **options)
+        resumed.train()
+        for step, metrics in records.items():
+            assert metrics == expected[step], (path.name, step)
+        assert all(torch.equal(weights_of(resumed)[n], w) for n, w in weights_of(whole).items())
+
+    def interrupting(*arguments):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return judge(*arguments)
+
+    stopped, _ = trainer_of(f"{folder}/stopped", rewards=interrupting, **options)
+    assert stopped.train() == (1, signal.SIGTERM)
+    resumed, records = trainer_of(f"{folder}/stopped", resume="latest", seed=99, **options)
+    resumed.train()
+    assert all(records[step] == expected[step] for step in range(2, 8))

@@ -1,0 +1,78 @@
+"""Tiny runs of the trainer: the demo's task, rewards that need no data, what two runs share."""
+
+import json
+
+import torch
+from accelerate import Accelerator
+
+from grpo_fused import GRPOTrainer, GRPOTrainerConfig
+from grpo_fused.demo import make_model, make_problems, make_tokenizer
+from grpo_fused.trainer.rewards import Rewards, Scores
+
+ROWS = [{"prompt": prompt, "answer": answer} for prompt, answer in make_problems()[0]]
+HELD_OUT = [{"prompt": prompt, "answer": answer} for prompt, answer in make_problems()[1]]
+SMALL = {"prompts_per_rollout": 4, "num_generations": 4, "micro_batch_size": 8, "max_steps": 4}
+SMALL |= {"max_completion_length": 2, "learning_rate": 1e-2, "report_to": [], "save_steps": None}
+SMALL |= {"progress_bar": False}
+
+
+class Judge(Rewards):
+    """A function (prompts, completions, completion_ids, columns) -> Scores in the place of many."""
+
+    def __init__(self, function):
+        self.function, self.trainer_state = function, None
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+
+class Log:
+    def __init__(self):
+        self.steps, self.tables, self.closed = {}, {}, 0
+
+    def write(self, step, metrics):
+        self.steps[step] = json.loads(json.dumps(metrics))
+
+    def completions(self, step, rows):
+        self.tables[step] = rows
+
+    def close(self):
+        self.closed += 1
+
+
+def judge(prompts, completions, completion_ids, columns):
+    """Partial credit, so that a model of random weights has groups that differ."""
+    exact = [
+        float(text == answer) for text, answer in zip(completions, columns["answer"], strict=True)
+    ]
+    digits = [float(text[:1].isdigit()) + 0.1 * len(text) for text in completions]
+    exact, digits = torch.tensor(exact), torch.tensor(digits)
+    return Scores(exact + digits, {"exact": exact, "digits": digits})
+
+
+def trainer_of(folder, *, rewards=judge, data=ROWS, model=None, tokenizer=None, seed=3, **options):
+    """(trainer, records): a tiny trainer, and the metrics of each of its steps as they come."""
+    objects = ("eval_data", "peft_config", "rollout_fn", "on_refresh", "run_log", "accelerator")
+    given = {name: options.pop(name) for name in objects if name in options}
+    tokenizer = tokenizer or make_tokenizer()
+    if model is None:
+        torch.manual_seed(seed)
+        model = make_model(tokenizer)
+    config = GRPOTrainerConfig(output_dir=str(folder), **{**SMALL, **options})
+    if "accelerator" not in given:
+        given["accelerator"] = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
+    given.setdefault("run_log", Log())  # no picture is drawn
+    trainer = GRPOTrainer(model, Judge(rewards), config, data, tokenizer=tokenizer, **given)
+    records = {}
+    log = trainer.log
+
+    def record(metrics):
+        records[trainer.step] = {k: v for k, v in metrics.items() if "seconds" not in k}
+        log(metrics)
+
+    trainer.log = record
+    return trainer, records
+
+
+def weights_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.unwrapped.named_parameters()}
