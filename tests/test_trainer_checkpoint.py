@@ -45,8 +45,9 @@ def killed_at(monkeypatch, number):
             if original is torch_save:
                 original(*args, **kwargs)
                 os.truncate(args[1], os.path.getsize(args[1]) // 2)
-            if original is rmtree:
-                next(path for path in checkpoint.Path(args[0]).iterdir()).unlink()
+            if original is rmtree and os.path.isdir(args[0]):
+                for path in list(checkpoint.Path(args[0]).iterdir())[:1]:
+                    path.unlink()
             raise Killed(original)
 
         return operation
