@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo test mutate bench aot lint clean
+.PHONY: demo test mutate bench aot trl-matrix lint clean
 
 demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
@@ -24,14 +24,18 @@ bench: .venv/ready
 aot: .venv/ready
 	$(BIN)/python -m benchmarks.aot
 
+trl-matrix: .venv/ready
+	$(BIN)/python tests/trl_matrix.py
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build dist *.egg-info runs
+	rm -rf .venv .venv-trl build dist *.egg-info runs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,parity,lint]"
+	$(BIN)/python -m pip install --quiet --no-deps "verl==0.9.1; python_version < '3.13'"
 	touch $@

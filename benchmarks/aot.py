@@ -38,8 +38,8 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class OfflineDriver:
     """The part of a Triton driver that compiling needs: it names the target."""
 
-    def __init__(self, target):
-        self.target = target
+    def __init__(self, target, multiprocessors):
+        self.target, self.multiprocessors = target, multiprocessors
         self.utils = self
 
     def get_current_target(self):
@@ -55,7 +55,7 @@ class OfflineDriver:
         return torch.device("cpu")
 
     def get_device_properties(self, device):
-        return {"multiprocessor_count": 132}
+        return {"multiprocessor_count": self.multiprocessors}
 
 
 @dataclass
@@ -75,8 +75,11 @@ class Figures:
     exchanges: int  # shuffles and barriers inside the statistics loop
 
 
-def compile_launches(target, run):
-    """Call `run()`, and return [(kernel name, compiled)] of what it would have launched."""
+def compile_launches(target, run, multiprocessors=1):
+    """Call `run()`, and return [(kernel name, compiled)] of what it would have launched.
+
+    On one multiprocessor few rows are many; on 132 programs share them.
+    """
     compiled = []
 
     def compile_only(function, programs, *args, traffic=None, **options):
@@ -86,7 +89,7 @@ def compile_launches(target, run):
     start = launch.launch
     launch.launch = compile_only
     launch.device_of.cache_clear()
-    triton.runtime.driver.set_active(OfflineDriver(TARGETS[target]))
+    triton.runtime.driver.set_active(OfflineDriver(TARGETS[target], multiprocessors))
     try:
         run()
     finally:
@@ -160,15 +163,26 @@ CASES = {
     "rescale": lambda dtype, V: launchers.rescale(torch.zeros(2, 3, V, dtype=dtype), 1.0, 1.0),
     "reduce": launch_reduce,
 }
+FEW_ROWS = {
+    "few rows: statistics": launch_logprob,
+    "few rows: gradient": functools.partial(launch_logprob, gradient=True),
+    "few rows: loss + gradient": launch_fused_loss,
+    "few rows: loss + gradient, entropy bonus": functools.partial(launch_fused_loss, bonus=True),
+}
 
 
-def measure(target, dtype, V=151_936, cases=CASES):
+def measure(target, dtype, V=151_936, cases=CASES | FEW_ROWS):
     """Figures of every case for one target and dtype ("bf16", "fp16", "fp32")."""
     figures = []
+    read = _read_amd if target.startswith("gfx") else _read_nvidia
     for flags, run in cases.items():
-        ((kernel, compiled),) = compile_launches(target, lambda: run(DTYPES[dtype], V))  # noqa: B023
-        read = _read_amd if target.startswith("gfx") else _read_nvidia
-        figures.append(Figures(target, kernel, dtype, flags, **read(compiled, dtype)))
+        multiprocessors = 132 if flags in FEW_ROWS else 1
+        launches = functools.partial(run, DTYPES[dtype], V)
+        for kernel, compiled in compile_launches(target, launches, multiprocessors):
+            case = f"{flags}, partials" if kernel == "_partials_kernel" else flags
+            figures.append(Figures(target, kernel, dtype, case, **read(compiled, dtype)))
+            if multiprocessors > 1 and case == flags:
+                figures[-1].statistics = None  # that loop reads partials, no elements of a row
     return figures
 
 

@@ -9,6 +9,7 @@ from grpo_fused.advantages import (
 )
 from grpo_fused.corrections import entropy_quantile_mask, off_policy_mask, rollout_weights
 from grpo_fused.family import LossOutput
+from grpo_fused.from_logps import grpo_loss_from_logps
 from grpo_fused.linear import linear_grpo_loss, linear_selective_log_softmax
 from grpo_fused.logprob import selective_log_softmax
 from grpo_fused.loss import grpo_loss
@@ -31,6 +32,7 @@ __all__ = [
     "entropy_quantile_mask",
     "gae_advantages",
     "grpo_loss",
+    "grpo_loss_from_logps",
     "linear_grpo_loss",
     "linear_selective_log_softmax",
     "mask_truncated",

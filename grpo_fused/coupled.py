@@ -25,6 +25,7 @@ class CoupledFormula(NamedTuple):
     divergence: str
     bias_correction: bool
     reduction: str
+    log_ratio_bounds: tuple[float, float] | None = None
 
 
 class _Derivative(torch.autograd.Function):
@@ -54,20 +55,25 @@ def _selected(tokens, sequences):
     )
 
 
-def _log_ratios(logps, tokens, level, sequences):
-    """(log-ratio of tokens, log-ratio of the level), (B, T), differentiable in logps."""
+def _log_ratios(logps, tokens, formula, sequences):
+    """(log-ratio of tokens, log-ratio of the level), (B, T), differentiable in logps.
+
+    That of the level within the formula's bounds, outside of which it has no gradient.
+    """
     if tokens.old_logps is None:
         zero = torch.where(logps.isnan(), logps, 0.0).detach()
         log_ratio = _Derivative.apply(logps, zero, torch.ones_like(logps))
     else:
         log_ratio = logps - tokens.old_logps
-    log_ratio = sequences.select(log_ratio)
-    if level == "token":
-        return log_ratio, log_ratio
-    mean = sequences.spread(sequences.mean(log_ratio)).expand_as(log_ratio)
-    if level == "sequence_token":
-        mean = _Derivative.apply(log_ratio, mean.detach(), torch.ones_like(mean))
-    return log_ratio, mean
+    log_ratio = level_log_ratio = sequences.select(log_ratio)
+    if formula.level != "token":
+        mean = sequences.spread(sequences.mean(log_ratio)).expand_as(log_ratio)
+        level_log_ratio = mean
+    if formula.level == "sequence_token":
+        level_log_ratio = _Derivative.apply(log_ratio, mean.detach(), torch.ones_like(mean))
+    if formula.log_ratio_bounds is not None:
+        level_log_ratio = level_log_ratio.clamp(*formula.log_ratio_bounds)
+    return log_ratio, level_log_ratio
 
 
 def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
@@ -115,7 +121,7 @@ def coupled_loss(logps, entropies, tokens, weights, formula, sequences):
     The loss is () or, for reduction="none", (B, T); sums and metrics are detached.
     """
     tokens = _selected(tokens, sequences)
-    log_ratio, level_log_ratio = _log_ratios(logps, tokens, formula.level, sequences)
+    log_ratio, level_log_ratio = _log_ratios(logps, tokens, formula, sequences)
     policy, clipped = _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences)
     kl = penalty = torch.zeros_like(logps)
     if tokens.ref_logps is not None:

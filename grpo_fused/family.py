@@ -66,11 +66,13 @@ def family_loss(
     cu_seqlens,
     grad_scale,
     implementation,
+    log_ratio_bounds=None,
 ):
-    """LossOutput of `grpo_loss` and `linear_grpo_loss`, whose arguments these are.
+    """LossOutput of `grpo_loss`, `linear_grpo_loss` and `grpo_loss_from_logps`.
 
     Args:
-        source: `sources.Logits` or `sources.Hidden`.
+        source: `sources.Logits`, `sources.Hidden` or `sources.LogProbs`.
+        All else: arguments of theirs.
     """
     check_choice("loss_type", loss_type, LOSSES)
     row = LOSSES[loss_type]
@@ -114,10 +116,11 @@ def family_loss(
     # float16 has so little range that a gradient made before the loss scale is known would flush
     # to zero.
     too_small = source.dtype == torch.float16 and _is_one(grad_scale) and source.wants_gradient()
-    coupled = not hasattr(objective, "per_token") or level != "token"
+    coupled = not source.fuses or not hasattr(objective, "per_token") or level != "token"
     if coupled or reduction == "none" or too_small:
         formula = CoupledFormula(
-            beta, objective, level, kl_estimator, use_bias_correction_kl, reduction
+            *(beta, objective, level, kl_estimator, use_bias_correction_kl, reduction),
+            log_ratio_bounds,
         )
         grad_scale = None if too_small else grad_scale
         loss, sums, metrics, logps, entropies = source.coupled_loss(

@@ -52,7 +52,8 @@ class SequenceLosses(NamedTuple):
         ids, entropy = self.tokens.ids, self.options.compute_entropy
         inputs = self.projection.inputs(hidden, weight, bias)
         head = Head(*inputs, ids, self.projection.chunk_bytes, *gradients)
-        packed = [output(1, head.active, like=hidden) if w else None for w in (True, entropy)]
+        results = [output(*ids.shape, like=hidden) if w else None for w in (True, entropy)]
+        packed = [None if t is None else head.packed(t) for t in results]
         starts = [0, *accumulate(self.by_sequence.on_host)]
         cuts = [starts[last] for _, last in self.groups]
         groups = [group for group in self.groups if starts[group[0]] < starts[group[1]]]
@@ -68,10 +69,9 @@ class SequenceLosses(NamedTuple):
             self._chunk(logits, part, targets, live)
             if live:
                 head.backward(start, middle, states[:live], logits[:live])
-        results = [None if t is None else output(*ids.shape, like=hidden) for t in packed]
         for values, source in zip(results, packed, strict=True):
             if values is not None:
-                head.unpack(values, source[0])
+                head.unpack(values, source)
         with torch.no_grad():
             loss, sums, metrics = coupled_loss(
                 *results, self.tokens, self.weights, self.formula, self.sequences

@@ -48,9 +48,8 @@ def order_tokens(sequences, live=None):
     """Order of the active tokens of a batch, those that are `live` first."""
     if sequences.active is None and live is None:
         return Order(None, None)
-    rank = _rank(sequences, live)
-    counts = torch.stack([(rank == 0).sum(), (rank < 2).sum()])
-    return Order(rank.flatten().argsort(stable=True), counts.cpu())
+    wanted, active = _wanted(sequences, live)
+    return _order(wanted, active, torch.stack([wanted.sum(), active.sum()]).cpu())
 
 
 def order_sequences(sequences, live=None):
@@ -67,18 +66,25 @@ def order_sequences(sequences, live=None):
     if live is not None:
         index = (sequences.sum(live.float()) == 0).to(torch.uint8).argsort(stable=True)
         counts = counts[index]
-    rank = _rank(sequences, live)
-    totals = torch.stack([(rank == 0).sum(), (rank < 2).sum()])
-    on_host = torch.cat([totals, counts]).cpu()
-    order = Order(rank.flatten().argsort(stable=True), on_host[:2])
+    wanted, active = _wanted(sequences, live)
+    on_host = torch.cat([torch.stack([wanted.sum(), active.sum()]), counts]).cpu()
+    order = _order(wanted, active, on_host[:2])
+    index = None if order.tokens is None else index
     return order, SequenceOrder(index, counts, on_host[2:].tolist())
 
 
-def _rank(sequences, live):
-    """(B, T) uint8: 0 with gradient, 1 active without one, 2 masked."""
-    rank = 0 if live is None else torch.where(live, 0, 1)
-    rank = rank if sequences.active is None else torch.where(sequences.active, rank, 2)
-    return rank.to(torch.uint8)
+def _wanted(sequences, live):
+    """Tokens (B, T) bool that want a gradient, and the active ones."""
+    active = torch.ones_like(live) if sequences.active is None else sequences.active
+    return active if live is None else active & live, active
+
+
+def _order(wanted, active, totals):
+    """Where all tokens want a gradient there is nothing to pack: short inputs feel the copies."""
+    if not torch.compiler.is_compiling() and int(totals[0]) == wanted.numel():
+        return Order(None, None)
+    rank = 2 - active.to(torch.uint8) - wanted.to(torch.uint8)
+    return Order(rank.flatten().argsort(stable=True), totals)
 
 
 def cut_at_ends(lengths, limit):

@@ -1,6 +1,7 @@
 """Where logits come from: given as a whole, or made of hidden states by the head in chunks.
 
-A source knows how to run each kind of loss on what it has; the rest of the package does not ask.
+Or from nowhere: log-probabilities that somebody else has made. A source knows how to run each kind
+of loss on what it has; the rest of the package does not ask.
 """
 
 import torch
@@ -41,9 +42,13 @@ def default_chunk_bytes(device, V, dtype):
 
 
 class Logits:
-    """Logits (B, L, V) that exist."""
+    """Logits (B, L, V) that exist.
 
-    name, columns = "logits", "V"
+    Attributes:
+        fuses: whether a loss per token is made in the pass that reads them.
+    """
+
+    name, columns, fuses = "logits", "V", True
 
     def __init__(self, logits, inplace):
         validation.check_floats(self.name, logits)
@@ -80,7 +85,7 @@ class Logits:
 class Hidden:
     """Hidden states (B, L, H), and the head (V, H) that would make logits of them."""
 
-    name, columns = "hidden", "H"
+    name, columns, fuses = "hidden", "H", True
 
     def __init__(self, hidden, weight, bias, chunk_bytes, upcast, main_grad, save_logits=False):
         validation.check_floats(self.name, hidden)
@@ -152,3 +157,29 @@ class Hidden:
         if self.wants_gradient():
             return LinearLoss.apply(*head, self.main_grad, losses)
         return losses.run(*head, NONE)
+
+
+class LogProbs:
+    """Log-probabilities (B, T) that exist, and entropies or None: rows of one column, no logits."""
+
+    name, columns, fuses = "logps", "1", False
+    vocabulary, dtype = 1, torch.float32
+
+    def __init__(self, logps, entropies):
+        self.tensor, self.entropies = logps[..., None], entropies
+
+    def check(self):
+        if self.entropies is not None and self.entropies.dim() == 1:  # packed, as the rows now are
+            self.entropies = self.entropies[None]
+
+    def wants_gradient(self):
+        return torch.is_grad_enabled() and self.tensor.requires_grad
+
+    def coupled_loss(self, tokens, weights, scales, formula, options, sequences, grad_scale):
+        """LossResults of a loss on log-probabilities."""
+        # Selected at once: what is masked may be NaN, and comes back 0.
+        logps = sequences.select(self.tensor[..., 0].float())
+        entropies = self.entropies
+        entropies = None if entropies is None else sequences.select(entropies.float())
+        results = coupled_loss(logps, entropies, tokens, weights, formula, sequences)
+        return *results, logps, entropies

@@ -73,7 +73,7 @@ def check_logits(logits, inplace):
         raise ValueError(
             f"logits must be contiguous in the last dimension, got strides {logits.stride()}"
         )
-    if inplace and logits.requires_grad and _holds_values_of_a_leaf(logits):
+    if inplace and logits.requires_grad and holds_values_of_a_leaf(logits):
         raise ValueError(
             "inplace=True on logits that are a leaf or a view of one: its values would be lost; "
             "pass the output of an operation, or inplace=False"
@@ -84,7 +84,8 @@ def check_logits(logits, inplace):
         raise ValueError("inplace=True on expanded logits: several rows share the same memory")
 
 
-def _holds_values_of_a_leaf(logits):
+def holds_values_of_a_leaf(logits):
+    """Whether values of a parameter, or of another leaf, would be lost with those of logits."""
     if logits.is_leaf or torch.compiler.is_compiling():
         return logits.is_leaf
     return logits._base is not None and logits._base.is_leaf

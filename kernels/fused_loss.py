@@ -1,46 +1,25 @@
 """The loss in one launch: a row's statistics, its objective, its weighted loss and its gradient."""
 
-import triton
 import triton.language as tl
 
 from .columns import locate, row_pointer
 from .launch import argument, gradient_arguments, kernel, launch_rows, store_width
 from .library import launcher
 from .logprob import is_active
-from .objective import DIVERGENCES, OBJECTIVES, clamped_exp
+from .objective import DIVERGENCES, OBJECTIVES
 from .online_softmax import (
     LOG2E,
     log_probability,
     read_target,
     row_entropy,
-    row_statistics,
     scalar,
     sharpness,
     token_value,
 )
+from .partials import partials
 from .row_gradient import row_gradient
-
-
-@triton.jit
-def _policy(
-    logp, log_ratio, advantage, ratios, policy_mask, knobs, sequence, token, OBJECTIVE: tl.constexpr
-):
-    """(loss, derivative in logp, clipped) of the policy term: objective, correction, mask."""
-    loss, dlogp, clipped = OBJECTIVE(logp, log_ratio, advantage, *knobs)
-    if ratios is not None:
-        correction = token_value(ratios, sequence, token)
-        loss *= correction
-        dlogp *= correction
-    if policy_mask is not None:
-        on = token_value(policy_mask, sequence, token) != 0.0
-        loss = tl.where(on, loss, 0.0)
-        dlogp = tl.where(on, dlogp, 0.0)
-    return loss, dlogp, clipped
-
-
-@triton.jit
-def _weight(items, divisor, sequence, token):
-    return 1.0 / (tl.maximum(token_value(items, sequence, token), 1.0) * scalar(divisor))
+from .row_statistics import row_statistics
+from .token_loss import token_loss
 
 
 @kernel
@@ -78,6 +57,10 @@ def _fused_loss_kernel(
     stride_term: tl.int64,
     logps_ptr,
     entropies_ptr,
+    partials_ptr,
+    slots: tl.int32,
+    targets_ptr,
+    parts: tl.int32,
     OBJECTIVE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BIAS_CORRECTION: tl.constexpr,
@@ -86,13 +69,19 @@ def _fused_loss_kernel(
     VECTOR: tl.constexpr,
     DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     ENDS: tl.constexpr,
 ):
     logit_scale = scalar(logit_scale)
     softcap = logit_softcap
     if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
         softcap = scalar(logit_softcap)
-    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=ENDS):
+    for work in tl.range(tl.program_id(0), rows * parts, tl.num_programs(0), disable_licm=ENDS):
+        row = work
+        part = None
+        if partials_ptr is not None:
+            row = work // parts
+            part = work % parts
         sequence, position, token = locate(row, positions, tokens)
         x_ptr = row_pointer(
             logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR, ENDS
@@ -101,7 +90,7 @@ def _fused_loss_kernel(
         if active:
             active = is_active(active_ptr, token)
         target, known, x, dtarget = read_target(
-            x_ptr, ids_ptr, token, V, active, logit_scale, softcap
+            x_ptr, targets_ptr, row, ids_ptr, token, V, active, logit_scale, softcap
         )
         loss = 0.0
         dlogp = 0.0
@@ -123,50 +112,49 @@ def _fused_loss_kernel(
                 scale,
                 logit_scale,
                 softcap,
+                partials_ptr,
+                row,
+                slots,
                 THREADS,
                 UNROLL,
                 VECTOR,
                 COLUMNS,
+                SEGMENT,
                 ENDS,
                 entropies_ptr is not None,
                 "evict_last",
             )
             logp = log_probability(x, scale, maximum, total)
-            log_ratio = tl.where(logp == logp, 0.0, logp)
-            if old_logps_ptr is not None:
-                log_ratio = logp - tl.load(old_logps_ptr + token)
-            ratio, dratio = clamped_exp(log_ratio)
-            loss, dlogp, clipped = _policy(
-                logp,
-                log_ratio,
-                token_value(advantages, sequence, token),
-                ratios,
-                policy_mask,
-                knobs,
-                sequence,
-                token,
-                OBJECTIVE,
-            )
-            weight = _weight(items, divisor, sequence, token)
-            loss *= weight
-            dlogp *= weight
-            if ref_logps_ptr is not None:
-                kl, dkl, both = DIVERGENCE(tl.load(ref_logps_ptr + token) - logp)
-                if BIAS_CORRECTION:
-                    dkl = ratio * tl.where(dratio == ratio, both, dkl)
-                    kl *= ratio
-                penalty = scalar(beta) * _weight(kl_items, kl_divisor, sequence, token)
-                loss += tl.where(penalty == 0.0, 0.0, penalty * kl)  # 0 * inf is no loss
-                dlogp += tl.where(penalty == 0.0, 0.0, penalty * dkl)
             if entropies_ptr is not None:
                 entropy = row_entropy(total, weighted)
-            if entropy_coef is not None:
-                bonus = scalar(entropy_coef) * _weight(entropy_items, 1.0, sequence, token)
-                loss -= bonus * entropy
-                dentropy = -bonus * scalar(grad_scale)
-            loss = tl.where(known, loss, float("nan"))
-            dlogp = tl.where(loss == loss, dlogp * scalar(grad_scale), float("nan"))
-        if position < tokens:
+            loss, dlogp, dentropy, kl, clipped, ratio = token_loss(
+                logp,
+                entropy,
+                known,
+                sequence,
+                token,
+                advantages,
+                old_logps_ptr,
+                ref_logps_ptr,
+                ratios,
+                policy_mask,
+                items,
+                divisor,
+                kl_items,
+                kl_divisor,
+                entropy_items,
+                entropy_coef,
+                beta,
+                grad_scale,
+                knobs,
+                OBJECTIVE,
+                DIVERGENCE,
+                BIAS_CORRECTION,
+            )
+        reports = position < tokens
+        if partials_ptr is not None:
+            reports &= part == 0
+        if reports:
             tl.store(logps_ptr + token, logp)
             if entropies_ptr is not None:
                 tl.store(entropies_ptr + token, entropy)
@@ -200,11 +188,13 @@ def _fused_loss_kernel(
                 entropy,
                 dlogp,
                 dentropy,
+                part,
                 UNROLL,
                 THREADS,
                 VECTOR,
                 DLOGITS_VECTOR,
                 COLUMNS,
+                SEGMENT,
                 ENDS,
                 entropy_coef is not None,
             )
@@ -263,6 +253,9 @@ def fused_loss(
         logps, entropies: (B, T) float32; entropies may be None and then costs nothing.
         dlogits: (B, L, V) or None; may be logits itself.
     """
+    found, slots, targets, parts = partials(
+        logits, ids, active, temperature, logit_scale, logit_softcap, entropies is not None
+    )
     launch_rows(
         _fused_loss_kernel,
         logits,
@@ -291,8 +284,14 @@ def fused_loss(
         terms.stride(0),
         logps,
         entropies,
+        found,
+        slots,
+        targets,
+        parts=1 if dlogits is None else parts,
+        reads=found is None,
         writes=dlogits is not None,
         persistent=True,
+        crowd=1,
         DLOGITS_VECTOR=store_width(logits, dlogits),
         OBJECTIVE=OBJECTIVES[objective],
         DIVERGENCE=DIVERGENCES[divergence],

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiling import Device, tiling
+from .tiling import Device, programs_per_row, tiling
 
 INTERPRETED = triton.knobs.runtime.interpret
 REGISTERS = 65_536  # of an NVIDIA multiprocessor, from sm_80 to sm_100
@@ -91,7 +91,35 @@ def launch(function, programs, *args, traffic=None, **options):
     function[(programs,)](*args, **options)
 
 
-def launch_rows(function, logits, *args, writes=False, persistent=False, **constexprs):
+def sharing(logits):
+    """How programs share a row: (as many as it has segments, slots for what each finds, lanes of a
+    slot), or None: there are rows enough, every program has some of its own.
+    """
+    sequences, positions, V = logits.shape
+    with on_device(logits):
+        device = device_of(logits.device.index)
+    tile = tiling(V, logits.element_size(), device)
+    vector = 16 // logits.element_size()
+    lanes = tile.warps * device.warp_size
+    segments = math.ceil(V / (tile.segment * tile.unroll * lanes * vector))
+    if programs_per_row(sequences * positions, segments, device, tile) == 1:
+        return None
+    if vector_width(logits) == vector:
+        return segments, segments, lanes
+    return segments, segments + 1, lanes * vector  # see row_statistics.other_columns
+
+
+def launch_rows(
+    function,
+    logits,
+    *args,
+    writes=False,
+    reads=True,
+    persistent=False,
+    crowd=0,
+    parts=None,
+    **constexprs,
+):
     """Launch a kernel over rows: one program a row, or a grid that fills the device once.
 
     Args:
@@ -99,7 +127,10 @@ def launch_rows(function, logits, *args, writes=False, persistent=False, **const
             rows (B * L), positions (L), V; then `args`; then the constexprs of the blocks.
         logits: (B, L, V).
         writes: whether it also writes as much; a row's second read hits the caches.
+        reads: whether it reads logits that no launch just before it has read.
         persistent: whether the kernel loops over rows in steps of the number of programs.
+        crowd: how many times the programs of the table must find registers; 0: not bounded.
+        parts: programs per row, the last of `args`, for a kernel that knows segments.
         constexprs: the kernel's own flags.
     """
     sequences, positions, V = logits.shape
@@ -110,15 +141,20 @@ def launch_rows(function, logits, *args, writes=False, persistent=False, **const
         device = device_of(logits.device.index)
         tile = tiling(V, logits.element_size(), device)
         programs = rows
+        if parts is not None:
+            programs *= parts
+            args = (*args, parts)
+            constexprs["SEGMENT"] = tile.segment
         if persistent:
-            programs = min(rows, device.multiprocessors * tile.programs_per_multiprocessor)
+            programs = min(programs, device.multiprocessors * tile.programs_per_multiprocessor)
         vector = 16 // logits.element_size()
         ends = vector_width(logits) < vector
-        if ends and persistent and device.architecture.startswith("sm_"):
-            # Left alone, ptxas spills a few values of the loop over rows to make room for more
-            # programs than the grid has.
+        tight = ends or (parts or 1) > 1 or logits.element_size() == 2
+        if crowd and tight and device.architecture.startswith("sm_"):
+            # Left alone, ptxas spills a few values to make room for more programs than the grid
+            # has, or takes so many registers that half as many programs fit. float32 fits anyway.
             resident = tile.warps * device.warp_size * tile.programs_per_multiprocessor
-            constexprs["maxnreg"] = REGISTERS // resident
+            constexprs["maxnreg"] = REGISTERS // (resident * (1 if ends else crowd))
         launch(
             function,
             programs,
@@ -132,7 +168,7 @@ def launch_rows(function, logits, *args, writes=False, persistent=False, **const
             ENDS=ends,
             num_warps=tile.warps,
             enable_fp_fusion=True,
-            traffic=Traffic(logits.nbytes, logits.nbytes * writes),
+            traffic=Traffic(logits.nbytes * reads, logits.nbytes * writes),
             **constexprs,
         )
 

@@ -135,13 +135,17 @@ class Head:
         values = values.flatten()
         return (values if self.tokens is None else values[self.tokens])[None]
 
-    def unpack(self, values, packed):
-        """Write packed values (..., n) into those of all tokens (..., B, T), masked ones as 0."""
-        values = values.flatten(-2)
+    def packed(self, output):
+        """Memory for an output (..., B, T) of packed tokens: itself where they come as they are."""
         if self.tokens is None:
-            values.copy_(packed)
-        else:
-            values.zero_().index_copy_(-1, self.tokens, packed)
+            return output.flatten(-2).unsqueeze(-2)
+        shape = (*output.shape[:-2], 1, self.active)
+        return torch.empty(shape, dtype=output.dtype, device=output.device)
+
+    def unpack(self, output, packed):
+        """Write packed values (..., 1, n) into an output (..., B, T), masked tokens as 0."""
+        if self.tokens is not None:
+            output.flatten(-2).zero_().index_copy_(-1, self.tokens, packed[..., 0, :])
 
     def memory(self, rows):
         """Memory for logits (rows, V)."""

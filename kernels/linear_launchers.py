@@ -67,7 +67,7 @@ def linear_loss(
         head.pack(values) for values in (items, kl_items, entropy_items, temperature)
     )
     outputs = (terms, logps, entropies)
-    packed = [None if t is None else _packed(t, head.active) for t in outputs]
+    packed = [None if t is None else head.packed(t) for t in outputs]
     memory = head.memory(min(head.chunk_rows, head.active))
     for start, middle, stop in head.chunks():
         states = head.states(start, stop)
@@ -91,7 +91,7 @@ def linear_loss(
             head.backward(start, middle, states[:live], logits[:live])
     for output, values in zip(outputs, packed, strict=True):
         if output is not None:
-            head.unpack(output, values[..., 0, :])
+            head.unpack(output, values)
 
 
 def linear_logprob_fwd(
@@ -117,7 +117,7 @@ def linear_logprob_fwd(
     head = Head(hidden, weight, bias, dtype, order, counts, ids, chunk_bytes)
     ids, temperature = head.pack(ids), head.pack(temperature)
     outputs = (logps, entropies, maxima, totals)
-    packed = [None if t is None else _packed(t, head.active) for t in outputs]
+    packed = [None if t is None else head.packed(t) for t in outputs]
     memory = head.memory(min(head.chunk_rows, head.active)) if logits is None else logits
     for start, _, stop in head.chunks():
         out = memory[: stop - start] if logits is None else logits[start:stop]
@@ -128,7 +128,7 @@ def linear_logprob_fwd(
         )
     for output, values in zip(outputs, packed, strict=True):
         if output is not None:
-            head.unpack(output, values[0])
+            head.unpack(output, values)
 
 
 def linear_logprob_bwd(
@@ -184,12 +184,6 @@ def linear_logprob_bwd(
             x[None],
         )
         head.backward(start, middle, states, x)
-
-
-def _packed(output, tokens):
-    """Memory for an output (..., B, T) of so many packed tokens."""
-    shape = (*output.shape[:-2], 1, tokens)
-    return torch.empty(shape, dtype=output.dtype, device=output.device)
 
 
 def cut(values, start, stop):

@@ -4,19 +4,20 @@ import triton
 import triton.language as tl
 
 from .columns import locate, row_pointer
-from .launch import argument, gradient_arguments, kernel, launch_rows, store_width
+from .launch import argument, gradient_arguments, kernel, launch_rows, sharing, store_width
 from .library import launcher
 from .online_softmax import (
     LOG2E,
     log_probability,
     read_target,
     row_entropy,
-    row_statistics,
     scalar,
     sharpness,
     token_value,
 )
+from .partials import partials
 from .row_gradient import row_gradient
+from .row_statistics import row_statistics
 
 
 @triton.jit
@@ -46,17 +47,23 @@ def _logprob_fwd_kernel(
     entropies_ptr,
     maxima_ptr,
     totals_ptr,
+    partials_ptr,
+    slots: tl.int32,
+    targets_ptr,
+    parts: tl.int32,
     THREADS: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     ENDS: tl.constexpr,
 ):
     logit_scale = scalar(logit_scale)
     softcap = logit_softcap
     if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
         softcap = scalar(logit_softcap)
-    sequence, position, token = locate(tl.program_id(0), positions, tokens)
+    row = tl.program_id(0)
+    sequence, position, token = locate(row, positions, tokens)
     if position < tokens:
         active = is_active(active_ptr, token)
         logp = 0.0
@@ -69,8 +76,8 @@ def _logprob_fwd_kernel(
             )
             row_temperature = token_value(temperature, sequence, token)
             scale = sharpness(row_temperature, logit_scale, softcap) * LOG2E
-            target, known, x, _ = read_target(
-                x_ptr, ids_ptr, token, V, active, logit_scale, softcap
+            _, _, x, _ = read_target(
+                x_ptr, targets_ptr, row, ids_ptr, token, V, active, logit_scale, softcap
             )
             maximum, total, weighted = row_statistics(
                 x_ptr,
@@ -78,10 +85,14 @@ def _logprob_fwd_kernel(
                 scale,
                 logit_scale,
                 softcap,
+                partials_ptr,
+                row,
+                slots,
                 THREADS,
                 UNROLL,
                 VECTOR,
                 COLUMNS,
+                SEGMENT,
                 ENDS,
                 entropies_ptr is not None,
                 "evict_first",
@@ -119,14 +130,22 @@ def _logprob_bwd_kernel(
     totals_ptr,
     dlogps_ptr,
     dentropies_ptr,
+    parts: tl.int32,
+    SHARED: tl.constexpr,
     THREADS: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
     DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     ENDS: tl.constexpr,
 ):
-    sequence, position, token = locate(tl.program_id(0), positions, tokens)
+    row = tl.program_id(0)
+    part = None
+    if SHARED:
+        part = row % parts
+        row = row // parts
+    sequence, position, token = locate(row, positions, tokens)
     dx_ptr = row_pointer(
         dlogits_ptr,
         sequence,
@@ -149,7 +168,11 @@ def _logprob_bwd_kernel(
         active = is_active(active_ptr, token)
     if active:
         row_temperature = token_value(temperature, sequence, token)
-    target, known, _, dtarget = read_target(x_ptr, ids_ptr, token, V, active, logit_scale, softcap)
+    target, known, _, dtarget = read_target(
+        x_ptr, None, row, ids_ptr, token, V, active, logit_scale, softcap
+    )
+    if softcap is not None:  # in place, a faster thread must not overwrite the logit it came from
+        tl.debug_barrier()
     entropy = 0.0
     dentropy = 0.0
     if dentropies_ptr is not None:
@@ -172,11 +195,13 @@ def _logprob_bwd_kernel(
         entropy,
         tl.where(active & (known == 0), float("nan"), dlogp),
         dentropy,
+        part,
         UNROLL,
         THREADS,
         VECTOR,
         DLOGITS_VECTOR,
         COLUMNS,
+        SEGMENT,
         ENDS,
         dentropies_ptr is not None,
     )
@@ -204,6 +229,9 @@ def logprob_fwd(
         logit_scale, logit_softcap: number or 0-d tensor; no softcap is None.
         entropies, maxima, totals: float32 as logps, or None and then not written.
     """
+    found = partials(
+        logits, ids, active, temperature, logit_scale, logit_softcap, entropies is not None
+    )
     launch_rows(
         _logprob_fwd_kernel,
         logits,
@@ -217,6 +245,10 @@ def logprob_fwd(
         entropies,
         maxima,
         totals,
+        *found[:3],
+        parts=1,
+        crowd=2,
+        reads=found[0] is None,
     )
 
 
@@ -237,6 +269,7 @@ def logprob_bwd(
     dlogits,
 ):
     """Write dlogits (B, L, V), which may be logits itself, from dlogps and dentropies (B, T)."""
+    shared = sharing(logits)
     launch_rows(
         _logprob_bwd_kernel,
         logits,
@@ -253,6 +286,8 @@ def logprob_bwd(
         totals,
         dlogps,
         dentropies,
+        parts=1 if shared is None else shared[0],
         writes=True,
+        SHARED=shared is not None,
         DLOGITS_VECTOR=store_width(logits, dlogits),
     )

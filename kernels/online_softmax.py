@@ -1,10 +1,4 @@
-"""Device functions for one row of logits: softmax statistics in one read.
-
-The reshape of a block to UNROLL x THREADS x VECTOR puts axes 0 and 2 inside one thread, so every
-thread keeps an online softmax of its own and nothing is exchanged before the last block.
-
-Rows that start anywhere (ENDS) are read in vectors all the same, and which thread has a column then
-depends on where its row starts. The result does not: see `_other_columns`.
+"""Device functions for the online softmax: statistics of lanes, and what follows from a row's.
 
 Everything is in base 2 and relative to the rounded maximum: with x the logits, capped if they have
 a softcap, and scale = log2(e) / temperature (times logit_scale without a softcap),
@@ -20,15 +14,7 @@ give the same answer; a log-sum-exp, which carries the rounding of its own magni
 import triton
 import triton.language as tl
 
-from .columns import (
-    block_of,
-    find_middle,
-    inner_columns,
-    line_pointers,
-    load,
-    skip_head,
-    split_columns,
-)
+from .columns import block_of, load
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -82,7 +68,7 @@ def capped(x, logit_scale, softcap):
 
 
 @triton.jit
-def _load_capped(
+def load_capped(
     x_ptrs,
     remaining,
     surplus,
@@ -103,8 +89,8 @@ def _load_capped(
 
 
 @triton.jit
-def _fold(x, scale, maximum, total, weighted, tile: tl.constexpr, ENTROPY: tl.constexpr):
-    """Fold one block of columns into the running statistics of each thread."""
+def fold(x, scale, maximum, total, weighted, tile: tl.constexpr, ENTROPY: tl.constexpr):
+    """Fold one block of columns, reshaped to the tile, into the running statistics of its lanes."""
     x = tl.reshape(x, tile)
     highest = tl.maximum(maximum, tl.max(tl.max(x, axis=2), axis=0) * scale)
     shift = maximum - highest
@@ -119,124 +105,40 @@ def _fold(x, scale, maximum, total, weighted, tile: tl.constexpr, ENTROPY: tl.co
 
 
 @triton.jit
-def _nothing(LANES: tl.constexpr):
+def nothing(LANES: tl.constexpr):
     """Running statistics of no columns."""
     zeros = tl.zeros((LANES,), tl.float32)
     return tl.full((LANES,), START, tl.float32), zeros, zeros
 
 
 @triton.jit
-def _relative(maximum, total, weighted, row_maximum):
+def merge(
+    maximum, total, weighted, other_maximum, other_total, other_weighted, ENTROPY: tl.constexpr
+):
+    """Running statistics of both, lane by lane.
+
+    Spelled in multiply-adds: what the compiler may contract one way or another would differ, in the
+    last bit, between kernels.
+    """
+    highest = tl.maximum(maximum, other_maximum)
+    shift = maximum - highest
+    other_shift = other_maximum - highest
+    shrink = tl.exp2(shift)
+    other_shrink = tl.exp2(other_shift)
+    if ENTROPY:
+        weighted = tl.fma(shift, total, weighted)
+        other_weighted = tl.fma(other_shift, other_total, other_weighted)
+        weighted = tl.fma(weighted, shrink, other_weighted * other_shrink)
+    return highest, tl.fma(total, shrink, other_total * other_shrink), weighted
+
+
+@triton.jit
+def relative(maximum, total, weighted, row_maximum):
     """Totals of every lane, relative to the maximum of the row."""
     shift = maximum - row_maximum
     shrink = tl.exp2(shift)
     weighted = tl.fma(shift, total, weighted) * shrink
     return total * shrink, weighted
-
-
-@triton.jit
-def _sum_in_order(values, head, VECTOR: tl.constexpr):
-    """Sum of lanes, of which the first has column `head` of a line, in the order of columns.
-
-    Without the first VECTOR columns of a line.
-    """
-    LINE: tl.constexpr = values.shape[0]
-    columns = tl.arange(0, LINE)
-    values = tl.gather(values, (columns - head) & (LINE - 1), 0)
-    return tl.sum(tl.where(columns < VECTOR, 0.0, values), axis=0)
-
-
-@triton.jit
-def _other_columns(
-    x_ptr,
-    V,
-    scale,
-    logit_scale,
-    softcap,
-    THREADS: tl.constexpr,
-    LINE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    EVICTION: tl.constexpr,
-):
-    """Statistics of each thread over the columns that `row_statistics` leaves out with ENDS.
-
-    A row's sum must not depend, bit for bit, on where the row starts, but which lane has a column
-    does: the first lane's is column `head` of every line. So every lane sums alone, and in the end
-    they are put in order of columns. Only the first VECTOR columns of a line change lines too, from
-    the end of one to the start of the next, and only the last ones of the row may lie in a vector
-    that reaches out of it. These, the same for every row of V columns, are summed here; the lanes
-    leave the ones out that had them.
-    """
-    inner = inner_columns(V, VECTOR)
-    starts = tl.cdiv(inner, LINE) * VECTOR
-    count = starts + V - inner
-    maximum, total, weighted = _nothing(THREADS)
-    for first in tl.range(0, count, THREADS, disable_licm=True):
-        i = first + tl.arange(0, THREADS)
-        columns = tl.where(i < starts, i // VECTOR * LINE + (i & (VECTOR - 1)), i - starts + inner)
-        x = _load_capped(
-            x_ptr + columns, count - first, 0, logit_scale, softcap, 1, THREADS, 1, EVICTION
-        )
-        tile: tl.constexpr = (1, THREADS, 1)
-        maximum, total, weighted = _fold(x, scale, maximum, total, weighted, tile, ENTROPY)
-    return maximum, total, weighted
-
-
-@triton.jit
-def row_statistics(
-    x_ptr,
-    V,
-    scale,
-    logit_scale,
-    softcap,
-    THREADS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ENDS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    EVICTION: tl.constexpr,
-):
-    """Read a row once: (maximum, total, weighted) of the module; without ENTROPY weighted is 0."""
-    LINE: tl.constexpr = THREADS * VECTOR
-    LANES: tl.constexpr = LINE if ENDS else THREADS
-    tile: tl.constexpr = (UNROLL, LANES, LINE // LANES)
-    maximum, total, weighted = _nothing(LANES)
-    if ENDS:
-        inner = inner_columns(V, VECTOR)
-        head, _ = find_middle(x_ptr, V, VECTOR)
-        blocks, _ = split_columns(tl.maximum(inner - VECTOR, 0), UNROLL * LINE, COLUMNS)
-        remaining = tl.multiple_of(inner - blocks * (UNROLL * LINE), COLUMNS)
-        x_ptrs = line_pointers(skip_head(x_ptr, head, VECTOR), LINE, VECTOR)
-    else:
-        head = 0
-        blocks, remaining = split_columns(V, UNROLL * LINE, COLUMNS)
-        x_ptrs = line_pointers(x_ptr, LINE, VECTOR)
-    for _ in range(blocks):
-        x = _load_capped(x_ptrs, None, 0, logit_scale, softcap, UNROLL, LINE, COLUMNS, EVICTION)
-        maximum, total, weighted = _fold(x, scale, maximum, total, weighted, tile, ENTROPY)
-        x_ptrs += UNROLL * x_ptrs.shape[0]
-    if remaining > 0:
-        x = _load_capped(
-            x_ptrs, remaining, head, logit_scale, softcap, UNROLL, LINE, COLUMNS, EVICTION
-        )
-        maximum, total, weighted = _fold(x, scale, maximum, total, weighted, tile, ENTROPY)
-    if ENDS:
-        other_maximum, other_total, other_weighted = _other_columns(
-            x_ptr, V, scale, logit_scale, softcap, THREADS, LINE, VECTOR, ENTROPY, EVICTION
-        )
-        row_maximum = tl.maximum(tl.max(maximum, axis=0), tl.max(other_maximum, axis=0))
-        total, weighted = _relative(maximum, total, weighted, row_maximum)
-        others = _relative(other_maximum, other_total, other_weighted, row_maximum)
-        total = _sum_in_order(total, head, VECTOR) + tl.sum(others[0], axis=0)
-        weighted = _sum_in_order(weighted, head, VECTOR) + tl.sum(others[1], axis=0)
-        return row_maximum, total, weighted
-    else:
-        row_maximum = tl.max(maximum, axis=0)
-        total, weighted = _relative(maximum, total, weighted, row_maximum)
-        weighted = tl.sum(weighted, axis=0)
-        return row_maximum, tl.sum(total, axis=0), weighted
 
 
 @triton.jit
@@ -254,14 +156,17 @@ def row_entropy(total, weighted):
 
 
 @triton.jit
-def read_target(x_ptr, ids_ptr, token, V, active, logit_scale, softcap):
+def read_target(x_ptr, targets_ptr, row, ids_ptr, token, V, active, logit_scale, softcap):
     """(target id, whether it is in the vocabulary, its logit, that one's derivative).
 
-    The logit is NaN, and nothing is read, if the id is not in the vocabulary.
+    The logit comes from `partials` if they have it: another program may have overwritten it. It is
+    NaN, and nothing is read, if the id is not in the vocabulary.
     """
     target = tl.load(ids_ptr + token, active, -1).to(tl.int64)
     known = (target >= 0) & (target < V)
-    x, dx = capped(
-        tl.load(x_ptr + target, known, float("nan")).to(tl.float32), logit_scale, softcap
-    )
+    if targets_ptr is None:
+        x = tl.load(x_ptr + target, known, float("nan")).to(tl.float32)
+    else:
+        x = tl.load(targets_ptr + row, known, float("nan"))
+    x, dx = capped(x, logit_scale, softcap)
     return target, known, x, dx

@@ -42,16 +42,51 @@ def _write_block(
 
 
 @triton.jit
+def _columns_of(part, V, SEGMENT_COLUMNS: tl.constexpr):
+    """(first column, number of columns) of one program's part of V columns; all if part is None."""
+    if part is None:
+        return 0, V
+    else:
+        first = part * SEGMENT_COLUMNS
+        return first, tl.minimum(tl.maximum(V - first, 0), SEGMENT_COLUMNS)
+
+
+@triton.jit
+def _is_first(part):
+    """Whether this program also has the columns at the ends of a row."""
+    if part is None:
+        return True
+    else:
+        return part == 0
+
+
+@triton.jit
+def _owns(
+    part, x_ptr, V, column, SEGMENT_COLUMNS: tl.constexpr, VECTOR: tl.constexpr, ENDS: tl.constexpr
+):
+    """Whether this program is the one that writes a column."""
+    if part is None:
+        return True
+    else:
+        if ENDS:
+            head, middle = find_middle(x_ptr, V, VECTOR)
+            column = tl.where((column < head) | (column >= head + middle), 0, column - head)
+        return column // SEGMENT_COLUMNS == part
+
+
+@triton.jit
 def write_row_gradient(
     x_ptr,
     dx_ptr,
     V,
+    part,
     coefficients,
     UNROLL: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     ENDS: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
@@ -68,14 +103,17 @@ def write_row_gradient(
     BLOCK: tl.constexpr = UNROLL * LINE
     if ENDS:
         head, middle = find_middle(x_ptr, V, VECTOR)
-        ends = end_columns(head, middle, THREADS)
-        _write_block(x_ptr + ends, dx_ptr + ends, V - middle, coefficients, 1, THREADS, 1, ENTROPY)
+        if _is_first(part):
+            ends = end_columns(head, middle, THREADS)
+            x_ends, dx_ends = x_ptr + ends, dx_ptr + ends
+            _write_block(x_ends, dx_ends, V - middle, coefficients, 1, THREADS, 1, ENTROPY)
         x_ptr = skip_head(x_ptr, head, VECTOR)
         dx_ptr = skip_head(dx_ptr, head, DLOGITS_VECTOR)
         V = middle
+    first, V = _columns_of(part, V, SEGMENT * BLOCK)
     blocks, remaining = split_columns(V, BLOCK, COLUMNS)
-    x_ptrs = line_pointers(x_ptr + blocks * BLOCK, LINE, VECTOR)
-    dx_ptrs = dx_ptr + blocks * BLOCK + tl.arange(0, LINE)
+    x_ptrs = line_pointers(x_ptr + (first + blocks * BLOCK), LINE, VECTOR)
+    dx_ptrs = dx_ptr + (first + blocks * BLOCK) + tl.arange(0, LINE)
     if remaining > 0:
         _write_block(x_ptrs, dx_ptrs, remaining, coefficients, UNROLL, LINE, COLUMNS, ENTROPY)
     if blocks % 2 == 1:
@@ -93,21 +131,26 @@ def write_row_gradient(
 def write_row_zeros(
     dx_ptr,
     V,
+    part,
     UNROLL: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     ENDS: tl.constexpr,
 ):
     """Write a gradient that is exactly zero, without reading the row."""
     BLOCK: tl.constexpr = UNROLL * THREADS * VECTOR
     if ENDS:
         head, middle = find_middle(dx_ptr, V, VECTOR)
-        ends = end_columns(head, middle, THREADS)
-        nothing = tl.zeros((THREADS,), dx_ptr.dtype.element_ty)
-        tl.store(dx_ptr + ends, nothing, ends < V, eviction_policy="evict_first")
+        if _is_first(part):
+            ends = end_columns(head, middle, THREADS)
+            nothing = tl.zeros((THREADS,), dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + ends, nothing, ends < V, eviction_policy="evict_first")
         dx_ptr = skip_head(dx_ptr, head, VECTOR)
         V = middle
+    first, V = _columns_of(part, V, SEGMENT * BLOCK)
+    dx_ptr += first
     columns = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), dx_ptr.dtype.element_ty)
     blocks, remaining = split_columns(V, BLOCK, COLUMNS)
@@ -135,15 +178,19 @@ def row_gradient(
     entropy,
     dlogp,
     dentropy,
+    part,
     UNROLL: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     DLOGITS_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     ENDS: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Gradient of a row from g = dL/dlogp and h = dL/dH; h counts only if ENTROPY.
+    """Gradient of a row, or of one program's part of it unless that is None.
+
+    From g = dL/dlogp and h = dL/dH; h counts only if ENTROPY:
 
     dx_j = (g (1[j = target] - p_j) - h p_j (log p_j + H)) sharpness du_j / dx_j
     """
@@ -153,19 +200,21 @@ def row_gradient(
     constant = -(g + h * (entropy - LN2 * tl.log2(total))) / total
     slope = -h * LN2 / total
     if (g == 0.0) & (h == 0.0):
-        write_row_zeros(dx_ptr, V, UNROLL, THREADS, VECTOR, COLUMNS, ENDS)
+        write_row_zeros(dx_ptr, V, part, UNROLL, THREADS, VECTOR, COLUMNS, SEGMENT, ENDS)
     else:
         coefficients = (factor * LOG2E, logit_scale, softcap, maximum, constant, slope)
         write_row_gradient(
             x_ptr,
             dx_ptr,
             V,
+            part,
             coefficients,
             UNROLL,
             THREADS,
             VECTOR,
             DLOGITS_VECTOR,
             COLUMNS,
+            SEGMENT,
             ENDS,
             ENTROPY,
         )
@@ -176,4 +225,5 @@ def row_gradient(
         if ENTROPY:
             dx_target -= tl.where(p > 0.0, h * p * (logp + entropy), 0.0)
         tl.debug_barrier()
+        known &= _owns(part, x_ptr, V, target, SEGMENT * UNROLL * THREADS * VECTOR, VECTOR, ENDS)
         tl.store(dx_ptr + target, (dx_target * dtarget).to(dx_ptr.dtype.element_ty), known)

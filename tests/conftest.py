@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 
 import grpo_fused.autograd  # noqa: E402
+import grpo_fused.kernels.partials  # noqa: E402
 import grpo_fused.kernels.reduce  # noqa: E402
 import grpo_fused.linear_autograd  # noqa: E402
 import grpo_fused.rows  # noqa: E402
@@ -57,6 +58,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 POISONED = (
     *(grpo_fused.autograd, grpo_fused.linear_autograd, grpo_fused.rows),
     *(grpo_fused.kernels.linear, grpo_fused.kernels.linear_launchers),
+    grpo_fused.kernels.partials,
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

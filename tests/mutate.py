@@ -40,8 +40,9 @@ KERNEL_BOUNDS = "tests/test_edges.py tests/test_rows.py -k 'not torch'"
 BOTH = "tests/test_equalities.py -k 'two_implementations and (dapo or gspo)'"
 FILES = "equalities edges family autograd selected_away masks loss selective_log_softmax extremes"
 FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections rows"
-FILES = " ".join(f"tests/test_{name}.py" for name in f"{FILES} unaligned".split())
+FILES = " ".join(f"tests/test_{name}.py" for name in f"{FILES} unaligned shared_rows".split())
 UNALIGNED = "tests/test_unaligned.py"
+SHARED = "tests/test_shared_rows.py"
 HEAD = "tests/test_linear.py -k 'torch and (every_loss or packed or upstream or another_way)'"
 HEAD_COST = "tests/test_linear_cost.py -k 'not triton'"
 HEAD_FILES = "tests/test_linear.py tests/test_linear_cost.py tests/test_linear_use.py"
@@ -62,10 +63,13 @@ KILLERS = {
     "grpo_fused/reference.py": (FAMILY, ROWS, BOUNDS),
     "kernels/objective.py": (DIVERGENCES, KERNEL_BOUNDS, DERIVATIVES),
     "kernels/columns.py": (COLUMNS, UNALIGNED, BOTH),
-    "kernels/online_softmax.py": (BOTH, COLUMNS, KERNEL_BOUNDS, UNALIGNED),
-    "kernels/row_gradient.py": (BOTH, COLUMNS, KERNEL_BOUNDS, UNALIGNED),
-    "kernels/fused_loss.py": (BOTH, KERNEL_BOUNDS),
-    "kernels/logprob.py": (BOTH, COLUMNS, KERNEL_BOUNDS),
+    "kernels/online_softmax.py": (BOTH, COLUMNS, KERNEL_BOUNDS, UNALIGNED, SHARED),
+    "kernels/row_gradient.py": (BOTH, COLUMNS, KERNEL_BOUNDS, UNALIGNED, SHARED),
+    "kernels/fused_loss.py": (BOTH, KERNEL_BOUNDS, SHARED),
+    "kernels/row_statistics.py": (SHARED, COLUMNS, UNALIGNED, KERNEL_BOUNDS),
+    "kernels/partials.py": (SHARED,),
+    "kernels/token_loss.py": (BOTH, KERNEL_BOUNDS),
+    "kernels/logprob.py": (BOTH, COLUMNS, KERNEL_BOUNDS, SHARED),
     "kernels/reduce.py": (BOTH, KERNEL_BOUNDS),
     "kernels/rescale.py": ("tests/test_edges.py -k 'triton and upstream'", UNALIGNED),
     "kernels/linear.py": (HEAD, HEAD_COST),
@@ -80,7 +84,17 @@ EVERYTHING |= {path: f"{HEAD_FILES} -k 'not triton'" for path in KILLERS if HEAD
 
 # Validation is tested by its messages; what is only fast is measured.
 NOT_FUNCTIONS = ("_check", "check_", "__post_init__", "_is_number", "chunk_rows", "_processors")
-NOT_KEYWORDS = {"eviction_policy", "num_warps", "writes", "persistent", "axis", "dim", "unsafe"}
+NOT_KEYWORDS = {
+    "eviction_policy",
+    "num_warps",
+    "writes",
+    "reads",
+    "persistent",
+    "crowd",
+    "axis",
+    "dim",
+    "unsafe",
+}
 NOT_NAMES = {"GAP_ELEMENTS", "BLOCK_BYTES", "COPY_BYTES"}
 
 # The negation of < is killed by whatever kills <= (the bound itself) or > (the direction).

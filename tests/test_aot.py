@@ -50,6 +50,11 @@ CASES = (
     "loss + gradient, softcap",
     "loss",
     "rescale",
+    "few rows: statistics, partials",
+    "few rows: loss + gradient, entropy bonus, partials",
+    "few rows: loss + gradient",
+    "few rows: loss + gradient, entropy bonus",
+    "few rows: gradient",
 )
 
 
@@ -67,18 +72,21 @@ def test_hopper_bounds(figures, case, dtype):
     row = figures["sm_90", dtype, case]
     assert row["spills"] <= SPILLS
     assert row["load_bits"] == 128
-    if "gradient" in case or case == "rescale":
+    partials, few = case.endswith("partials"), case.startswith("few rows")
+    writes = ("gradient" in case and not partials) or case == "rescale"
+    if writes:
         assert row["store_bits"] == 128
     if row["statistics"] is not None:
         assert row["exchanges"] == 0
     if case.endswith("softcap"):  # tanh and its derivative
         assert row["statistics"] <= 30 and row["gradient"] <= 34
         return
-    if "gradient" in case:
+    if writes and not few and case != "rescale":  # a segment's two blocks are no loop
         assert row["gradient"] <= 7.0  # the entropy's too, a multiply-add and a guard more
     if row["statistics"] is not None:
         assert row["statistics"] <= (8.5 if "entropy" in case else 7.0)
-    assert (row["statistics"] is None) == (case in ("gradient", "gradient, entropy", "rescale"))
+    reads = not few and case not in ("gradient", "gradient, entropy", "rescale")
+    assert (row["statistics"] is not None) == (partials or reads)
 
 
 def test_a_padded_odd_vocabulary_keeps_wide_loads(tmp_path):
@@ -100,7 +108,10 @@ assert figures["gradient"] <= 7.0, figures
 
 
 def test_what_changes_from_batch_to_batch_compiles_once():
-    """T, B, the value of V, temperature, beta, epsilon, and alignment of small tensors (bug 5)."""
+    """T, B, the value of V, temperature, beta, epsilon, and alignment of small tensors (bug 5).
+
+    Three kernels, the same where programs share a row, and the partials of those.
+    """
     code = """
 import torch
 from benchmarks.aot import compile_launches, launch_fused_loss, launch_logprob
@@ -114,9 +125,9 @@ def run():
     for k in range(1, 5):
         launch_fused_loss(
             torch.bfloat16, 32_000, scale=0.5 * k, temperature=0.3 * k, beta=0.01 * (k - 1))
-compiled = compile_launches("sm_90", run)
+compiled = compile_launches("sm_90", run, multiprocessors=4)
 variants = {(name, variant.hash) for name, variant in compiled}
-assert len(compiled) >= 30 and len(variants) == 3, (len(compiled), len(variants))
+assert len(compiled) >= 30 and len(variants) == 7, (len(compiled), len(variants))
 """
     run_offline("-c", code)
 
@@ -133,15 +144,17 @@ def test_an_odd_vocabulary_is_read_and_written_in_vectors(target, dtype, tmp_pat
     run_offline(*command, "--dtype", dtype, "--json", file)
     for row in json.loads(file.read_text())["figures"]:
         case = row["flags"]
-        if case == "reduce":
+        if case in ("reduce", "few rows: statistics"):  # the latter reads partials alone
             continue
         assert row["load_bits"] == 128, row
-        if "gradient" in case or case == "rescale":
+        if ("gradient" in case and not case.endswith("partials")) or case == "rescale":
             assert row["store_bits"] == 128, row
-        assert row["spills"] <= SPILLS, row
+        # Of 128 registers on sm_100 a softcap leaves too few for the lanes of merged segments.
+        tight = 8 if target == "sm_100" and "softcap" in case else 0
+        assert row["spills"] <= SPILLS + tight, row
         if "softcap" not in case:
             assert (row["gradient"] or 0) <= 7.1, row
-            assert (row["statistics"] or 0) <= (9.5 if "entropy" in case else 7.0) + SLACK, row
+            assert (row["statistics"] or 0) <= (9.6 if "entropy" in case else 7.0) + SLACK, row
         assert row["exchanges"] == 0, row
 
 
@@ -189,5 +202,39 @@ for objective, divergence in pairs:
     figures = _read_nvidia(compiled, "bf16")
     assert figures["spills"] == 0, (objective, divergence, figures)
     assert figures["statistics"] <= 7 and figures["gradient"] <= 7, (objective, figures)
+"""
+    run_offline("-c", code)
+
+
+@pytest.mark.parametrize("V", [151_936, 151_937])
+@pytest.mark.parametrize("bonus", [False, True])
+def test_shared_rows_are_added_up_as_rows_alone(V, bonus):
+    """The same float instructions in the loop, and lanes in the same threads for the last sums."""
+    code = f"""
+import re, torch
+from collections import Counter
+from benchmarks.aot import _bits, _disassemble, _inner_loops, compile_launches, launch_fused_loss
+def arithmetic(compiled):
+    bodies = [body for body in _inner_loops(*_disassemble(compiled.asm["cubin"]))
+              if not any(op.startswith("STG") for op in body)]
+    widest = max(bodies, key=lambda body: sum(_bits(op) for op in body if op[:3] == "LDG"))
+    return Counter(op for op in widest if re.match("F|MUFU", op))
+def last_sums(compiled):
+    code = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\\w+) = (.*)$", code, re.M))
+    found = []
+    for reduction in code.split('"tt.reduce"(')[1:]:
+        body, rest = reduction.split("}}) :", 1)
+        lanes = re.match(r" \(tensor<(\d+)xf32, (.*?)>\) ->", rest)
+        if lanes and "addf" in body:
+            name = re.search(r"#(?!ttg\.slice)\w+", lanes.group(2)).group()
+            sizes = re.search(r"sizePerThread = \[(.*?)\]", layouts[name]).group(1).split(",")
+            found.append((lanes.group(1), sizes[len(sizes) // 2].strip()))
+    return found
+run = lambda: launch_fused_loss(torch.bfloat16, {V}, bonus={bonus})
+(_, alone), = compile_launches("sm_90", run)
+(_, partials), (_, merge) = compile_launches("sm_90", run, multiprocessors=132)
+assert arithmetic(alone) == arithmetic(partials) != Counter()
+assert last_sums(alone) == last_sums(merge) != [], (last_sums(alone), last_sums(merge))
 """
     run_offline("-c", code)

@@ -154,8 +154,8 @@ def test_block_sizes_come_from_one_table_with_reasons():
     for architecture, warp_size in {"sm_80": 32, "sm_90": 32, "gfx942": 64, "other": 32}.items():
         device = Device(architecture, warp_size, multiprocessors=100)
         wide, narrow = 512 // warp_size, 256 // warp_size
-        assert tiling(151_936, 2, device) == tiling(32_769, 4, device) == (wide, 4, 1)
-        assert tiling(65_536, 2, device) == tiling(1, 4, device) == (narrow, 4, 2)
+        assert tiling(151_936, 2, device) == tiling(32_769, 4, device) == (wide, 4, 1, 2, 0.3)
+        assert tiling(65_536, 2, device) == tiling(1, 4, device) == (narrow, 4, 2, 4, 0.3)
 
 
 def test_packed_logits_are_read_no_more_often(monkeypatch):

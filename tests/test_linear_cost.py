@@ -5,6 +5,7 @@ import torch
 from batches import relative_error
 from heads import chunk_bytes, exact, loss_of, make_head_batch
 from test_memory import NewStorages
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo_fused.kernels.linear as linear
@@ -103,6 +104,30 @@ def test_rows_that_are_switched_off_cost_one_matmul(loss_type):
         out.loss.backward()
 
     assert flops(step) == (24 + 2 * 12) * ONE
+
+
+class Packing(TorchDispatchMode):
+    """Counts the copies of tokens in another order."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function.overloadpacket.__name__ in ("index_select", "index_copy_")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "luspo"])
+@pytest.mark.parametrize("mask", [None, 1.0, 0.0], ids=["no_mask", "all_active", "one_masked"])
+def test_nothing_is_packed_where_every_token_counts(mask, loss_type):
+    """Short inputs would feel the copies."""
+    hidden, weight = torch.randn(2, 4, H, requires_grad=True), torch.randn(V, H)
+    ids, advantages = torch.randint(V, (2, 4)), torch.tensor([1.0, -1.0])
+    if mask is not None:
+        mask = torch.tensor([[1.0, 1.0, 1.0, mask], [1.0, 1.0, 1.0, 1.0]])
+    with Packing() as packing:
+        out = linear_grpo_loss(hidden, weight, ids, mask, advantages, loss_type=loss_type)
+        out.loss.backward()
+    assert (packing.calls > 0) == (mask is not None and not mask.all())
 
 
 def test_whole_sequences_to_a_chunk():

@@ -29,9 +29,10 @@ ORDER = [
     ["linear_coupled"],
     ["sources"],
     ["family", "logprob"],
-    ["linear", "loss"],
-    ["testing"],
+    ["from_logps", "linear", "loss"],
+    ["testing", "causal_lm"],
     ["__init__"],
+    ["integrations"],
     ["demo"],
     ["cli"],
 ]
@@ -39,7 +40,9 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 
 def name_of(path):
-    return "kernels" if path.parent.name == "kernels" else path.relative_to(ROOT).parts[1][:-3]
+    if path.parent.name == "kernels":
+        return "kernels"
+    return path.relative_to(ROOT / "grpo_fused").with_suffix("").parts[0]
 
 
 def imported_modules(path):

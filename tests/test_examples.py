@@ -1,0 +1,62 @@
+"""examples/ run as a user starts them; docs/integrations.md leads to what exists."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from adapters import BLOCKS, DOCUMENT, ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def example(name):
+    """What a script prints."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{name}.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "examples",
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_example_of_a_hand_written_loop():
+    first, last = re.findall(r"\d\.\d\d", example("hand_written_loop"))
+    assert float(first) < 0.3 and float(last) > 0.7
+
+
+def test_example_for_trl():
+    pytest.importorskip("trl", reason="trl is not installed: make test installs it")
+    first, last = re.findall(r"\d\.\d\d", example("trl_grpo"))
+    assert float(first) < 0.65 and float(last) > 0.85
+
+
+def test_example_for_verl():
+    pytest.importorskip("verl", reason="verl 0.9.1 is installed by `make` for Python below 3.13")
+    theirs, ours = (line.split(": ")[1] for line in example("verl_policy_loss").splitlines()[-2:])
+    numbers = [[float(x) for x in re.findall(r"-?\d+\.\d+", line)] for line in (theirs, ours)]
+    assert len(numbers[0]) == 5
+    assert numbers[1] == pytest.approx(numbers[0], abs=2e-6)
+
+
+def test_every_block_of_the_document_has_its_test():
+    labels = {"verl", "slime", "nemo_rl", "prime_rl", "openrlhf", "loop"}
+    assert {label for label, _ in BLOCKS} == labels
+
+
+def test_documents_lead_to_what_exists():
+    """Every example is mentioned, every relative link and every module of verl's is there."""
+    for script in (ROOT / "examples").glob("*.py"):
+        assert f"examples/{script.name}" in DOCUMENT, script.name
+    for link in re.findall(r"\]\(\.\./([\w/.]+)\)", DOCUMENT):
+        assert (ROOT / link).exists(), link
+    for link in re.findall(r"\]\(((?:docs|examples)/[\w/.]+)\)", README):
+        assert (ROOT / link).exists(), link
+    if importlib.util.find_spec("verl"):
+        for module in re.findall(r"grpo_fused\.integrations\.verl\w*", DOCUMENT + README):
+            assert importlib.util.find_spec(module), module

@@ -1,0 +1,243 @@
+"""FusedGRPOTrainer against TRL's own: the same seed, the same log, the same weights."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", reason="trl is not installed: make test installs it")
+
+import trl_runs  # noqa: E402
+from tiny_models import quantised  # noqa: E402
+from trl import GRPOTrainer  # noqa: E402
+from trl_runs import differences, make_trainer, save_model, train  # noqa: E402
+
+from grpo_fused.integrations.trl import VERSION, FusedGRPOTrainer  # noqa: E402
+
+BOUND = 1e-5
+RECENT = VERSION.release >= (1, 8)
+OFF_POLICY = {"num_iterations": 2, "steps_per_generation": 4}
+ACCUMULATED = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+CASES = {loss: {"loss_type": loss} | OFF_POLICY for loss in LOSSES}
+CASES |= {
+    f"{loss}-sequence": {"loss_type": loss, "importance_sampling_level": "sequence"} | OFF_POLICY
+    for loss in LOSSES[:-1]
+}
+CASES |= {
+    "on_policy": {},
+    "kl": {"beta": 0.2, "use_bias_correction_kl": False} | OFF_POLICY,
+    "kl-corrected": {"beta": 0.2, "use_bias_correction_kl": True} | OFF_POLICY,
+    "kl-corrected-sequence": {
+        **{"beta": 0.2, "use_bias_correction_kl": True, "importance_sampling_level": "sequence"},
+        **OFF_POLICY,
+    },
+    "accumulated": ACCUMULATED,
+    "accumulated-grpo": {"loss_type": "grpo", "beta": 0.1} | ACCUMULATED,
+    "accumulated-bnpo": {"loss_type": "bnpo"} | ACCUMULATED,
+    "accumulated-luspo": {"loss_type": "luspo"} | ACCUMULATED,
+    "delta": {"delta": 1.5, "epsilon_high": 0.3} | OFF_POLICY,
+    "delta-low": {"delta": 1.1, "epsilon_high": 0.3} | OFF_POLICY,
+    "temperature": {"temperature": 0.7, "mask_truncated_completions": True} | OFF_POLICY,
+    "quantile": {"top_entropy_quantile": 0.5, "loss_type": "grpo"} | OFF_POLICY,
+    "off_policy_mask": {"off_policy_mask_threshold": 0.01} | OFF_POLICY,
+    "batches-of-three": {"beta": 0.1, "per_device_train_batch_size": 12} | OFF_POLICY,
+    # Unclipped: what is next to a bound is on either side of it in bfloat16.
+    "bf16": {"bf16": True, "beta": 0.1, "epsilon": 9.0, "epsilon_high": 9.0} | OFF_POLICY,
+    "fp32-head": {"cast_lm_head_to_fp32": True} | OFF_POLICY,
+}
+if RECENT:
+    CASES |= {
+        f"entropy-{loss}": {"entropy_coef": 0.02, "loss_type": loss} | ACCUMULATED
+        for loss in ("grpo", "bnpo", "dapo", "dr_grpo")
+    }
+    CASES["entropy-adaptive"] = {"use_adaptive_entropy": True, "entropy_target": 2.0} | ACCUMULATED
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def both(folder, tmp_path, kind=lambda trainer: trainer, **options):
+    stock = train(kind(GRPOTrainer), folder, tmp_path, **options)
+    return stock, train(kind(FusedGRPOTrainer), folder, tmp_path, **options)
+
+
+def assert_same(stock, fused, bound=BOUND):
+    off = {name: error for name, error in differences(fused, stock).items() if error > bound}
+    assert not off
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_log_and_weights(folder, tmp_path, name):
+    stock, fused = both(folder, tmp_path, **CASES[name])
+    # A matmul in bfloat16 is rounded where it is cut, and TRL cuts it elsewhere.
+    assert_same(stock, fused, 2e-2 if name == "bf16" else BOUND)
+    assert max(row["grad_norm"] for row in stock.log if "grad_norm" in row) > 0
+
+
+def test_the_cases_clip_on_both_sides(folder, tmp_path):
+    log = train(FusedGRPOTrainer, folder, tmp_path, **CASES["dapo"]).log
+    for side in ("low_mean", "high_mean", "high_max"):
+        assert max(row[f"clip_ratio/{side}"] for row in log) > 0
+
+
+def with_inputs(change):
+    """A kind of trainer whose `_compute_loss` sees changed inputs, as a subclass may."""
+
+    def kind(trainer):
+        class Changed(trainer):
+            def _compute_loss(self, model, inputs):
+                inputs = dict(inputs)
+                change(inputs)
+                self.use_vllm = "importance_sampling_ratio" in inputs
+                self.vllm_importance_sampling_correction = True
+                loss = super()._compute_loss(model, inputs)
+                self.use_vllm = False
+                return loss
+
+        return Changed
+
+    return kind
+
+
+def per_token_ratio(inputs):
+    inputs["importance_sampling_ratio"] = 0.5 + (inputs["completion_ids"] % 5) / 4
+
+
+def per_sequence_ratio(inputs):
+    ids = inputs["completion_ids"]
+    inputs["importance_sampling_ratio"] = 0.5 + (ids.sum(1, keepdim=True) % 5) / 4
+
+
+def tool_mask(inputs):
+    inputs["tool_mask"] = (inputs["completion_ids"] % 3 > 0).long()
+
+
+def advantages_per_token(inputs):
+    spread = 1 + (inputs["completion_ids"] % 4)
+    inputs["advantages"] = inputs["advantages"][:, None] * spread
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "change", [per_token_ratio, per_sequence_ratio, tool_mask, advantages_per_token]
+)
+def test_optional_inputs(folder, tmp_path, change, level):
+    kind, options = with_inputs(change), {"importance_sampling_level": level} | OFF_POLICY
+    assert_same(*both(folder, tmp_path, kind, beta=0.1, **options))
+
+
+def test_evaluation(folder, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 8}
+    stock, fused = both(folder, tmp_path, loss_type="grpo", beta=0.1, **options, **ACCUMULATED)
+    assert any("eval_loss" in row for row in stock.log)
+    assert_same(stock, fused)
+
+
+class Collectives:
+    """Counts what an accelerator gathers or reduces."""
+
+    def __init__(self, trainer):
+        self.calls, self.trainer = 0, trainer
+        accelerator = trainer.accelerator
+        for name in ("gather", "reduce", "gather_for_metrics"):
+            setattr(accelerator, name, self.counted(getattr(accelerator, name)))
+        trainer._compute_loss = self.within(trainer._compute_loss)
+
+    def counted(self, function):
+        def call(*args, **kwargs):
+            self.calls += self.inside
+            return function(*args, **kwargs)
+
+        return call
+
+    inside = False
+
+    def within(self, function):
+        def call(*args, **kwargs):
+            self.inside = True
+            loss = function(*args, **kwargs)
+            self.inside = False
+            return loss
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "trainer, calls", [(GRPOTrainer, 7 if RECENT else 5), (FusedGRPOTrainer, 1)]
+)
+def test_one_collective_call_for_all_metrics(folder, tmp_path, trainer, calls):
+    counts = []
+    before = lambda trainer: counts.append(Collectives(trainer))  # noqa: E731
+    train(trainer, folder, tmp_path, beta=0.1, before=before)
+    assert counts[0].calls == calls * trl_runs.STEPS
+
+
+def test_the_loss_never_sees_logits(folder, tmp_path, monkeypatch):
+    """Not a matmul of TRL's head, nor log-probabilities for a loss that is fused."""
+    run = train(FusedGRPOTrainer, folder, tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("log-probabilities were made")
+
+    monkeypatch.setattr(FusedGRPOTrainer, "_get_per_token_logps_and_entropies", refuse)
+    again = train(FusedGRPOTrainer, folder, tmp_path)
+    assert_same(run, again, 0.0)
+
+
+def lora(**options):
+    peft = pytest.importorskip("peft", reason="peft is not installed: make test installs it")
+    return peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, **options)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+def test_adapters_on_the_trunk(folder, tmp_path, recwarn, loss_type):
+    """The reference is the model without its adapters."""
+    config = lora(target_modules=["q_proj", "down_proj"])
+    options = {"peft_config": config, "beta": 0.1, "loss_type": loss_type} | OFF_POLICY
+    assert_same(*both(folder, tmp_path, **options))
+    assert not [w for w in recwarn if "TRL computes the loss" in str(w.message)]
+
+
+def test_what_is_handed_to_trl_is_said_once(folder, tmp_path):
+    trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path)
+    trainer._why_unfused = "a reason"
+    ids = torch.randint(2, 12, (4, 9))
+    arguments = (trainer.model, ids, torch.ones_like(ids), 5)
+    with pytest.warns(UserWarning, match="TRL computes the loss, without grpo_fused: a reason"):
+        expected = trainer._get_per_token_logps_and_entropies(*arguments)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer._get_per_token_logps_and_entropies(*arguments)
+    trainer._why_unfused = None
+    actual = trainer._get_per_token_logps_and_entropies(*arguments)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_cannot_be_fused(folder, tmp_path):
+    trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path)
+    quantised(trainer.model)
+    assert "quantised" in trainer._why_not_fused([trainer.model])
+    trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path, torch_compile=True)
+    assert "torch_compile" in trainer._why_unfused
+
+
+def test_two_ranks(folder, tmp_path):
+    """Gradients averaged by DDP, whose hooks see the loss as they see logits; metrics of both."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command += [str(Path(__file__).with_name("trl_ranks.py")), str(folder), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    stock, fused = (
+        trl_runs.Run(**torch.load(tmp_path / f"{name}.pt"))
+        for name in ("GRPOTrainer", "FusedGRPOTrainer")
+    )
+    assert_same(stock, fused)

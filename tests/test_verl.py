@@ -1,0 +1,264 @@
+"""Policy losses for verl against verl 0.9.1's own, as registered: value, gradient, metrics."""
+
+import inspect
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from batches import relative_error
+from verl_peer import actor_config, get_policy_loss_fn, make_verl_batch, run
+
+from grpo_fused import Sapo, Vespo, grpo_loss_from_logps
+from grpo_fused.integrations import verl as integration
+
+MODES = integration.AGGREGATIONS
+NAMES = ["vanilla", "gspo", "sapo", "cispo", "gpg"]
+INFOS = {
+    "local": {},
+    "global": {
+        "dp_size": 2,
+        "batch_num_tokens": 37,
+        "global_batch_size": 9,
+        "loss_scale_factor": 11,
+    },
+    "partly": {"dp_size": 1, "batch_num_tokens": 37, "global_batch_size": None},
+}
+BOUNDS = {
+    "defaults": {},
+    "asymmetric": {"clip_ratio_low": 0.1, "clip_ratio_high": 0.28, "clip_ratio_c": 1.4},
+    "clip_ratio": {"clip_ratio": 0.3, "clip_ratio_low": None, "clip_ratio_high": None},
+    "wide": {"clip_ratio_low": 10.0, "clip_ratio_high": 1.5, "tau_pos": 0.8, "tau_neg": 1.3},
+}
+
+
+def compare(name, batch, config, mode="token-mean", *, value=2e-6, gradient=2e-6):
+    """verl in float64 and zeros under the mask, ours in float32 and NaN there."""
+    wanted = run(name, batch, config, mode)
+    got = run(f"grpo_fused_{name}", batch, config, mode, under_mask=math.nan)
+    size = wanted.loss.abs() + wanted.gradient.abs().sum()
+    assert (got.loss - wanted.loss).abs() < value * size
+    # Far below e^-80 verl in float64 still has a gradient.
+    error = (got.gradient - wanted.gradient).norm()
+    assert error < gradient * wanted.gradient.norm() + 1e-30
+    for metric, number in wanted.metrics.items():
+        assert got.metrics[metric] == pytest.approx(number, rel=3e-6, abs=1e-7), metric
+    assert all(isinstance(number, float) for number in got.metrics.values())
+    return wanted
+
+
+def test_verl_finds_the_losses_by_itself():
+    """Without an import of ours: entry point group verl.plugins."""
+    code = (
+        "import verl, sys; from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as losses;"
+        "print(*sorted(name for name in losses if name.startswith('grpo_fused_')))"
+    )
+    run_python = [sys.executable, "-c", code]
+    found = subprocess.run(run_python, check=True, capture_output=True, text=True, cwd="/")
+    names = sorted(f"grpo_fused_{name}" for name in integration.RECIPES)
+    assert found.stdout.split() == names
+
+
+def test_signatures_are_verls():
+    theirs = inspect.signature(get_policy_loss_fn("vanilla")).parameters
+    for loss in integration.POLICY_LOSSES.values():
+        ours = inspect.signature(loss).parameters
+        assert list(ours) == list(theirs)
+        assert all(ours[name].default == theirs[name].default for name in theirs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("info", INFOS)
+@pytest.mark.parametrize("name", NAMES)
+def test_aggregations_and_divisors(name, info, mode):
+    compare(name, make_verl_batch(), actor_config(INFOS[info]), mode)
+
+
+@pytest.mark.parametrize("rollout", [False, True], ids=["", "rollout weights"])
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_bounds_and_rollout_weights(name, bounds, rollout):
+    for seed in range(3):
+        batch = make_verl_batch(seed, rollout=rollout)
+        config = actor_config(INFOS["global"], **BOUNDS[bounds])
+        compare(name, batch, config, "seq-mean-token-mean")
+
+
+def test_batches_reach_every_branch():
+    """Each of verl's metrics is nonzero on what the tests above compare."""
+    for name, metric in [
+        ("vanilla", "actor/pg_clipfrac"),
+        ("vanilla", "actor/pg_clipfrac_lower"),
+        ("gspo", "actor/pg_clipfrac"),
+        ("cispo", "actor/pg_clipfrac"),
+    ]:
+        found = [run(name, make_verl_batch(seed), actor_config()).metrics for seed in range(3)]
+        assert max(metrics[metric] for metrics in found) > 0.02, (name, metric)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shift", [-200.0, -19.0, 9.0, 19.0, 30.0, 200.0])
+def test_clamps_of_far_log_ratios(name, shift):
+    """Beyond +-20 (sequences: 10) verl's ratio is flat: value and gradient say so."""
+    batch = make_verl_batch(3)
+    old = torch.where(batch.response_mask, batch.old_log_prob - shift, 0.0).float().double()
+    # Against its own size, which e^20 dominates where the advantage is negative.
+    compare(name, batch._replace(old_log_prob=old), actor_config(), value=2e-5, gradient=2e-5)
+
+
+@pytest.mark.parametrize("rollout", [False, True], ids=["", "rollout weights"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["A(B,)", "A(B,T)"])
+def test_geo_mean(per_token, rollout):
+    """verl divides by all rows, whatever it is told: the same for a batch that is not cut."""
+    for seed in range(3):
+        batch = make_verl_batch(seed, rollout=rollout, per_token=per_token, scale=0.2)
+        config = actor_config({"global_batch_size": 8}, clip_ratio_low=0.4, clip_ratio_high=0.4)
+        wanted = compare("geo_mean", batch, config, "token-sum")
+        metrics = wanted.metrics
+        assert min(metrics["actor/pg_clipfrac"], metrics["actor/pg_clipfrac_lower"]) > 0.02
+
+
+def halves(name, config, batch):
+    return sum(run(name, batch.rows(rows), config).loss for rows in (slice(4), slice(4, 8)))
+
+
+def test_micro_batches_of_geo_mean_add_up():
+    """verl's geo_mean ignores the divisors: two halves of a batch weigh twice as much as it."""
+    batch, config = make_verl_batch(per_token=False), actor_config({"global_batch_size": 8})
+    whole = run("geo_mean", batch, config).loss
+    assert halves("geo_mean", config, batch) == pytest.approx(2 * whole.item())
+    assert halves("grpo_fused_geo_mean", config, batch) == pytest.approx(whole.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", integration.RECIPES)
+def test_micro_batches_and_ranks_add_up(name, mode):
+    """Gradients of 2 ranks with 2 micro-batches each, averaged over ranks, are the batch's."""
+    batch = make_verl_batch(1, lengths=(6, 4, 2, 3, 5, 1, 6, 2))
+    counts = {"batch_num_tokens": batch.response_mask.sum().item(), "global_batch_size": 8}
+    name = f"grpo_fused_{name}"
+    whole = run(name, batch, actor_config({"dp_size": 1} | counts), mode)
+    config = actor_config({"dp_size": 2} | counts)
+    parts = [run(name, batch.rows(slice(b, b + 2)), config, mode) for b in range(0, 8, 2)]
+    assert sum(part.loss for part in parts) / 2 == pytest.approx(whole.loss.item(), rel=1e-5)
+    gradient = torch.cat([part.gradient for part in parts]) / 2
+    assert relative_error(gradient, whole.gradient) < 1e-6
+
+
+def test_vespo_is_the_family():
+    batch = make_verl_batch(2, rollout=True)
+    got = run("grpo_fused_vespo", batch, actor_config({"batch_num_tokens": 50}))
+    logps = batch.log_prob.float().requires_grad_(True)
+    out = grpo_loss_from_logps(
+        logps,
+        batch.response_mask,
+        batch.advantages.float(),
+        old_logps=batch.old_log_prob.float(),
+        importance_sampling_ratio=batch.rollout_is_weights.float(),
+        objective=Vespo(),
+        normalizer="token-mean",
+        num_items_in_batch=50,
+    )
+    out.loss.backward()
+    assert got.loss == out.loss
+    assert torch.equal(got.gradient, logps.grad)
+
+
+def test_an_objective_of_your_own():
+    batch, config = make_verl_batch(), actor_config()
+    mine = integration.policy_loss(lambda config: integration.Recipe(Sapo(0.9, 1.2)))
+    theirs = run("sapo", batch, actor_config(tau_pos=0.9, tau_neg=1.2))
+    values = batch._asdict() | {"loss_agg_mode": "seq-mean-token-mean", "config": config}
+    values = {
+        k: v.float() if k != "response_mask" and k in batch._fields and v is not None else v
+        for k, v in values.items()
+    }
+    assert mine(**values)[0].item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+
+
+def test_no_active_token_is_a_differentiable_zero():
+    """verl divides 0 by 0: one empty micro-batch makes its step NaN."""
+    batch = make_verl_batch()
+    batch = batch._replace(response_mask=torch.zeros_like(batch.response_mask))
+    for name in NAMES:
+        got = run(f"grpo_fused_{name}", batch, actor_config())
+        assert got.loss == 0 and (got.gradient == 0).all()
+        assert all(number == 0 for number in got.metrics.values())
+    assert run("vanilla", batch, actor_config()).loss.isnan()
+
+
+def test_verl_multiplies_what_is_masked():
+    """Its sequence means of NaN times 0 are NaN; every comparison above has NaN on our side."""
+    batch = make_verl_batch()
+    theirs = run("vanilla", batch, actor_config(), "seq-mean-token-mean", under_mask=math.nan)
+    assert theirs.loss.isnan()
+
+
+@pytest.mark.parametrize(
+    "match, name, mode, options",
+    [
+        ("loss_agg_mode must be one of", "vanilla", "token-median", {}),
+        ("batch_num_tokens is needed", "vanilla", "token-mean", {"dp_size": 2}),
+        ("global_batch_size is needed", "gspo", "seq-mean-token-sum", {"dp_size": 2}),
+        ("clip_ratio_c must be", "vanilla", "token-mean", {"clip_ratio_c": 1.0}),
+        ("clip_ratio_c must be", "vanilla", "token-mean", {"clip_ratio_high": 2.5}),
+        ("the same for Gmpo", "geo_mean", "token-mean", {"clip_ratio_low": 0.3}),
+    ],
+)
+def test_refused(match, name, mode, options):
+    info = {key: options[key] for key in options if key == "dp_size"}
+    config = actor_config(info, **{key: options[key] for key in options.keys() - info.keys()})
+    with pytest.raises(ValueError, match=match):
+        run(f"grpo_fused_{name}", make_verl_batch(), config, mode)
+
+
+def test_config_is_needed():
+    values = make_verl_batch()._asdict()
+    with pytest.raises(ValueError, match="config must be"):
+        get_policy_loss_fn("grpo_fused_vanilla")(**values)
+
+
+def padded_data(batch, **info):
+    """The TensorDict of verl's ppo_loss, its tensors padded already."""
+    values = {
+        "response_mask": batch.response_mask,
+        "old_log_probs": batch.old_log_prob.float(),
+        "advantages": batch.advantages.float(),
+        "ref_log_prob": batch.log_prob.float() - 0.3,
+    }
+
+    class Data(dict):
+        def select(self, *names):
+            return Data({name: self[name] for name in names})
+
+        def to_padded_tensor(self):
+            return self
+
+    return Data(values | {"dp_size": 2, "batch_num_tokens": 37, "global_batch_size": 9} | info)
+
+
+def test_inside_of_verls_ppo_loss(monkeypatch):
+    """verl's whole loss, entropy bonus and KL penalty included: only the loss_mode changes."""
+    import verl.workers.utils.losses as worker
+    from verl.workers.config import PolicyLossConfig
+
+    monkeypatch.setattr(worker, "no_padding_2_padding", lambda values, data: values)
+    batch, results = make_verl_batch(), []
+    for mode in ("vanilla", "grpo_fused_vanilla"):
+        config = actor_config(
+            policy_loss=PolicyLossConfig(loss_mode=mode), entropy_coeff=0.01, use_kl_loss=True
+        )
+        log_prob = batch.log_prob.float().requires_grad_(True)
+        output = {"log_probs": log_prob, "entropy": log_prob.detach().abs()}
+        loss, metrics = worker.ppo_loss(config, output, padded_data(batch))
+        loss.backward()
+        numbers = {
+            name: getattr(metric, "aggregate", lambda metric=metric: metric)()
+            for name, metric in metrics.items()
+        }
+        results.append(SimpleNamespace(gradient=log_prob.grad, numbers=numbers))
+    theirs, ours = results
+    assert relative_error(ours.gradient, theirs.gradient) < 1e-6
+    assert ours.numbers == pytest.approx(theirs.numbers, rel=1e-5, abs=1e-6)

@@ -1,0 +1,273 @@
+"""Functions with verl's signatures against verl 0.9.1's own, and putting them in place."""
+
+import inspect
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import verl_peer  # noqa: F401 - skips where verl is not installed
+from batches import relative_error
+from tiny_models import batch, tiny
+from verl.utils import torch_functional as theirs
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.utils.kernel import linear_cross_entropy as their_kernel
+
+from grpo_fused.integrations import verl_kernels as ours
+
+V, H = 97, 16
+
+
+def make_rows(*shape, columns=V, dtype=torch.float32, seed=0):
+    """(values (..., columns), labels (...), upstream gradients (...) of two results)."""
+    generator = torch.Generator().manual_seed(seed)
+    values = 2 * torch.randn(*shape, columns, generator=generator)
+    labels = torch.randint(0, V, shape, generator=generator)
+    upstream = torch.randn(2, *shape, generator=generator)
+    return values.to(dtype), labels, *upstream
+
+
+def gradient_of(function, logits, upstream, *arguments, dtype=None):
+    """(results, gradient to the logits), which are no leaf, as those of a model."""
+    leaf = logits.to(dtype or logits.dtype, copy=True).requires_grad_(True)
+    results = function(leaf * 1.0, *arguments)
+    results.backward(upstream.to(results.dtype))
+    return results.detach(), leaf.grad
+
+
+@pytest.mark.parametrize(
+    "name, wants_labels",
+    [
+        ("logprobs_from_logits", True),
+        ("entropy_from_logits", False),
+        ("entropy_from_logits_with_chunking", False),
+    ],
+)
+@pytest.mark.parametrize("shape", [(7,), (3, 5)], ids=str)
+def test_from_logits(name, wants_labels, shape):
+    if "chunking" in name and len(shape) > 1:
+        shape = (15,)  # verl's takes rows alone
+    logits, labels, upstream, _ = make_rows(*shape)
+    arguments = [labels] if wants_labels else []
+    function = getattr(theirs, name)
+    wanted = gradient_of(function, logits, upstream, *arguments, dtype=torch.float64)
+    got = gradient_of(getattr(ours, name), logits, upstream, *arguments)
+    assert got[0].dtype == torch.float32 and got[0].shape == shape
+    for mine, truth in zip(got, wanted, strict=True):
+        assert relative_error(mine, truth) < 2e-6
+    assert inspect.signature(getattr(ours, name)) == inspect.signature(function).replace(
+        return_annotation=inspect.Signature.empty,
+        parameters=[
+            parameter.replace(annotation=inspect.Parameter.empty)
+            for parameter in inspect.signature(function).parameters.values()
+        ],
+    )
+
+
+def test_half_precision_is_nearer_to_the_truth():
+    """verl's path without flash-attention rounds log-probabilities to bfloat16."""
+    logits, labels, upstream, _ = make_rows(3, 5, dtype=torch.bfloat16)
+    function = theirs.logprobs_from_logits
+    truth = gradient_of(function, logits, upstream, labels, dtype=torch.float64)
+    peer = gradient_of(function, logits, upstream, labels)
+    mine = gradient_of(ours.logprobs_from_logits, logits, upstream, labels)
+    assert relative_error(mine[0], truth[0]) < 1e-6 < 1e-3 < relative_error(peer[0], truth[0])
+    assert relative_error(mine[1], truth[1]) < 2e-3 < relative_error(peer[1], truth[1])
+
+
+def test_gradient_goes_over_the_logits_where_that_is_allowed():
+    logits, labels, upstream, _ = make_rows(3, 5)
+    for inplace in (True, False):
+        leaf = logits.clone().requires_grad_(True)
+        made = leaf * 1.0
+        ours.logprobs_from_logits(made, labels, inplace_backward=inplace).backward(upstream)
+        assert torch.equal(made.detach(), logits) != inplace
+        assert torch.equal(leaf.detach(), logits)
+    for of_a_leaf in (leaf, leaf[:, 1:]):  # verl's default asks for it there too
+        values = labels[:, 5 - of_a_leaf.shape[1] :]
+        ours.logprobs_from_logits(of_a_leaf, values).sum().backward()
+        assert torch.equal(leaf.detach(), logits)
+    with torch.no_grad():
+        ours.logprobs_from_logits(leaf, labels)
+
+
+def test_entropy_and_log_probabilities_of_the_same_logits():
+    """As verl's engine asks for both: not in place then."""
+    logits, labels, dlogps, dentropies = make_rows(11)
+    gradients = []
+    for module, dtype in ((theirs, torch.float64), (ours, torch.float32)):
+        leaf = logits.to(dtype, copy=True).requires_grad_(True)
+        made = leaf / 0.7
+        entropies = torch.utils.checkpoint.checkpoint(
+            module.entropy_from_logits, made, use_reentrant=False
+        )
+        logps = module.logprobs_from_logits(made, labels, inplace_backward=False)
+        (logps @ dlogps.to(dtype) + entropies @ dentropies.to(dtype)).backward()
+        gradients.append(leaf.grad)
+    assert relative_error(gradients[1], gradients[0]) < 2e-6
+
+
+def test_entropy_compiles_as_verl_compiles_it():
+    compiled = torch.compile(
+        ours.entropy_from_logits, dynamic=True, fullgraph=True, backend="aot_eager"
+    )
+    for rows in (5, 9):
+        logits = make_rows(rows)[0]
+        assert torch.equal(compiled(logits), ours.entropy_from_logits(logits))
+
+
+def logits_of_a_head(hidden, weight, labels, temperature):
+    """verl's functions over logits that are made as a whole."""
+    logits = hidden @ weight.T / temperature
+    return theirs.logprobs_from_logits(logits, labels), theirs.entropy_from_logits(logits)
+
+
+FUSED = {
+    "logits": logits_of_a_head,
+    "verl": FusedLinearForPPO(),
+    "ours": ours.linear_cross_entropy,
+    "ours as a method": lambda *arguments: ours._fused_linear_for_ppo(None, *arguments),
+}
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 5)], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_linear_cross_entropy(shape, temperature):
+    """verl's kernel needs a GPU; its other backend has the same results, in the shape of ids."""
+    hidden, labels, *upstream = make_rows(*shape, columns=H)
+    weight = 0.3 * make_rows(V, columns=H, seed=1)[0]
+    results = {}
+    for name, function in FUSED.items():
+        dtype = torch.float64 if name == "logits" else torch.float32
+        leaves = [t.to(dtype, copy=True).requires_grad_(True) for t in (hidden, weight)]
+        logps, entropies = function(*leaves, labels, temperature)
+        loss = (logps.flatten() * upstream[0].to(dtype).flatten()).sum()
+        (loss + (entropies.flatten() * upstream[1].to(dtype).flatten()).sum()).backward()
+        results[name] = (logps, entropies, *(leaf.grad for leaf in leaves))
+        if name == "ours":  # as verl's kernel
+            assert logps.shape == entropies.shape == (labels.numel(),)
+        else:
+            assert logps.shape == entropies.shape == shape
+    for name, tolerance in (("verl", 1e-5), ("ours", 3e-6), ("ours as a method", 3e-6)):
+        for got, truth in zip(results[name], results["logits"], strict=True):
+            assert relative_error(got.flatten(), truth.flatten()) < tolerance, name
+
+
+def test_signature_of_linear_cross_entropy():
+    wanted = list(inspect.signature(their_kernel.LinearCrossEntropy.forward).parameters.values())
+    got = list(inspect.signature(ours.linear_cross_entropy).parameters.values())
+    assert [p.name for p in got] == [p.name for p in wanted[1:]]
+    assert [p.default for p in got] == [p.default for p in wanted[1:]]
+
+
+def test_reductions_and_temperatures():
+    hidden, labels, *_ = make_rows(2, 5, columns=H)
+    weight = make_rows(V, columns=H, seed=1)[0]
+    logps, entropies = ours.linear_cross_entropy(hidden, weight, labels, 0.5)
+    for reduction in ("sum", "mean"):
+        reduced, same = ours.linear_cross_entropy(hidden, weight, labels, 0.5, reduction)
+        assert torch.equal(reduced, getattr(logps, reduction)()) and torch.equal(same, entropies)
+    per_token = torch.full((2, 5), 0.5)
+    for temperature in (torch.tensor(0.5), per_token):
+        got = ours.linear_cross_entropy(hidden, weight, labels, temperature)
+        torch.testing.assert_close(got, (logps, entropies))
+
+
+def test_refused():
+    hidden, labels, *_ = make_rows(2, 5, columns=H)
+    weight = make_rows(V, columns=H, seed=1)[0]
+    group = SimpleNamespace(size=lambda: 2)
+    for match, arguments in [
+        ("labels must have shape", (hidden, weight, labels[:1])),
+        ("labels must be integers", (hidden, weight, labels.float())),
+        ("temperature must have shape", (hidden, weight, labels, torch.ones(2))),
+        ("reduction must be one of", (hidden, weight, labels, 1.0, "max")),
+        ("the vocabulary must not be sharded", (hidden, weight, labels, 1.0, "none", group)),
+        ("weight must be", (hidden, weight[:, 1:], labels)),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            ours.linear_cross_entropy(*arguments)
+    alone = SimpleNamespace(size=lambda: 1)
+    ours.linear_cross_entropy(hidden, weight, labels, 1.0, "none", alone)
+    with pytest.raises(ValueError, match="labels must have shape"):
+        ours.logprobs_from_logits(hidden, labels[..., None])
+
+
+@pytest.fixture
+def verl_modules(monkeypatch):
+    """What patch_verl changes is put back."""
+    for module in [m for n, m in sys.modules.items() if n.split(".")[0] == "verl"]:
+        for name in vars(ours):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(FusedLinearForPPO, "forward", FusedLinearForPPO.forward)
+    engine = ModuleType("verl.an_engine")  # as engines do: from verl... import a function
+    engine.logprobs_from_logits = theirs.logprobs_from_logits
+    engine.entropy_from_logits = "something else of that name"
+    monkeypatch.setitem(sys.modules, engine.__name__, engine)
+    return engine
+
+
+def test_patch_verl(verl_modules):
+    replaced = ours.patch_verl()
+    assert replaced == [
+        "verl.an_engine.logprobs_from_logits",
+        "verl.utils.experimental.torch_functional.FusedLinearForPPO.forward",
+        "verl.utils.kernel.linear_cross_entropy.linear_cross_entropy",
+        "verl.utils.torch_functional.entropy_from_logits",
+        "verl.utils.torch_functional.entropy_from_logits_with_chunking",
+        "verl.utils.torch_functional.logprobs_from_logits",
+    ]
+    assert verl_modules.logprobs_from_logits is ours.logprobs_from_logits
+    assert verl_modules.entropy_from_logits == "something else of that name"
+    assert theirs.entropy_from_logits is ours.entropy_from_logits
+    assert their_kernel.linear_cross_entropy is ours.linear_cross_entropy
+    assert ours.patch_verl() == []
+    hidden, labels, *_ = make_rows(2, 5, columns=H)
+    weight = make_rows(V, columns=H, seed=1)[0]
+    got = FusedLinearForPPO()(hidden, weight, labels, 0.7)
+    wanted = ours.linear_cross_entropy(hidden, weight, labels, 0.7)
+    assert got[0].shape == labels.shape
+    assert all(torch.equal(a.flatten(), b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_models_that_verl_has_patched(verl_modules):
+    """verl's own forward of a model, with either backend of its fused kernels."""
+    from verl.models.transformers import dense_common
+
+    model, input_ids = tiny(), batch()[0]
+    call = {"input_ids": input_ids, "temperature": 0.7, "return_dict": True}
+    theirs_out = dense_common.forward_with_torch_backend(model, **call)
+    ours.patch_verl()
+    for forward in (
+        dense_common.forward_with_torch_backend,
+        dense_common.forward_with_triton_backend,  # on a CPU: with ours alone
+    ):
+        out = forward(model, **call)
+        for name in ("log_probs", "entropy"):
+            got, wanted = out[name].flatten(), theirs_out[name].flatten()
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
+
+
+def test_patch_of_another_verl(monkeypatch):
+    monkeypatch.delattr(theirs, "entropy_from_logits_with_chunking")
+    with pytest.raises(ImportError, match="does not have entropy_from_logits_with_chunking"):
+        ours.patch_verl()
+
+
+@pytest.mark.parametrize("how", ["environment", "external_lib"])
+def test_verl_imports_the_patch_in_its_workers(how, monkeypatch):
+    """By verl's own two ways, in a process of its own; nothing is replaced without them."""
+    code = "import verl.utils.torch_functional as f; from verl.utils.import_utils import *;"
+    code += "print(f.entropy_from_logits.__module__);"
+    if how == "external_lib":
+        code += "import_external_libs('grpo_fused.integrations.verl_patch');"
+        code += "print(f.entropy_from_logits.__module__)"
+        wanted = ["verl.utils.torch_functional", ours.__name__]
+    else:
+        monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "grpo_fused.integrations.verl_patch")
+        wanted = [ours.__name__]
+    run = [sys.executable, "-c", code]
+    found = subprocess.run(run, check=True, capture_output=True, text=True, cwd="/").stdout
+    assert found.split() == wanted
