@@ -227,17 +227,21 @@ def _read_kernel(words_ptr, sums_ptr, BLOCK: tl.constexpr):
 
 
 def floors(logits):
-    """Steps that only read, and only copy, memory of the size of the logits, on a GPU.
+    """Steps that only read, and only copy, memory of the size of the logits.
 
-    To less than a program's share, 32 KB.
+    On a GPU to less than a program's share, 32 KB.
     """
+    values = logits.detach().flatten()
+    copy = torch.empty_like(values)
+    steps = {"copy": lambda: copy.copy_(values)}
+    if logits.device.type == "cpu":
+        floats = values[: values.numel() // 2 * 2].view(torch.float32)
+        return steps | {"read": lambda: floats.sum()}
     programs = logits.nbytes // (4 * WORDS_PER_PROGRAM)
-    values = logits.detach().flatten()[: programs * WORDS_PER_PROGRAM * 4 // logits.itemsize]
-    words = values.view(torch.int32)
-    copy = torch.empty_like(words)
+    words = values[: programs * WORDS_PER_PROGRAM * 4 // logits.itemsize].view(torch.int32)
     sums = torch.empty(programs, dtype=torch.int32, device=logits.device)
 
     def read():
         _read_kernel[(programs,)](words, sums, BLOCK=WORDS_PER_PROGRAM, num_warps=8)
 
-    return {"read": read, "copy": lambda: copy.copy_(words)}
+    return steps | {"read": read}
