@@ -20,7 +20,7 @@ if HAS_TRITON:
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 FLUSHES = 8  # longer on the device than a step takes to launch
 WORDS_PER_PROGRAM = 8192
-RESIDENT_RUNS = 5
+RESIDENT_RUNS = 3
 M_MMAP_THRESHOLD = -3  # of malloc.h
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -160,7 +160,20 @@ def _wall_seconds(step):
     return time.perf_counter() - start
 
 
-def interleave(benchmark, steps, prepare, device, rounds, warmup_rounds=2):
+def rounds_within(seconds, steps, prepare, least, most):
+    """How many rounds of all steps fit, after one that warms them up."""
+    for _ in range(2):
+        start = time.perf_counter()
+        for step in steps.values():
+            prepare()
+            step()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        duration = time.perf_counter() - start
+    return max(least, min(most, int(seconds / duration)))
+
+
+def interleave(benchmark, steps, prepare, device, rounds, warmup_rounds=1):
     """Time steps {name: step} in turns, A, B, A, B, ..., so that drift hits them alike.
 
     pytest-benchmark times the first, the others run in its setup. On a GPU the first runs there

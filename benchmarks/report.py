@@ -84,20 +84,17 @@ def cases_table(infos):
     return table(columns, rows)
 
 
-def whole_step(infos):
-    """Time and peak memory of a training step, and the longest completion within a budget."""
+def steps_table(infos):
+    """Time and peak memory of training steps, and the longest completion within a budget."""
     parts = []
     for info in infos:
-        budget = f"longest completion in {info['budget'] >> 20} MiB"
-        rows = [
-            [
-                name_of(name),
-                *(cell(info, name, "ms"), cell(info, name, "peak_bytes", 1e-6)),
-                str(info["longest"][name] or "none"),
-            ]
-            for name in info["providers"]
-        ]
-        parts.append(table(["loss", "ms", "peak MB", budget], rows))
+        columns, budget = [info["case"], "ms", "peak MB"], info.get("budget")
+        columns += [f"longest completion in {budget >> 20} MiB"] if budget else []
+        rows = []
+        for name in info["providers"]:
+            row = [name_of(name), cell(info, name, "ms"), cell(info, name, "peak_bytes", 1e-6)]
+            rows.append(row + ([str(info["longest"][name] or "none")] if budget else []))
+        parts.append(table(columns, rows))
     return "\n\n".join(parts)
 
 
@@ -119,7 +116,7 @@ def slopes_table(infos):
 
 # Titles of tables, in order, each with what makes it.
 KINDS = {
-    "A training step": whole_step,
+    "Training steps": steps_table,
     "Over logits": cases_table,
     "Over logits, growth": slopes_table,
     "The LM head inside": cases_table,
@@ -133,7 +130,7 @@ def kind(info):
     if "providers" not in info:
         return None
     if "step" in info:
-        return "A training step"
+        return "Training steps"
     if "lengths" in info:
         return "Completions of new lengths"
     subject = "The LM head inside" if "H" in info else "Over logits"
