@@ -39,6 +39,7 @@ NORMALIZERS = {
     "dr_grpo": "seq-mean-token-sum-norm",
     "luspo": "seq-mean-token-sum",
 }
+# Inputs of text alone; with more, TRL makes the log-probabilities.
 TEXT = {
     *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "advantages"),
     *("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"),
