@@ -19,6 +19,7 @@ from grpo_fused.rows import (
     centered,
     collect,
     gradient,
+    output_rows,
     sharpness,
     spread,
     statistics,
@@ -32,6 +33,10 @@ torch_launcher = functools.partial(launcher, suffix="_torch")
 
 
 def _active_rows(active, ids, positions):
+    """(B * positions,) bool, or None: all rows are active."""
+    if positions == ids.shape[1]:
+        if active is None or (active.device.type == "cpu" and bool(active.all())):
+            return None
     return spread(torch.ones_like(ids) if active is None else active, ids.shape, positions) != 0
 
 
@@ -82,7 +87,7 @@ def fused_loss(
     )
     items, kl_items, entropy_items, temperature = rest
     outputs = (*terms, logps, entropies)
-    rows = [None if output is None else logps.new_zeros(len(ids)) for output in outputs]
+    rows = output_rows(outputs, positions, active)
     buffers = Scratch(logits.device)
     for block, x, dx, masked in blocks(logits, dlogits, active):
         target, known = targets(ids[block], V)
@@ -93,8 +98,9 @@ def fused_loss(
         u, slope = cap(x, logit_scale, logit_softcap, out)
         row = statistics(u, target, known, factor, out, exponents, product)
 
-        log_ratio = torch.where(row.logp.isnan(), row.logp, 0.0)
-        if old_logps is not None:
+        if old_logps is None:
+            log_ratio = torch.where(row.logp.isnan(), row.logp, 0.0)
+        else:
             log_ratio = row.logp - old_logps[block]
         ratio, dratio = clamped_exp(log_ratio)
         loss, dlogp, clipped = evaluate(row.logp, log_ratio, at(advantages, block).float())
@@ -146,7 +152,7 @@ def logprob_fwd(
     active = _active_rows(active, ids, positions)
     ids, temperature = (spread(value, ids.shape, positions) for value in (ids, temperature))
     outputs = (logps, entropies, maxima, totals)
-    rows = [None if output is None else logps.new_zeros(len(ids)) for output in outputs]
+    rows = output_rows(outputs, positions, active)
     buffers = Scratch(logits.device)
     for block, x, _, masked in blocks(logits, None, active):
         target, known = targets(ids[block], V)
@@ -210,8 +216,8 @@ def locate(cu_seqlens, active, index, counts):
 def reduce(terms, active, entropies, loss, sums, metrics):
     """As `grpo_fused.kernels.reduce.reduce`."""
     _, kl, clipped, ratio = terms
-    active = torch.ones_like(kl) != 0 if active is None else active != 0
-    values = total(terms[0], kl, entropies, clipped, ratio, active, active)
+    tokens = kl.new_full((), kl.numel()) if active is None else active.count_nonzero().float()
+    values = total(terms[0], kl, entropies, clipped, ratio, tokens, tokens)
     for output, value in zip((sums, metrics), values, strict=True):
         output.copy_(value)
     loss.copy_(sums[0])

@@ -16,19 +16,18 @@ GAP_ELEMENTS = 1 << 14  # masked rows worth this little are computed with their 
 FLOOR = -1.0e4  # e^z is exactly 0 below this, and 0 * FLOOR is 0 where 0 * -inf would be NaN
 
 
-def _active_blocks(active, V):
-    """Cut rows (N,) bool into (start, stop) blocks: runs of active ones on CPU, all elsewhere.
+def _active_blocks(active, N, V):
+    """Cut N rows into (start, stop) blocks: runs of active (N,) ones on CPU, all elsewhere.
 
     Only on CPU can active rows be listed without waiting for the device; elsewhere every row is
     computed and the masked ones are selected away.
     """
     limit = max(1, BLOCK_BYTES // (4 * V))
-    if active.device.type == "cpu":
+    runs = [(0, N)]
+    if active is not None and active.device.type == "cpu":
         rows = active.nonzero().flatten()
         cuts = (rows.diff() > 1 + GAP_ELEMENTS // V).nonzero().flatten() + 1
         runs = [(run[0].item(), run[-1].item() + 1) for run in rows.tensor_split(cuts) if len(run)]
-    else:
-        runs = [(0, len(active))]
     return [
         (start, min(start + limit, stop))
         for first, stop in runs
@@ -63,19 +62,20 @@ def gradient_memory(logits):
 def blocks(logits, dlogits, active):
     """Yield (slice of the rows, block of logits, block of dlogits, rows to select away or None).
 
-    Rows of dlogits that are in no block are masked and zero afterwards.
+    Rows of dlogits that are in no block are masked and zero afterwards. `active` is (N,) bool, or
+    None: all rows are.
     """
     start = 0
     untouched = getattr(dlogits, "untouched", False)
     for x, dx in _matrices(logits, dlogits):
-        rows = active[start : start + len(x)]
+        rows = None if active is None else active[start : start + len(x)]
         done = 0
-        for first, stop in _active_blocks(rows, x.shape[1]):
+        for first, stop in _active_blocks(rows, *x.shape):
             if not (dx is None or untouched):
                 dx[done:first].zero_()
             done = stop
-            masked = ~rows[first:stop]
-            if masked.device.type == "cpu" and not masked.any():
+            masked = None if rows is None else ~rows[first:stop]
+            if rows is not None and masked.device.type == "cpu" and not masked.any():
                 masked = None
             block = slice(start + first, start + stop)
             yield block, x[first:stop], None if dx is None else dx[first:stop], masked
@@ -93,7 +93,9 @@ def spread(value, shape, positions):
         return value
     if value.dim() == 1:
         value = value[:, None].expand(shape)
-    return F.pad(value, (0, positions - shape[1])).flatten()
+    if positions != shape[1]:
+        value = F.pad(value, (0, positions - shape[1]))
+    return value.flatten()
 
 
 def at(value, block):
@@ -101,10 +103,25 @@ def at(value, block):
     return value[block] if isinstance(value, torch.Tensor) and value.dim() else value
 
 
+def output_rows(outputs, positions, active):
+    """Memory (B * positions,) for every output (B, T): the output itself if it has a place for all.
+
+    What `store` will not write, if not all rows are active, is 0.
+    """
+
+    def memory(output):
+        if output.shape[1] != positions:
+            return output.new_zeros(len(output) * positions)
+        rows = output.view(-1)
+        return rows if active is None else rows.zero_()
+
+    return [None if output is None else memory(output) for output in outputs]
+
+
 def collect(outputs, rows, positions):
     """Write rows, one value per row of logits, into the (B, T) outputs of their tokens."""
     for output, values in zip(outputs, rows, strict=True):
-        if output is not None:
+        if output is not None and output.shape[1] != positions:
             output.copy_(values.view(len(output), positions)[:, : output.shape[1]])
 
 
