@@ -18,7 +18,7 @@ from grpo_fused.rows import (
     cap,
     centered,
     collect,
-    gradient,
+    exp2_,
     output_rows,
     sharpness,
     spread,
@@ -91,7 +91,7 @@ def fused_loss(
     buffers = Scratch(logits.device)
     for block, x, dx, masked in blocks(logits, dlogits, active):
         target, known = targets(ids[block], V)
-        out = dx if dx is not None and dx.dtype == torch.float32 else buffers("out", x.shape)
+        out = buffers("out", x.shape)
         exponents = None if entropies is None else buffers("exponents", x.shape)
         product = exponents if entropy_coef is None else buffers("product", x.shape)
         factor = sharpness(at(temperature, block), logit_scale, logit_softcap)
@@ -130,7 +130,7 @@ def fused_loss(
         dlogp = (dlogp * grad_scale).masked_fill(loss.isnan(), torch.nan)
         store(rows, block, (loss, kl, clipped, ratio, row.logp, row.entropy), masked)
         if dx is not None:
-            write_gradient(gradient(row, exponents, target, dlogp * factor, h, slope), dx, masked)
+            write_gradient(dx, masked, row, exponents, target, dlogp * factor, h, slope)
     collect(outputs, rows, positions)
 
 
@@ -191,17 +191,17 @@ def logprob_bwd(
     buffers = Scratch(logits.device)
     for block, x, dx, masked in blocks(logits, dlogits, active):
         target, known = targets(ids[block], V)
-        out = dx if dx.dtype == torch.float32 else buffers("out", x.shape)
+        out = buffers("out", x.shape)
         factor = sharpness(at(temperature, block), logit_scale, logit_softcap)
         u, slope = cap(x, logit_scale, logit_softcap, out)
         z = centered(u, maxima[block], factor, out)
         exponents, h, entropy = None, None, None
         if dentropies is not None:
-            exponents = buffers("exponents", x.shape).copy_(z).clamp_(min=FLOOR)
+            exponents = torch.clamp(z, min=FLOOR, out=buffers("exponents", x.shape))
             h, entropy = dentropies[block] * factor, entropies[block]
-        row = Statistics(z.exp_(), maxima[block], totals[block], logps[block], entropy)
+        row = Statistics(exp2_(z), maxima[block], totals[block], logps[block], entropy)
         g = (dlogps[block] * factor).masked_fill(~known, torch.nan)
-        write_gradient(gradient(row, exponents, target, g, h, slope), dx, masked)
+        write_gradient(dx, masked, row, exponents, target, g, h, slope)
 
 
 @torch_launcher
