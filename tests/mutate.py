@@ -250,7 +250,7 @@ def killer(mutant, quick):
     path = COPY / "lib/grpo_fused" / mutant.path.removeprefix("grpo_fused/")
     original = path.read_text()
     for arguments in (*KILLERS[mutant.path], *([] if quick else [EVERYTHING[mutant.path]])):
-        limit = 20 + 5 * seconds_green(arguments)  # a loop that no longer ends
+        limit = 20 + 2 * seconds_green(arguments)  # a loop that no longer ends
         path.write_text(mutant.source)
         failure = first_failure(arguments, limit)
         path.write_text(original)
