@@ -72,7 +72,8 @@ def why_not_fused(model):
         return f"{type(model).__name__} has no backbone that ends in hidden states"
     weights = [parameter.data for parameter in model.parameters()]
     whole = all(type(w) is torch.Tensor and w.numel() and not w.is_meta for w in weights)
-    if whole and not is_fused(model):  # else it takes a collective call of all ranks
+    # Sharded weights (FSDP's own are in its flat parameter: none here) take a collective call.
+    if weights and whole and not is_fused(model):
         return _why_logits_differ(model)
 
 
@@ -135,7 +136,8 @@ def _why_logits_differ(model):
     """Compare the logits of four tokens: a model may do to them what its config does not say."""
 
     def logits_of(hidden, weight, *, bias, logit_scale, logit_softcap):
-        logits = nn.functional.linear(hidden, weight, bias) * logit_scale
+        # A head in float32 behind a model in bfloat16 is right: that is what `upcast` is for.
+        logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias) * logit_scale
         return logits if not logit_softcap else logit_softcap * torch.tanh(logits / logit_softcap)
 
     modes = [(module, module.training) for module in model.modules()]
