@@ -26,7 +26,7 @@ mutate: .venv/ready
 bench: .venv/ready
 	mkdir -p runs
 	$(BIN)/python -m pytest benchmarks --benchmark-json runs/$(DEVICE).json
-	$(BIN)/python -m benchmarks.report runs/$(DEVICE).json --plot runs/growth.png
+	$(BIN)/python -m benchmarks.report runs/$(DEVICE).json --plots runs
 	if [ -f benchmarks/results/$(DEVICE).json ]; then \
 	  $(BIN)/python -m benchmarks.compare benchmarks/results/$(DEVICE).json runs/$(DEVICE).json; fi
 

@@ -11,13 +11,17 @@ import functools
 import pytest
 import torch
 
-from benchmarks import linear_providers, measure
-from benchmarks.bench_logits import CPU_LENGTHS, CPU_V, DTYPES, GRADIENT_ERROR, LOGPS_ERROR
-from benchmarks.record import attempt, record
+from benchmarks import linear_providers, measure, peers, providers
+from benchmarks.bench_logits import GRADIENT_ERROR, LOGPS_ERROR
+from benchmarks.cases import HALF
+from benchmarks.record import errors_of, record
 
-CPU_SHAPE = (CPU_LENGTHS, 256, CPU_V)
-LOSSES = ("fused", "eager", "trl", "trl_active", "liger")
-LOGPS = ("fused", "eager", "trl", "trl_active")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CPU_SHAPE = ((256, 128, 64, 32), 256, 32_000)
+SHORT = ((8,), 256, 32_000)  # one sequence of 8 tokens: what a call costs by itself
+LOSSES = ("fused", "fused_torch", "eager", "float32", "compiled")
+LOSSES += ("trl", "trl_active", "liger_linear", "cce", "quack_linear")
+LOGPS = ("fused", "eager", "trl", "trl_active", "cce")
 CUDA_T = 1024
 CUDA_SHAPES = ((8192, 4096, 128_256), (8192, 4096, 151_936))
 CUDA_SHAPES += ((8192, 2048, 151_936), (4096, 1536, 151_936))
@@ -35,16 +39,6 @@ def make_batch(lengths, H, V, dtype, device, seed):
     advantages = torch.randn(B, **options)
     logps = linear_providers.exact_logps(hidden, weight, ids)[0].float()
     return hidden, weight, ids, mask, advantages, logps + 0.1 * torch.randn(B, T, **options)
-
-
-def errors_of(functions, error):
-    """{name: error of a function, or why there is none}; the first, ours, is not excused."""
-    ours = next(iter(functions))
-    found = {ours: error(functions[ours])}
-    for name, function in list(functions.items())[1:]:
-        value, reason = attempt(lambda f=function: error(f))
-        found[name] = value if reason is None else reason
-    return found
 
 
 def gradient_errors(losses, batch, exact):
@@ -100,19 +94,22 @@ def record_steps(benchmark, case, device, build, errors, *, backward):
         hidden, weight, mask = batch[0], batch[1], batch[3]
         return {"matmuls": linear_providers.bare_matmuls(hidden, weight, mask, backward)}
 
-    batch, seconds = record(benchmark, case, device, build, floors)
+    batch, seconds = record(benchmark, case, device, build, floors, errors)
     mask, (V, H), ours = batch[3], batch[1].shape, seconds["fused"]
     info = {"shape": [*mask.shape, V], "H": H, "active_rows": mask.count_nonzero().item()}
     info |= {"floor_ms": 1e3 * seconds["matmuls"], "time_over_floor": ours / seconds["matmuls"]}
     if "trl" in seconds:
         info["ratio_time_over_trl"] = ours / seconds["trl"]
+    flops = (6 if backward else 2) * info["active_rows"] * H * V
+    info |= {"TFLOP/s": flops / ours / 1e12, "subject": "head"}
     benchmark.extra_info.update(info)
-    for name in errors.keys() & seconds.keys():
-        benchmark.extra_info["providers"][name]["error"] = errors[name]
 
 
-def time_losses(benchmark, case, shape, dtype, device, losses, exact):
+def time_losses(benchmark, case, shape, dtype, device, names=LOSSES, level="token"):
     """Loss and gradients of hidden states and weight."""
+    losses = functions_of(names, device, level=level)
+    surrogate = functools.partial(providers.surrogate, level=level)
+    exact = functools.partial(linear_providers.exact_gradients, loss=surrogate)
     make = functools.partial(make_batch, *shape, dtype, device)
     errors = gradient_errors(losses, make(seed=1), exact)
     assert errors["fused"] < GRADIENT_ERROR[dtype], errors
@@ -131,26 +128,31 @@ def time_logps(benchmark, case, shape, dtype, device):
     record_steps(benchmark, case, device, build, errors, backward=False)
 
 
-def functions_of(names, device, suffix=""):
+def functions_of(names, device, suffix="", **formula):
     """{name: provider}; on a GPU TRL leaves the masked rows out by itself."""
-    if device != "cpu":
-        names = [name for name in names if name != "trl_active"]
-    return {name: getattr(linear_providers, name + suffix) for name in names}
+    found = {}
+    for name in names:
+        module = linear_providers if hasattr(linear_providers, name + suffix) else peers
+        if device == "cpu" or name != "trl_active":
+            found[name] = functools.partial(getattr(module, name + suffix), **formula)
+    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_linear_loss_cpu(benchmark, dtype):
     case = f"head, loss and gradients, {dtype}"
-    exact = linear_providers.exact_gradients
-    time_losses(benchmark, case, CPU_SHAPE, dtype, "cpu", functions_of(LOSSES, "cpu"), exact)
+    time_losses(benchmark, case, CPU_SHAPE, dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_linear_gspo_cpu(benchmark, dtype):
-    losses = {"fused": linear_providers.fused_gspo, "eager": linear_providers.eager_gspo}
-    surrogate = linear_providers.sequence_surrogate
-    exact = functools.partial(linear_providers.exact_gradients, loss=surrogate)
-    time_losses(benchmark, f"head, gspo, {dtype}", CPU_SHAPE, dtype, "cpu", losses, exact)
+    names = ("fused", "eager", "compiled", "trl_active", "liger_linear")
+    case = f"head, ratio of sequences, {dtype}"
+    time_losses(benchmark, case, CPU_SHAPE, dtype, "cpu", names, level="sequence")
+
+
+def bench_linear_short_cpu(benchmark):
+    time_losses(benchmark, "head, one sequence of 8 tokens, bfloat16", SHORT, "bfloat16", "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,10 +173,28 @@ def cuda_shape(N, H, V):
 @pytest.mark.cuda
 @pytest.mark.parametrize("N, H, V", CUDA_SHAPES)
 def bench_linear_loss_cuda(benchmark, N, H, V):
-    exact = linear_providers.exact_gradients
-    shape = cuda_shape(N, H, V)
     case = "head, loss and gradients, bfloat16"
-    time_losses(benchmark, case, shape, "bfloat16", "cuda", functions_of(LOSSES, "cuda"), exact)
+    time_losses(benchmark, case, cuda_shape(N, H, V), "bfloat16", "cuda")
+
+
+@pytest.mark.cuda
+def bench_linear_gspo_cuda(benchmark):
+    case, shape = "head, ratio of sequences, bfloat16", cuda_shape(*CUDA_SHAPES[0])
+    time_losses(benchmark, case, shape, "bfloat16", "cuda", level="sequence")
+
+
+@pytest.mark.cuda
+def bench_linear_active_cuda(benchmark):
+    """45 % of the tokens active: packed, they are 45 % of the work."""
+    case, (_, H, V) = "head, 45 % active, bfloat16", CUDA_SHAPES[0]
+    cuda_shape(*CUDA_SHAPES[0])
+    time_losses(benchmark, case, (HALF, H, V), "bfloat16", "cuda")
+
+
+@pytest.mark.cuda
+def bench_linear_short_cuda(benchmark):
+    case, (_, H, V) = "head, one sequence of 8 tokens, bfloat16", CUDA_SHAPES[0]
+    time_losses(benchmark, case, ((8,), H, V), "bfloat16", "cuda")
 
 
 @pytest.mark.cuda

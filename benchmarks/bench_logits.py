@@ -122,10 +122,6 @@ def build(case, device):
     return batch, {n: functools.partial(step, n, f) for n, f in functions.items()}, prepare
 
 
-def floors(device, batch):
-    return {} if device == "cpu" else measure.floors(batch.logits)
-
-
 def bench(benchmark, case, device):
     """Measure a case, with the bytes that a perfect one would move and the time that takes."""
     fresh = make_batch(case.lengths, case.V, case.dtype, device, seed=1, on_policy=case.on_policy)
@@ -135,7 +131,7 @@ def bench(benchmark, case, device):
     del fresh
     batch, seconds = recording.record(
         *(benchmark, case.title, device, functools.partial(build, case, device)),
-        functools.partial(floors, device),
+        lambda batch: measure.floors(batch.logits),
         errors,
     )
     logits, mask = batch.logits, batch.mask
@@ -145,11 +141,10 @@ def bench(benchmark, case, device):
     info |= {"bytes": round(traffic), "GB/s": traffic / seconds[ours] / 1e9, "ours": ours}
     if case.axis:
         info |= {"axis": case.axis, "size": case.size, "subject": "logits"}
-    if device != "cpu":
-        read, copy = logits.nbytes / seconds["read"], 2 * logits.nbytes / seconds["copy"]
-        floor = traffic / (copy if case.loss else read)
-        info |= {"read GB/s": read / 1e9, "copy GB/s": copy / 1e9, "floor_ms": 1e3 * floor}
-        info |= {"device_ms": 1e3 * seconds[ours], "time_over_floor": seconds[ours] / floor}
+    read, copy = logits.nbytes / seconds["read"], 2 * logits.nbytes / seconds["copy"]
+    floor = traffic / (copy if case.loss else read)
+    info |= {"read GB/s": read / 1e9, "copy GB/s": copy / 1e9, "floor_ms": 1e3 * floor}
+    info |= {"time_over_floor": seconds[ours] / floor}
     benchmark.extra_info.update(info)
 
 

@@ -8,10 +8,9 @@ every token is active.
 
 import pytest
 
-from benchmarks.bench_linear import functions_of, time_losses
-from benchmarks.linear_providers import exact_gradients
+from benchmarks.bench_linear import time_losses
 
-PROVIDERS = ("fused", "eager", "trl")
+PROVIDERS = ("fused", "eager", "compiled", "trl", "liger_linear")
 SEQUENCES = 4
 CPU = {"H": 128, "V": 32_000, "rows": 256}
 CPU_SIZES = {"rows": (128, 256, 512, 1024), "V": (8_000, 16_000, 32_000, 64_000)}
@@ -30,9 +29,8 @@ def grow(benchmark, device, dtype, sizes, axis, size):
     """Loss and gradients of hidden states and head, with one of the sizes changed."""
     sizes = sizes | {axis: size}
     lengths = (sizes["rows"] // SEQUENCES,) * SEQUENCES
-    functions = functions_of(PROVIDERS, device)
     case, shape = f"growth with {axis}, {dtype}", (lengths, sizes["H"], sizes["V"])
-    time_losses(benchmark, case, shape, dtype, device, functions, exact_gradients)
+    time_losses(benchmark, case, shape, dtype, device, PROVIDERS)
     benchmark.extra_info |= {"axis": axis, "size": size}
 
 

@@ -18,8 +18,8 @@ def figures(path):
     """{(case name, provider): figures} of a run."""
     found = {}
     for benchmark in json.loads(path.read_text())["benchmarks"]:
-        for name, values in benchmark["extra_info"]["providers"].items():
-            if isinstance(values, dict):
+        for name, values in benchmark["extra_info"].get("providers", {}).items():
+            if isinstance(values, dict) and "spread" in values:
                 found[benchmark["fullname"], name] = values
     return found
 

@@ -20,7 +20,7 @@ if HAS_TRITON:
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 FLUSHES = 8  # longer on the device than a step takes to launch
 WORDS_PER_PROGRAM = 8192
-RESIDENT_RUNS = 5
+RESIDENT_RUNS = 3
 M_MMAP_THRESHOLD = -3  # of malloc.h
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -160,7 +160,20 @@ def _wall_seconds(step):
     return time.perf_counter() - start
 
 
-def interleave(benchmark, steps, prepare, device, rounds, warmup_rounds=2):
+def rounds_within(seconds, steps, prepare, least, most):
+    """How many rounds of all steps fit, after one that warms them up."""
+    for _ in range(2):
+        start = time.perf_counter()
+        for step in steps.values():
+            prepare()
+            step()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        duration = time.perf_counter() - start
+    return max(least, min(most, int(seconds / duration)))
+
+
+def interleave(benchmark, steps, prepare, device, rounds, warmup_rounds=1):
     """Time steps {name: step} in turns, A, B, A, B, ..., so that drift hits them alike.
 
     pytest-benchmark times the first, the others run in its setup. On a GPU the first runs there
@@ -227,17 +240,21 @@ def _read_kernel(words_ptr, sums_ptr, BLOCK: tl.constexpr):
 
 
 def floors(logits):
-    """Steps that only read, and only copy, memory of the size of the logits, on a GPU.
+    """Steps that only read, and only copy, memory of the size of the logits.
 
-    To less than a program's share, 32 KB.
+    On a GPU to less than a program's share, 32 KB.
     """
+    values = logits.detach().flatten()
+    copy = torch.empty_like(values)
+    steps = {"copy": lambda: copy.copy_(values)}
+    if logits.device.type == "cpu":
+        floats = values[: values.numel() // 2 * 2].view(torch.float32)
+        return steps | {"read": lambda: floats.sum()}
     programs = logits.nbytes // (4 * WORDS_PER_PROGRAM)
-    values = logits.detach().flatten()[: programs * WORDS_PER_PROGRAM * 4 // logits.itemsize]
-    words = values.view(torch.int32)
-    copy = torch.empty_like(words)
+    words = values[: programs * WORDS_PER_PROGRAM * 4 // logits.itemsize].view(torch.int32)
     sums = torch.empty(programs, dtype=torch.int32, device=logits.device)
 
     def read():
         _read_kernel[(programs,)](words, sums, BLOCK=WORDS_PER_PROGRAM, num_warps=8)
 
-    return {"read": read, "copy": lambda: copy.copy_(words)}
+    return steps | {"read": read}

@@ -8,7 +8,7 @@ import torch
 from benchmarks import measure
 from benchmarks.providers import NotSupported
 
-ROUNDS = 15
+ROUNDS, SECONDS = (5, 15), 12  # of a case: rounds as many as fit, within bounds
 REASON_LENGTH = 100
 
 
@@ -87,7 +87,9 @@ def record(benchmark, case, device, build, make_floors, errors=None):
     ours = next(iter(steps))
     steps = {name: step for name, step in steps.items() if not isinstance(figures[name], str)}
     assert ours in steps, f"{ours}: {figures[ours]}"
-    times = measure.interleave(benchmark, steps | make_floors(batch), prepare, device, ROUNDS)
+    timed = steps | make_floors(batch)
+    rounds = measure.rounds_within(SECONDS, timed, prepare, *ROUNDS)
+    times = measure.interleave(benchmark, timed, prepare, device, rounds)
     for name, step in steps.items():
         figures[name] |= {"ms": 1e3 * times[name][0], "spread": times[name][1]}
         if name in errors:

@@ -1,10 +1,10 @@
-"""Markdown tables from committed results.
+"""Markdown tables and pictures of results.
 
-    python -m benchmarks.report benchmarks/results/*.json
+    python -m benchmarks.report benchmarks/results/*.json [--plots docs]
 
-Over logits CPU cases stand next to eager, GPU cases next to the floor: the time of a read or a copy
-alone. With the head inside all stand next to the others and to the matmuls alone. Cases of several
-sizes become slopes and, with --plot, a picture.
+A column for every provider that ran in some case of a table; who ran in none, and why, stands below
+it. The floor is the time in which the bytes that nobody can save are read, or read and written, or
+in which the matmuls alone run; it is measured in turns with the rest.
 """
 
 import argparse
@@ -12,7 +12,14 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import growth
+from benchmarks import plots
+
+NAMES = {
+    **{"fused": "ours", "fused_inplace": "ours, in place", "fused_torch": "ours, in torch"},
+    **{"logits": "ours, over logits", "float32": "float32 eager", "compiled": "torch.compile"},
+    **{"trl": "TRL", "trl_active": "TRL, active rows", "liger": "Liger", "liger_linear": "Liger"},
+    **{"liger_inplace": "Liger, in place", "quack": "QuACK", "quack_linear": "QuACK", "cce": "CCE"},
+}
 
 
 def table(columns, rows):
@@ -21,138 +28,170 @@ def table(columns, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def figure(info, name, key, form, scale=1.0):
-    """A provider's figure, the reason why there is none, or - where it took no part."""
+def name_of(provider):
+    return NAMES.get(provider, provider)
+
+
+def number(value):
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}" if value < 1 else f"{value:.1f}"
+
+
+def cell(info, name, key, scale=1.0):
+    """A provider's figure, what kind of reason there is for none, or - where it took no part."""
     figures = info["providers"].get(name, "-")
-    return figures if isinstance(figures, str) else form.format(figures[key] * scale)
+    return figures.split(":")[0] if isinstance(figures, str) else number(figures[key] * scale)
 
 
-def against_eager(infos):
-    """Time and peak memory next to eager's."""
-    columns = ["case", "eager ms", "fused ms", "ratio", "eager MB", "fused MB", "ratio"]
-    rows = [
-        [
-            info["case"],
-            figure(info, "eager", "ms", "{:.0f}"),
-            figure(info, "fused", "ms", "{:.0f}"),
-            f"{info['ratio_time_over_eager']:.3f}",
-            figure(info, "eager", "peak_bytes", "{:.0f}", 1e-6),
-            figure(info, "fused", "peak_bytes", "{:.0f}", 1e-6),
-            f"{info['ratio_memory_over_eager']:.3f}",
-        ]
-        for info in infos
-    ]
-    return table(columns, rows)
+def split(infos):
+    """(providers with a figure in some case, {reason: providers without any} of the others)."""
+    names = dict.fromkeys(name for info in infos for name in info["providers"])
+    found, reasons = [], {}
+    for name in names:
+        values = [info["providers"][name] for info in infos if name in info["providers"]]
+        if any(isinstance(value, dict) for value in values):
+            found.append(name)
+        else:
+            reasons.setdefault(" / ".join(dict.fromkeys(values)), []).append(name_of(name))
+    return found, reasons
 
 
-def against_floor(infos):
-    """Device time next to the time in which the same bytes are only read or copied."""
-    columns = ["case", "V", "ms", "GB/s", "time / floor", "peak MB", "eager ms", "compiled ms"]
-    rows = [
-        [
-            info["case"],
-            str(info["shape"][2]),
-            f"{info['device_ms']:.3f}",
-            f"{info['GB/s']:.0f}",
-            f"{info['time_over_floor']:.2f}",
-            f"{info['peak_bytes'] / 1e6:.0f}",
-            figure(info, "eager", "ms", "{:.2f}"),
-            figure(info, "compiled", "ms", "{:.2f}"),
-        ]
-        for info in infos
-    ]
-    return table(columns, rows)
+def remarks(infos):
+    """Lines on who took no part in any case of a table, or not in all, and why."""
+    found, reasons = split(infos)
+    lines = [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
+    for name in found:
+        parts = [info["providers"].get(name) for info in infos]
+        some = dict.fromkeys(part for part in parts if isinstance(part, str))
+        if some:
+            lines.append(f"{name_of(name)}, in some cases: {' / '.join(some)}.")
+    return "\n".join(f"* {line}" for line in lines)
 
 
-def with_head(infos):
-    """Time and peak memory, gradients included, next to the others' and to bare matmuls."""
-    others = {"eager": "eager", "trl": "TRL", "trl_active": "TRL, active rows", "liger": "Liger"}
-    names = {"fused": "fused"} | others
-    columns = ["case", "rows", "H", "V", "matmuls ms", "time / matmuls"]
-    columns += [f"{shown} {unit}" for unit in ("ms", "MB") for shown in names.values()]
-    rows = [
-        [
-            info["case"],
-            "{} of {} x {}".format(info["active_rows"], *info["shape"]),
-            str(info["H"]),
-            str(info["shape"][2]),
-            f"{info['floor_ms']:.1f}",
-            f"{info['time_over_floor']:.2f}",
-            *(figure(info, name, "ms", "{:.0f}") for name in names),
-            *(figure(info, name, "peak_bytes", "{:.0f}", 1e-6) for name in names),
-        ]
-        for info in infos
-    ]
-    return table(columns, rows)
-
-
-def whole_step(infos):
-    """Time and peak memory of a training step, and the longest completion within a budget."""
-    names = {"fused": "head inside", "logits": "over logits", "eager": "eager", "trl": "TRL 1.16"}
+def cases_table(infos):
+    """Every case in a row: its sizes, its floor, then time and peak memory of all who ran."""
+    found, _ = split(infos)
+    head, floor = "H" in infos[0], "floor_ms" in infos[0]
+    columns = ["case", "active rows", *(["H"] if head else []), "V"]
+    columns += ["floor ms"] if floor else []
+    columns += [f"{name_of(name)} {unit}" for unit in ("ms", "MB") for name in found]
     rows = []
     for info in infos:
-        budget = f"longest completion in {info['budget'] >> 20} MiB"
-        columns = ["loss", "ms", "peak MB", budget]
-        for name, shown in names.items():
-            cells = [figure(info, name, "ms", "{:.0f}")]
-            cells.append(figure(info, name, "peak_bytes", "{:.0f}", 1e-6))
-            rows.append([shown, *cells, str(info["longest"][name] or "none")])
+        line = [info["case"], f"{info['active_rows']:,}", *([str(info["H"])] if head else [])]
+        line += [f"{info['shape'][2]:,}", *([number(info["floor_ms"])] if floor else [])]
+        line += [cell(info, name, "ms") for name in found]
+        line += [cell(info, name, "peak_bytes", 1e-6) for name in found]
+        rows.append(line)
     return table(columns, rows)
 
 
-def slopes(infos):
+def steps_table(infos):
+    """Time and peak memory of training steps, and the longest completion within a budget."""
+    parts = []
+    for info in infos:
+        columns, budget = [info["case"], "ms", "peak MB"], info.get("budget")
+        columns += [f"longest completion in {budget >> 20} MiB"] if budget else []
+        rows = []
+        for name in info["providers"]:
+            row = [name_of(name), cell(info, name, "ms"), cell(info, name, "peak_bytes", 1e-6)]
+            rows.append(row + ([str(info["longest"][name] or "none")] if budget else []))
+        parts.append(table(columns, rows))
+    return "\n\n".join(parts)
+
+
+def lengths_table(infos):
+    """What meeting new completion lengths took, and what was compiled for them."""
+    found, _ = split(infos)
+    rows = []
+    for info in infos:
+        for name in found:
+            compiled = cell(info, name, "compiled")
+            rows.append([name_of(name), cell(info, name, "ms"), compiled])
+    return table([f"{len(infos[0]['lengths']) - 1} new lengths", "ms", "compiled"], rows)
+
+
+def slopes_table(infos):
     """What a thousand more tokens or columns cost."""
-    return table(*growth.slopes(infos))
+    return table(*plots.slopes(infos))
+
+
+# Titles of tables, in order, each with what makes it.
+KINDS = {
+    "Training steps": steps_table,
+    "Over logits": cases_table,
+    "Over logits, growth": slopes_table,
+    "The LM head inside": cases_table,
+    "The LM head inside, growth": slopes_table,
+    "Completions of new lengths": lengths_table,
+}
 
 
 def kind(info):
-    """The table that a case belongs to."""
-    if "axis" in info:
-        return slopes
+    """The table that a case belongs to, None for a benchmark with a report of its own."""
+    if "providers" not in info:
+        return None
     if "step" in info:
-        return whole_step
-    over_logits = against_eager if info["device"] == "cpu" else against_floor
-    return with_head if "H" in info else over_logits
+        return "Training steps"
+    if "lengths" in info:
+        return "Completions of new lengths"
+    subject = "The LM head inside" if "H" in info else "Over logits"
+    return subject + (", growth" if "axis" in info else "")
+
+
+def grouped(results):
+    """{title: infos} of one file of results, in the order of KINDS."""
+    infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+    groups = {title: [info for info in infos if kind(info) == title] for title in KINDS}
+    return {title: chosen for title, chosen in groups.items() if chosen}
+
+
+def heading(results, info):
+    """On what the cases were measured."""
+    cpu = results["machine_info"]["cpu"]["brand_raw"]
+    device = f"{cpu}, {info['threads']} threads" if info["device"] == "cpu" else info["device"]
+    versions = f"torch {info['torch']}, Triton {info['triton']}, Python {info['python']}"
+    peers = [f"{name} {v}" for name, v in info.get("peers", {}).items() if v is not None]
+    return "; ".join([device, versions, *peers, f"commit {info['commit']}"])
 
 
 def render(results):
     """The tables of one file of results."""
     parts = []
-    for make in (against_eager, against_floor, with_head, whole_step, slopes):
-        if chosen := [info for info in infos_of(results) if kind(info) is make]:
-            one_shape = make in (against_eager, against_floor)
-            parts += [heading(results, chosen[0], shape=one_shape), make(chosen)]
+    for title, infos in grouped(results).items():
+        parts += [f"### {title}", heading(results, infos[0]), KINDS[title](infos)]
+        parts += [remarks(infos)] if remarks(infos) else []
     return "\n\n".join(parts)
 
 
-def infos_of(results):
-    return [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-
-
-def heading(results, info, *, shape):
-    """Where a table was measured and, where its cases have one shape, with which."""
-    cpu = results["machine_info"]["cpu"]["brand_raw"]
-    device = f"{cpu}, {info['threads']} threads" if info["device"] == "cpu" else info["device"]
-    parts = [device]
-    parts += [f"torch {info['torch']}, Triton {info['triton']}, Python {info['python']}"]
-    if shape:
-        sizes = "B = {}, T = {}".format(*info["shape"])
-        if info["device"] == "cpu":
-            sizes += f", V = {info['shape'][2]}"
-        parts += [f"{sizes}, {info['active_rows']} active rows"]
-    return "; ".join([*parts, f"commit {info['commit']}"])
+def draw(results, folder):
+    """Write the pictures of one file of results, named after its device."""
+    groups = grouped(results)
+    title = heading(results, next(iter(groups.values()))[0]).split(";")[0]
+    device = "cpu" if next(iter(groups.values()))[0]["device"] == "cpu" else "gpu"
+    pictures = {"Over logits, growth": "logits", "The LM head inside, growth": "head"}
+    for name, word in pictures.items():
+        if name in groups:
+            infos = groups[name]
+            what = f"{name.split(',')[0]}, loss and gradient: {title}"
+            plots.draw_growth(infos, what, folder / f"{word}-{device}.png")
+    plain = [info for info in groups.get("Over logits", []) if "," not in info["case"][:-10]]
+    floors = {}
+    for info in [*plain, *groups.get("Over logits, growth", [])]:
+        if info.get("axis") != "rows" and "floor_ms" in info:
+            floors.setdefault(f"{info['case'].split(',')[0]}, {info['dtype']}", []).append(info)
+    floors = {k: v for k, v in floors.items() if len({info["shape"][2] for info in v}) > 2}
+    if floors:
+        plots.draw_floors(floors, title, folder / f"floor-{device}.png")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="JSON of pytest-benchmark")
-    parser.add_argument("--plot", type=Path, help="PNG of the growth with tokens and vocabulary")
+    parser.add_argument("--plots", type=Path, help="a folder for pictures")
     options = parser.parse_args(argv)
     runs = [json.loads(path.read_text()) for path in options.results]
     print("\n\n".join(map(render, runs)))
-    if options.plot:
-        infos = [info for run in runs for info in infos_of(run) if kind(info) is slopes]
-        growth.draw(infos, options.plot)
+    for run in runs if options.plots else []:
+        draw(run, options.plots)
     return 0
 
 

@@ -133,7 +133,8 @@ class Head:
         if values.dim() == 1:
             values = values[:, None].expand(-1, self.T)
         values = values.flatten()
-        return (values if self.tokens is None else values[self.tokens])[None]
+        # That of one sequence is a view of a single value, where kernels want one per token.
+        return (values.contiguous() if self.tokens is None else values[self.tokens])[None]
 
     def packed(self, output):
         """Memory for an output (..., B, T) of packed tokens: itself where they come as they are."""

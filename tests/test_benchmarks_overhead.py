@@ -6,7 +6,7 @@ import grpo_fused.kernels.launch as launch
 from benchmarks.overhead import CASES, count_calls, make_step
 
 KERNELS = ["_fused_loss_kernel", "_reduce_kernel", "_rescale_kernel"]
-CALLS = {"plain": 300, "KL and entropy": 311, "grpo": 308}  # 1 % above what they are
+CALLS = {"plain": 317, "KL and entropy": 328, "grpo": 325}  # 1 % above what they are
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="on a device Triton's launches take part")

@@ -283,3 +283,27 @@ def test_no_more_positions_than_tokens_and_one_more(implementation, device):
         results.append((out.loss, out.logps, hidden.grad[:, :6]))
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_values_of_a_single_sequence(loss_type, implementation, device):
+    """Expanded over its tokens, one value is a view without a stride."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 5, 8, device=device), torch.randn(7, 8, device=device)
+    ids = torch.randint(7, (1, 5), device=device)
+    value = torch.tensor([0.7], device=device)
+    gradients = []
+    for per_token in (False, True):
+        values = value[:, None].repeat(1, 5) if per_token else value
+        leaf = hidden.clone().requires_grad_()
+        options = {
+            "loss_type": loss_type,
+            "temperature": values,
+            "importance_sampling_ratio": values,
+        }
+        out = linear_grpo_loss(
+            leaf, weight, ids, None, value, implementation=implementation, **options
+        )
+        out.loss.backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)

@@ -37,6 +37,7 @@ NORMALIZERS = dict.fromkeys(("bnpo", "luspo", *OVER_THE_BATCH), "seq-mean-token-
 NORMALIZERS |= dict.fromkeys(("grpo", "sapo"), "seq-mean-token-mean")
 NORMALIZERS |= {"dr_grpo": "seq-mean-token-sum-norm"}
 VESPO_KNOBS = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+# Inputs of text alone; with more, TRL makes the log-probabilities.
 TEXT = {
     *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "advantages"),
     *("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"),

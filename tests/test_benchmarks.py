@@ -1,0 +1,237 @@
+"""The suite of benchmarks itself: who takes part, what is right, what a report says."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+import grpo_fused.kernels.launch as launch
+from benchmarks import (
+    bench_lengths,
+    bench_linear,
+    bench_logits,
+    cases,
+    compare,
+    linear_providers,
+    measure,
+    peers,
+    plots,
+    providers,
+    record,
+    report,
+)
+from benchmarks.cases import Case
+
+SMALL = {
+    "tokens": Case("", (5, 3, 4), 97, "float32"),
+    "entropy bonus": Case("", (5, 3, 4), 97, "float32", entropy=True),
+    "sequences": Case("", (5, 3, 4), 97, "float32", level="sequence"),
+    "on policy": Case("", (5, 3, 4), 97, "float32", on_policy=True),
+    "in place": Case("", (5, 3, 4), 97, "float32", inplace=True),
+}
+
+
+def batch_of(case, device):
+    return bench_logits.make_batch(
+        case.lengths, case.V, case.dtype, device, seed=0, on_policy=case.on_policy
+    )
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
+def test_providers_have_one_loss(case, device):
+    """All that run here, peers' kernels in Triton's interpreter too, agree with float64."""
+    errors = bench_logits.gradient_errors(case, batch_of(case, device))
+    assert list(errors) == list(case.providers)
+    for name in ("fused", "eager", "float32", "trl"):
+        assert errors[name] < 1e-5, (name, errors)
+    if case.entropy:
+        assert errors["liger"] == "not supported: no entropy bonus"
+    elif case.level == "token":
+        assert errors["liger"] < 1e-5 and errors["liger_inplace"] < 1e-5
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_providers_have_the_same_log_probabilities(entropy, device):
+    case = Case("", (5, 3), 97, "float32", loss=False, entropy=entropy)
+    errors = bench_logits.logps_errors(case, batch_of(case, device))
+    assert list(errors) == list(case.providers)
+    for name in ("fused", "eager", "float32", "trl"):
+        assert errors[name] < 1e-5, (name, errors)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_providers_over_a_head_have_one_loss(level, device):
+    names = ("fused", "eager", "float32", "trl", "trl_active", "liger_linear", "cce")
+    losses = bench_linear.functions_of(names, device, level=level)
+    loss = functools.partial(providers.surrogate, level=level)
+    exact = functools.partial(linear_providers.exact_gradients, loss=loss)
+    batch = bench_linear.make_batch((5, 3), 8, 97, "float32", device, seed=0)
+    errors = bench_linear.gradient_errors(losses, batch, exact)
+    assert all(errors[name] < 1e-5 for name in names[:5]), errors
+
+
+def test_a_wrong_gradient_is_seen(device, monkeypatch):
+    """The first, ours, is what every case asserts."""
+    fused = providers.fused
+    monkeypatch.setattr(providers, "fused", lambda *a, **k: fused(*a, **k) * 1.001)
+    case = SMALL["tokens"]
+    assert bench_logits.gradient_errors(case, batch_of(case, device))["fused"] > 5e-4
+
+
+def test_who_is_absent_says_why(monkeypatch):
+    """Never a number, and never nothing."""
+
+    def fail():
+        raise RuntimeError("first line\nsecond line")
+
+    def outgrow():
+        raise torch.OutOfMemoryError()
+
+    def import_nothing():
+        import no_such_module  # noqa: F401
+
+    reasons = {
+        fail: "failed: RuntimeError: first line",
+        outgrow: "out of memory",
+        import_nothing: "not installed: no_such_module",
+        lambda: peers.need(False, "needs wings"): "not supported: needs wings",
+    }
+    for function, reason in reasons.items():
+        assert record.attempt(function) == (None, reason)
+    assert record.attempt(lambda: 3) == (3, None)
+    with pytest.raises(RuntimeError):
+        record.errors_of({"fused": 1, "peer": 2}, lambda function: fail())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_peers_that_are_not_here(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    case = SMALL["tokens"]
+    errors = bench_logits.gradient_errors(case, batch_of(case, "cpu"))
+    for name in ("trl", "liger", "liger_inplace"):
+        assert errors[name] == "not supported: needs a GPU"
+    for name in ("quack", "fla"):
+        assert errors[name].startswith(("not installed: ", "not supported: "))
+
+
+def test_cases_have_names_of_their_own_and_what_was_asked_for():
+    for table in (cases.CPU, cases.CUDA):
+        assert len({case.id for case in table}) == len(table)
+        for axis in ("rows", "V"):
+            assert len({case.size for case in table if case.axis == axis}) >= 4
+        assert {case.level for case in table} == {"token", "sequence"}
+        assert {case.loss for case in table} == {case.entropy for case in table} == {True, False}
+    plain = [case for case in cases.CUDA if case.inplace]
+    assert tuple(case.V for case in plain) == cases.VOCABULARIES
+    assert {256, 65_536} <= {sum(case.lengths) for case in cases.CUDA}
+    active = sum(cases.HALF) / (len(cases.HALF) * max(cases.HALF))
+    assert active == pytest.approx(0.45, abs=0.001)
+
+
+def test_what_is_compiled_is_counted():
+    """Graphs here; kernels need a device, or the offline compiler of `test_aot`."""
+    torch._dynamo.reset()
+    double = torch.compile(lambda x: 2 * x, dynamic=False, backend="eager")
+    double(torch.ones(3))
+    with measure.Compilations() as compilations:
+        for size in (3, 4, 5, 4):
+            double(torch.ones(size))
+        assert compilations.count == 2
+
+
+def test_a_length_that_compiles_again_is_seen(monkeypatch):
+    batches = [bench_logits.make_batch((T,) * 2, 31, "float32", "cpu", seed=T) for T in (3, 4, 5)]
+    torch._dynamo.reset()
+    again = torch.compile(providers.float32, dynamic=False, backend="eager")
+    assert bench_lengths.meet(again, "compiled", batches, "cpu")[1] == 2
+    assert bench_lengths.meet(providers.float32, "float32", batches, "cpu")[1] == 0
+
+
+def run_of(figures, name="bench.py::case", **info):
+    """Results with one case, as pytest-benchmark writes them."""
+    plain = {"device": "cpu", "threads": 2, "torch": "2", "triton": "3", "python": "3.11"}
+    plain |= {"commit": "abc", "case": "loss, bfloat16", "active_rows": 1234, "dtype": "bfloat16"}
+    plain |= {"shape": [2, 617, 32_000], "floor_ms": 2.0, "peers": {"trl": "1.16.0", "fla": None}}
+    return {
+        "machine_info": {"cpu": {"brand_raw": "A processor"}},
+        "benchmarks": [{"fullname": name, "extra_info": plain | info | {"providers": figures}}],
+    }
+
+
+def figure(ms, peak=10_000_000, spread=0.02):
+    return {"ms": ms, "peak_bytes": peak, "spread": spread}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "worse"),
+    [
+        (figure(10), figure(10.4), False),  # within 5 %
+        (figure(10), figure(10.6), True),
+        (figure(10, spread=0.1), figure(11.9, spread=0.1), False),  # within both spreads
+        (figure(10, spread=0.1), figure(12.1, spread=0.1), True),
+        (figure(10), figure(9), False),
+        (figure(10, peak=100), figure(10, peak=102), False),
+        (figure(10, peak=100), figure(10, peak=103), True),
+    ],
+)
+def test_what_got_worse_is_flagged(old, new, worse, tmp_path, capsys):
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, ours in zip(paths, (old, new), strict=True):
+        others = {"eager": figure(1000 * new["ms"] if path is paths[1] else 1), "trl": "failed: x"}
+        path.write_text(json.dumps(run_of({"fused": ours, **others})))
+    assert compare.main([str(path) for path in paths]) == int(worse)
+    assert ("WORSE bench.py::case fused" in capsys.readouterr().out) == worse
+
+
+def test_what_has_no_spread_is_not_compared(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run_of({"fused": {"ms": 1.0, "compiled": 0}})))
+    assert compare.figures(path) == {}
+
+
+def test_report_shows_all_who_ran_and_says_why_others_did_not():
+    run = run_of({"fused": figure(12.3), "eager": figure(4), "fla": "not installed: fla"})
+    second = run_of({"fused": figure(5), "eager": "out of memory", "fla": "not installed: fla"})
+    run["benchmarks"] += second["benchmarks"]
+    text = report.render(run)
+    assert "| case | active rows | V | floor ms | ours ms | eager ms | ours MB | eager MB |" in text
+    assert "| loss, bfloat16 | 1,234 | 32,000 | 2.0 | 12 | 4.0 | 10 | 10 |" in text
+    assert "| 5.0 | out of memory | 10 | out of memory |" in text
+    assert "* fla: not installed: fla." in text and "* eager, in some cases: out of memory." in text
+    assert "A processor, 2 threads" in text and "trl 1.16.0" in text and "commit abc" in text
+
+
+def growing(axis, sizes, **info):
+    """Cases that grow by 2 ms and 3 MB a thousand."""
+    run = run_of({})
+    run["benchmarks"] = []
+    for size in sizes:
+        figures = {"fused": figure(1 + size / 500, peak=3000 * size), "trl": "needs a GPU"}
+        case = run_of(figures, axis=axis, size=size, **info)["benchmarks"][0]
+        run["benchmarks"].append(case)
+    return run
+
+
+def test_slopes_are_fitted():
+    run = growing("rows", (100, 200, 400, 800))
+    run["benchmarks"] += growing("V", (1000, 2000, 4000, 8000))["benchmarks"]
+    text = report.render(run)
+    assert "| 1,000 more | ours ms | ours MB |" in text
+    assert "| tokens | 2.0 | 3.0 |" in text and "| vocabulary | 2.0 | 3.0 |" in text
+
+
+def test_pictures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = growing("rows", (100, 200, 400, 800))
+    for V in (8000, 16_000, 32_000, 64_000):
+        case = growing("V", (V,), shape=[2, 3, V])
+        run["benchmarks"] += case["benchmarks"]
+    report.draw(run, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"logits-cpu.png", "floor-cpu.png"}
+
+
+def test_everybody_in_a_picture_looks_different():
+    """Colour and marker, but for the two Ligers, of which a picture has one."""
+    styles = {(colour, marker) for _, colour, marker in plots.STYLES.values()}
+    assert len(styles) == len(plots.STYLES) - 1
