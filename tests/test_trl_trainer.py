@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ trl = pytest.importorskip("trl", reason="trl is not installed: make test install
 
 import trl_ranks  # noqa: E402
 import trl_runs  # noqa: E402
-from tiny_models import quantised  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
-from trl_runs import differences, make_trainer, save_model, train  # noqa: E402
+from trl_runs import differences, save_model, train  # noqa: E402
 
 from grpo_fused.integrations.trl import OLD, VERSION, FusedGRPOTrainer  # noqa: E402
 
@@ -37,7 +35,11 @@ CASES |= {
         "kl": {"beta": 0.2, "use_bias_correction_kl": False} | OFF_POLICY,
         "kl-corrected": {"beta": 0.2, "use_bias_correction_kl": True} | OFF_POLICY,
         "kl-corrected-sequence": {
-            **{"beta": 0.2, "use_bias_correction_kl": True, "importance_sampling_level": "sequence"},
+            **{
+                "beta": 0.2,
+                "use_bias_correction_kl": True,
+                "importance_sampling_level": "sequence",
+            },
             **OFF_POLICY,
         },
         "shaped": {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 2.0} | OFF_POLICY,
@@ -72,7 +74,8 @@ HANDED = {"delta-low", "delta-at-the-bound", "quantile", "off_policy_mask", "ent
 HANDED |= {"vespo-sequence", "vespo-kl-corrected-sequence", "vespo-flat"}
 if RECENT:
     CASES |= {
-        f"entropy-{loss}": {"entropy_coef": 0.02, "loss_type": loss} | ACCUMULATED for loss in LOSSES
+        f"entropy-{loss}": {"entropy_coef": 0.02, "loss_type": loss} | ACCUMULATED
+        for loss in LOSSES
     }
     CASES["entropy-adaptive"] = {"use_adaptive_entropy": True, "entropy_target": 2.0} | ACCUMULATED
 if OLD:  # TRL's luspo and entropy bonus were others
@@ -280,29 +283,6 @@ def test_adapters_on_the_trunk(folder, tmp_path, recwarn, loss_type):
     options = {"peft_config": config, "beta": 0.1, "loss_type": loss_type} | OFF_POLICY
     assert_same(*both(folder, tmp_path, **options))
     assert not [w for w in recwarn if "TRL computes the loss" in str(w.message)]
-
-
-def test_what_is_handed_to_trl_is_said_once(folder, tmp_path):
-    trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path)
-    trainer._why_unfused = "a reason"
-    ids = torch.randint(2, 12, (4, 9))
-    arguments = (trainer.model, ids, torch.ones_like(ids), 5)
-    with pytest.warns(UserWarning, match="TRL computes the loss, without grpo_fused: a reason"):
-        expected = trainer._get_per_token_logps_and_entropies(*arguments)[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        trainer._get_per_token_logps_and_entropies(*arguments)
-    trainer._why_unfused = None
-    actual = trainer._get_per_token_logps_and_entropies(*arguments)[0]
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_head_that_cannot_be_fused(folder, tmp_path):
-    trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path)
-    quantised(trainer.model)
-    assert "quantised" in trainer._why_not_fused([trainer.model])
-    trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path, torch_compile=True)
-    assert "torch_compile" in trainer._why_unfused
 
 
 def test_two_ranks(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""One rank of two: trainers of TRL's kind under DDP, started by torchrun; saves what they logged."""
+"""One rank of two: trainers of TRL's kind under DDP, started by torchrun; saves their logs."""
 
 import sys
 

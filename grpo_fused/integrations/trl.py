@@ -82,6 +82,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             return "its adapter learns a prompt, which changes the positions"
         if self.args.torch_compile:
             return "torch_compile=True would compile the forward again for every batch"
+        if self.args.n_gpu > 1:
+            return "DataParallel would cut the hidden states, but not what the loss is told of them"
         if any(len(set(getattr(m, "hf_device_map", {}).values())) > 1 for m in models):
             return "the model is split over several devices"
         return next((reason for model in models if (reason := why_not_fused(model))), None)
@@ -158,6 +160,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return bool(
             self._why_unfused
             or self.loss_type not in NORMALIZERS
+            or self.importance_sampling_level not in ("token", "sequence")
             or (self.loss_type == "vespo" and self._unusual_vespo())
             or (OLD and (self.loss_type == "luspo" or self._entropy_bonus))
             or getattr(self, "use_adaptive_entropy", False)
