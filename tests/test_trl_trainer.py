@@ -68,6 +68,10 @@ CASES |= {
     # Unclipped: what is next to a bound is on either side of it in bfloat16.
     "bf16": {"bf16": True, "beta": 0.1, "epsilon": 9.0, "epsilon_high": 9.0} | OFF_POLICY,
     "fp32-head": {"cast_lm_head_to_fp32": True} | OFF_POLICY,
+    "fp32-head-of-bf16": {
+        **{"cast_lm_head_to_fp32": True, "model_init_kwargs": {"dtype": "bfloat16"}, "beta": 0.1},
+        **OFF_POLICY,
+    },
     "checkpointing": {"gradient_checkpointing": True} | OFF_POLICY,
 }
 HANDED = {"delta-low", "delta-at-the-bound", "quantile", "off_policy_mask", "entropy-adaptive"}
