@@ -12,6 +12,7 @@ trl = pytest.importorskip("trl", reason="trl is not installed: make test install
 
 import trl_ranks  # noqa: E402
 import trl_runs  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 from trl_runs import differences, save_model, train  # noqa: E402
 
@@ -287,6 +288,24 @@ def test_adapters_on_the_trunk(folder, tmp_path, recwarn, loss_type):
     options = {"peft_config": config, "beta": 0.1, "loss_type": loss_type} | OFF_POLICY
     assert_same(*both(folder, tmp_path, **options))
     assert not [w for w in recwarn if "TRL computes the loss" in str(w.message)]
+
+
+def test_a_wrapped_reference(folder, tmp_path, monkeypatch):
+    """By FSDP or DeepSpeed, whose forward has to be the one called."""
+    prepare_model, wrapped = Accelerator.prepare_model, []
+
+    def prepare_and_wrap(self, model, *arguments, evaluation_mode=False, **options):
+        model = prepare_model(self, model, *arguments, evaluation_mode=evaluation_mode, **options)
+        if evaluation_mode:
+            wrapped.append(torch.nn.DataParallel(model))
+            wrapped[-1].register_forward_pre_hook(lambda *_: calls.append(1))
+        return wrapped[-1] if evaluation_mode else model
+
+    calls = []
+    monkeypatch.setattr(Accelerator, "prepare_model", prepare_and_wrap)
+    stock, fused = both(folder, tmp_path, beta=0.1, **OFF_POLICY)
+    assert_same(stock, fused)
+    assert not fused.said and calls and fused.trainer.ref_model is wrapped[1]
 
 
 def test_two_ranks(folder, tmp_path):

@@ -258,7 +258,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             of_rank |= extremes(objective, *tokens, sequence_level=at_sequences)
         elif self.loss_type == "vespo":
             ratio = inputs.get("importance_sampling_ratio")
-            of_rank |= sequence_weights(objective, *tokens, ratio)
+            of_rank |= sequence_weights(objective, *tokens, ratio, everything=OLD)
         values = torch.stack([value.float() for value in of_rank.values()])
         gathered = self.accelerator.gather(values[None]).tolist()
         ranks, log = Ranks(of_rank, gathered, means_of_ranks=OLD), self._metrics[mode]

@@ -79,7 +79,7 @@ def extremes(objective, logps, old_logps, advantages, mask, *, sequence_level):
 
 
 @torch.no_grad()
-def sequence_weights(objective, logps, old_logps, advantages, mask, ratio):
+def sequence_weights(objective, logps, old_logps, advantages, mask, ratio, *, everything):
     """The weights phi that VESPO gives, as TRL counts them: one a sequence, whatever its length.
 
     Args:
@@ -87,6 +87,7 @@ def sequence_weights(objective, logps, old_logps, advantages, mask, ratio):
         logps, old_logps, mask: (B, T); old_logps None: on policy.
         advantages: (B,), or (B, T) for a weight per active token, of which only the sign matters.
         ratio: rollout weights (B, T) or (B, 1), or None.
+        everything: count a weight per token of the masked ones too, as TRL did before 1.12.
 
     Returns:
         {"phi", "phis"}: () tensors, the sum of the weights and how many there are.
@@ -100,8 +101,9 @@ def sequence_weights(objective, logps, old_logps, advantages, mask, ratio):
     # The loss is -phi A logp: of log-probabilities and advantages of 1 that is phi.
     ones = torch.ones_like(logps)
     phi = objective.evaluate(ones, log_ratio, signs, ratio, sequences)[0].abs()
-    if advantages.dim() == 1:
-        return {"phi": phi[:, 0].sum(), "phis": phi.new_full((), len(phi))}
+    phi = phi[:, :1] if advantages.dim() == 1 else phi
+    if everything or advantages.dim() == 1:
+        return {"phi": phi.sum(), "phis": phi.new_full((), phi.numel())}
     return {"phi": sequences.select(phi).sum(), "phis": sequences.total}
 
 
