@@ -53,9 +53,10 @@ class FusedGRPOTrainer(GRPOTrainer):
     the logits are. Every metric of TRL's is there, from one collective call and one wait for the
     device per micro-batch.
 
-    The entropy-quantile and off-policy masks and the adaptive entropy bonus use the
-    log-probabilities of `linear_selective_log_softmax` in TRL's own loss. Where the LM head cannot
-    be fused, or inputs are more than text, TRL's own path runs, after one warning that says why.
+    The entropy-quantile and off-policy masks, the adaptive entropy bonus and what else is in
+    `_keeps_trls_loss` use the log-probabilities of `linear_selective_log_softmax` in TRL's own
+    loss. Where the LM head cannot be fused, or inputs are more than text, TRL's own path runs,
+    after one warning that says why.
 
     Args, attributes and methods: as `trl.GRPOTrainer`.
 
