@@ -29,6 +29,13 @@ CASES |= {
     for loss in LOSSES
 }
 CASES |= {
+    f"{loss}-{level}-kl": {"loss_type": loss, "importance_sampling_level": level, "beta": 0.2}
+    | {"use_bias_correction_kl": level == "sequence"}
+    | OFF_POLICY
+    for loss in LOSSES[:-1]
+    for level in ("token", "sequence")
+}
+CASES |= {
     f"vespo-{name}": {"loss_type": "vespo"} | options
     for name, options in {
         "on-policy": {},
@@ -218,9 +225,11 @@ def test_fewer_tokens_than_steps(folder, tmp_path, loss_type):
     assert max(row["grad_norm"] for row in stock.log if "grad_norm" in row) > 0
 
 
-def test_evaluation(folder, tmp_path):
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "vespo"])
+def test_evaluation(folder, tmp_path, loss_type):
+    """Nothing is accumulated then, nor are there steps of a generation."""
     options = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 8}
-    stock, fused = both(folder, tmp_path, loss_type="grpo", beta=0.1, **options, **ACCUMULATED)
+    stock, fused = both(folder, tmp_path, loss_type=loss_type, beta=0.1, **options, **ACCUMULATED)
     assert any("eval_loss" in row for row in stock.log)
     assert_same(stock, fused)
 
