@@ -8,7 +8,7 @@ import torch
 from benchmarks import measure
 from benchmarks.providers import NotSupported
 
-ROUNDS, SECONDS = (5, 15), 12  # of a case: rounds as many as fit, within bounds
+ROUNDS, SECONDS = (5, 15), 6  # of a case: rounds as many as fit, within bounds
 REASON_LENGTH = 100
 
 

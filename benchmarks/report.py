@@ -57,6 +57,7 @@ def split(infos):
 
 def remarks(infos):
     """Lines on who took no part in any case of a table, or not in all, and why."""
+    infos = [info for info in infos if "providers" in info]
     found, reasons = split(infos)
     lines = [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
     for name in found:
@@ -109,6 +110,16 @@ def lengths_table(infos):
     return table([f"{len(infos[0]['lengths']) - 1} new lengths", "ms", "compiled"], rows)
 
 
+def trainers_table(infos):
+    """Processor time of whole trainers, and how much of ours is the trainer's own."""
+    parts = []
+    for info in infos:
+        rows = [[name_of(name), number(s)] for name, s in info["rollout_seconds"].items()]
+        rows.append(["of ours outside of generation, model, loss", f"{info['overhead']:.1%}"])
+        parts.append(table([info["case"], "processor s"], rows))
+    return "\n\n".join(parts)
+
+
 def slopes_table(infos):
     """What a thousand more tokens or columns cost."""
     return table(*plots.slopes(infos))
@@ -116,6 +127,7 @@ def slopes_table(infos):
 
 # Titles of tables, in order, each with what makes it.
 KINDS = {
+    "Trainers": trainers_table,
     "Training steps": steps_table,
     "Over logits": cases_table,
     "Over logits, growth": slopes_table,
@@ -127,6 +139,8 @@ KINDS = {
 
 def kind(info):
     """The table that a case belongs to, None for a benchmark with a report of its own."""
+    if "rollout_seconds" in info:
+        return "Trainers"
     if "providers" not in info:
         return None
     if "step" in info:

@@ -152,5 +152,6 @@ def coupled_loss(logps, entropies, tokens, weights, formula, sequences):
             clipped = sequences.mean(clipped)
         ratio = torch.where(units, ratio, 0.0)
         entropy = None if entropies is None else entropies.detach()
-        sums, metrics = total(loss.detach(), kl.detach(), entropy, clipped, ratio, active, units)
+        counts = (x.sum().float() for x in (active, units))
+        sums, metrics = total(loss.detach(), kl.detach(), entropy, clipped, ratio, *counts)
     return loss, sums, metrics

@@ -39,21 +39,21 @@ def _means(sums):
     return torch.cat([of_tokens, of_ratios])
 
 
-def total(loss, kl, entropy, clipped, ratio, active, active_ratios):
+def total(loss, kl, entropy, clipped, ratio, tokens, ratios):
     """(sums (8,), metrics (7,)) of values that are 0 where nothing is active.
 
     Args:
         loss, kl, entropy: of tokens, any shape; entropy may be None.
         clipped, ratio: of ratios, tokens or sequences.
-        active, active_ratios: bool, of those shapes.
+        tokens, ratios: () float32, how many of them are active.
     """
     sums = torch.stack(
         [
             loss.sum(),
-            active.sum().float(),
+            tokens,
             kl.sum(),
             loss.new_zeros(()) if entropy is None else entropy.sum(),
-            active_ratios.sum().float(),
+            ratios,
             (clipped < 0).sum().float(),
             (clipped > 0).sum().float(),
             ratio.sum(),

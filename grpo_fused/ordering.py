@@ -35,6 +35,9 @@ def tokens_with_gradient(tokens, weights, beta, sequences, *, coupled):
         return None
     if sequences.active is None and sequences.device.type != "cpu":
         return None
+    asks = sequences.device.type == "cpu" and not torch.compiler.is_compiling()
+    if asks and tokens.policy_mask is None and bool(tokens.advantages.all()):
+        return None
     live = sequences.spread(tokens.advantages) != 0
     if tokens.policy_mask is not None:
         live = live & (sequences.spread(tokens.policy_mask) != 0)
@@ -49,7 +52,7 @@ def order_tokens(sequences, live=None):
     if sequences.active is None and live is None:
         return Order(None, None)
     wanted, active = _wanted(sequences, live)
-    return _order(wanted, active, torch.stack([wanted.sum(), active.sum()]).cpu())
+    return _order(wanted, active, _totals(sequences, wanted, active).cpu())
 
 
 def order_sequences(sequences, live=None):
@@ -67,7 +70,7 @@ def order_sequences(sequences, live=None):
         index = (sequences.sum(live.float()) == 0).to(torch.uint8).argsort(stable=True)
         counts = counts[index]
     wanted, active = _wanted(sequences, live)
-    on_host = torch.cat([torch.stack([wanted.sum(), active.sum()]), counts]).cpu()
+    on_host = torch.cat([_totals(sequences, wanted, active), counts]).cpu()
     order = _order(wanted, active, on_host[:2])
     index = None if order.tokens is None else index
     return order, SequenceOrder(index, counts, on_host[2:].tolist())
@@ -77,6 +80,12 @@ def _wanted(sequences, live):
     """Tokens (B, T) bool that want a gradient, and the active ones."""
     active = torch.ones_like(live) if sequences.active is None else sequences.active
     return active if live is None else active & live, active
+
+
+def _totals(sequences, wanted, active):
+    """(2,): how many tokens want a gradient, how many are active."""
+    number = active.sum() if sequences.active is None else sequences.total
+    return torch.stack([number if wanted is active else wanted.sum(), number])
 
 
 def _order(wanted, active, totals):

@@ -18,7 +18,8 @@ from grpo_fused.rows import (
     cap,
     centered,
     collect,
-    gradient,
+    exp2_,
+    output_rows,
     sharpness,
     spread,
     statistics,
@@ -32,6 +33,10 @@ torch_launcher = functools.partial(launcher, suffix="_torch")
 
 
 def _active_rows(active, ids, positions):
+    """(B * positions,) bool, or None: all rows are active."""
+    if positions == ids.shape[1]:
+        if active is None or (active.device.type == "cpu" and bool(active.all())):
+            return None
     return spread(torch.ones_like(ids) if active is None else active, ids.shape, positions) != 0
 
 
@@ -82,19 +87,20 @@ def fused_loss(
     )
     items, kl_items, entropy_items, temperature = rest
     outputs = (*terms, logps, entropies)
-    rows = [None if output is None else logps.new_zeros(len(ids)) for output in outputs]
+    rows = output_rows(outputs, positions, active)
     buffers = Scratch(logits.device)
     for block, x, dx, masked in blocks(logits, dlogits, active):
         target, known = targets(ids[block], V)
-        out = dx if dx is not None and dx.dtype == torch.float32 else buffers("out", x.shape)
+        out = buffers("out", x.shape)
         exponents = None if entropies is None else buffers("exponents", x.shape)
         product = exponents if entropy_coef is None else buffers("product", x.shape)
         factor = sharpness(at(temperature, block), logit_scale, logit_softcap)
         u, slope = cap(x, logit_scale, logit_softcap, out)
         row = statistics(u, target, known, factor, out, exponents, product)
 
-        log_ratio = torch.where(row.logp.isnan(), row.logp, 0.0)
-        if old_logps is not None:
+        if old_logps is None:
+            log_ratio = torch.where(row.logp.isnan(), row.logp, 0.0)
+        else:
             log_ratio = row.logp - old_logps[block]
         ratio, dratio = clamped_exp(log_ratio)
         loss, dlogp, clipped = evaluate(row.logp, log_ratio, at(advantages, block).float())
@@ -124,7 +130,7 @@ def fused_loss(
         dlogp = (dlogp * grad_scale).masked_fill(loss.isnan(), torch.nan)
         store(rows, block, (loss, kl, clipped, ratio, row.logp, row.entropy), masked)
         if dx is not None:
-            write_gradient(gradient(row, exponents, target, dlogp * factor, h, slope), dx, masked)
+            write_gradient(dx, masked, row, exponents, target, dlogp * factor, h, slope)
     collect(outputs, rows, positions)
 
 
@@ -146,7 +152,7 @@ def logprob_fwd(
     active = _active_rows(active, ids, positions)
     ids, temperature = (spread(value, ids.shape, positions) for value in (ids, temperature))
     outputs = (logps, entropies, maxima, totals)
-    rows = [None if output is None else logps.new_zeros(len(ids)) for output in outputs]
+    rows = output_rows(outputs, positions, active)
     buffers = Scratch(logits.device)
     for block, x, _, masked in blocks(logits, None, active):
         target, known = targets(ids[block], V)
@@ -185,17 +191,17 @@ def logprob_bwd(
     buffers = Scratch(logits.device)
     for block, x, dx, masked in blocks(logits, dlogits, active):
         target, known = targets(ids[block], V)
-        out = dx if dx.dtype == torch.float32 else buffers("out", x.shape)
+        out = buffers("out", x.shape)
         factor = sharpness(at(temperature, block), logit_scale, logit_softcap)
         u, slope = cap(x, logit_scale, logit_softcap, out)
         z = centered(u, maxima[block], factor, out)
         exponents, h, entropy = None, None, None
         if dentropies is not None:
-            exponents = buffers("exponents", x.shape).copy_(z).clamp_(min=FLOOR)
+            exponents = torch.clamp(z, min=FLOOR, out=buffers("exponents", x.shape))
             h, entropy = dentropies[block] * factor, entropies[block]
-        row = Statistics(z.exp_(), maxima[block], totals[block], logps[block], entropy)
+        row = Statistics(exp2_(z), maxima[block], totals[block], logps[block], entropy)
         g = (dlogps[block] * factor).masked_fill(~known, torch.nan)
-        write_gradient(gradient(row, exponents, target, g, h, slope), dx, masked)
+        write_gradient(dx, masked, row, exponents, target, g, h, slope)
 
 
 @torch_launcher
@@ -210,8 +216,8 @@ def locate(cu_seqlens, active, index, counts):
 def reduce(terms, active, entropies, loss, sums, metrics):
     """As `grpo_fused.kernels.reduce.reduce`."""
     _, kl, clipped, ratio = terms
-    active = torch.ones_like(kl) != 0 if active is None else active != 0
-    values = total(terms[0], kl, entropies, clipped, ratio, active, active)
+    tokens = kl.new_full((), kl.numel()) if active is None else active.count_nonzero().float()
+    values = total(terms[0], kl, entropies, clipped, ratio, tokens, tokens)
     for output, value in zip((sums, metrics), values, strict=True):
         output.copy_(value)
     loss.copy_(sums[0])

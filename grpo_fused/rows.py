@@ -1,9 +1,11 @@
 """Rows of logits in torch: blocks of a few megabytes, their softmax statistics, their gradient.
 
-No temporary is as large as the logits; the exponentials are computed once and turned into the
-gradient in place. Statistics are relative to the row's maximum, as in the kernels, here in base e.
+No temporary is as large as the logits; the exponentials are computed once, relative to the row's
+maximum. They are powers of 2, as in the kernels: `torch.exp` takes four times as long.
 """
 
+import contextlib
+import math
 import mmap
 from typing import NamedTuple
 
@@ -13,22 +15,23 @@ import torch.nn.functional as F
 BLOCK_BYTES = 8 << 20  # float32 scratch of a block of rows; "Measured facts" in CONTRIBUTING.md
 LAZY_BYTES = 1 << 20  # from here on the C library takes memory from the system as well
 GAP_ELEMENTS = 1 << 14  # masked rows worth this little are computed with their neighbours
-FLOOR = -1.0e4  # e^z is exactly 0 below this, and 0 * FLOOR is 0 where 0 * -inf would be NaN
+FLOOR = -1.0e4  # 2^z is exactly 0 below this, and 0 * FLOOR is 0 where 0 * -inf would be NaN
+VECTOR, THREAD_ELEMENTS = 32, 1 << 15  # on a CPU: torch's vectors, and its least share of a thread
+LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 
 
-def _active_blocks(active, V):
-    """Cut rows (N,) bool into (start, stop) blocks: runs of active ones on CPU, all elsewhere.
+def _active_blocks(active, N, V):
+    """Cut N rows into (start, stop) blocks: runs of active (N,) ones on CPU, all elsewhere.
 
     Only on CPU can active rows be listed without waiting for the device; elsewhere every row is
     computed and the masked ones are selected away.
     """
     limit = max(1, BLOCK_BYTES // (4 * V))
-    if active.device.type == "cpu":
+    runs = [(0, N)]
+    if active is not None and active.device.type == "cpu":
         rows = active.nonzero().flatten()
         cuts = (rows.diff() > 1 + GAP_ELEMENTS // V).nonzero().flatten() + 1
         runs = [(run[0].item(), run[-1].item() + 1) for run in rows.tensor_split(cuts) if len(run)]
-    else:
-        runs = [(0, len(active))]
     return [
         (start, min(start + limit, stop))
         for first, stop in runs
@@ -47,6 +50,7 @@ def gradient_memory(logits):
     """Memory for the gradient of logits, of which masked rows take none on a CPU.
 
     Pages fresh from the system are zeros that exist once they are written: `blocks` lets them be.
+    Large ones, where the system has them: to be given 4 KiB at a time takes as long as the loss.
     """
     size = logits.numel() * logits.element_size()
     if logits.device.type != "cpu" or torch.compiler.is_compiling() or size < LAZY_BYTES:
@@ -55,6 +59,9 @@ def gradient_memory(logits):
         {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     )
     pages = mmap.mmap(-1, size, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=logits.dtype).view(logits.shape)
     memory.untouched = True
     return memory
@@ -63,19 +70,20 @@ def gradient_memory(logits):
 def blocks(logits, dlogits, active):
     """Yield (slice of the rows, block of logits, block of dlogits, rows to select away or None).
 
-    Rows of dlogits that are in no block are masked and zero afterwards.
+    Rows of dlogits that are in no block are masked and zero afterwards. `active` is (N,) bool, or
+    None: all rows are.
     """
     start = 0
     untouched = getattr(dlogits, "untouched", False)
     for x, dx in _matrices(logits, dlogits):
-        rows = active[start : start + len(x)]
+        rows = None if active is None else active[start : start + len(x)]
         done = 0
-        for first, stop in _active_blocks(rows, x.shape[1]):
+        for first, stop in _active_blocks(rows, *x.shape):
             if not (dx is None or untouched):
                 dx[done:first].zero_()
             done = stop
-            masked = ~rows[first:stop]
-            if masked.device.type == "cpu" and not masked.any():
+            masked = None if rows is None else ~rows[first:stop]
+            if rows is not None and masked.device.type == "cpu" and not masked.any():
                 masked = None
             block = slice(start + first, start + stop)
             yield block, x[first:stop], None if dx is None else dx[first:stop], masked
@@ -93,7 +101,9 @@ def spread(value, shape, positions):
         return value
     if value.dim() == 1:
         value = value[:, None].expand(shape)
-    return F.pad(value, (0, positions - shape[1])).flatten()
+    if positions != shape[1]:
+        value = F.pad(value, (0, positions - shape[1]))
+    return value.flatten()
 
 
 def at(value, block):
@@ -101,10 +111,25 @@ def at(value, block):
     return value[block] if isinstance(value, torch.Tensor) and value.dim() else value
 
 
+def output_rows(outputs, positions, active):
+    """Memory (B * positions,) for every output (B, T): the output itself if it has a place for all.
+
+    What `store` will not write, if not all rows are active, is 0.
+    """
+
+    def memory(output):
+        if output.shape[1] != positions:
+            return output.new_zeros(len(output) * positions)
+        rows = output.view(-1)
+        return rows if active is None else rows.zero_()
+
+    return [None if output is None else memory(output) for output in outputs]
+
+
 def collect(outputs, rows, positions):
     """Write rows, one value per row of logits, into the (B, T) outputs of their tokens."""
     for output, values in zip(outputs, rows, strict=True):
-        if output is not None:
+        if output is not None and output.shape[1] != positions:
             output.copy_(values.view(len(output), positions)[:, : output.shape[1]])
 
 
@@ -123,9 +148,27 @@ class Scratch:
         self.buffers = {}
 
     def __call__(self, name, shape):
-        if name not in self.buffers or len(self.buffers[name]) < shape[0]:
-            self.buffers[name] = torch.empty(shape, dtype=torch.float32, device=self.device)
-        return self.buffers[name][: shape[0]]
+        size = math.prod(shape)
+        if name not in self.buffers or len(self.buffers[name]) < size:
+            slack = VECTOR * torch.get_num_threads()  # of `exp2_`
+            memory = torch.empty(size + slack, dtype=torch.float32, device=self.device)
+            self.buffers[name] = memory
+        return self.buffers[name][:size].view(shape)
+
+
+def exp2_(z):
+    """2^z in place, of a block of `Scratch`.
+
+    On a CPU torch takes other instructions, which round otherwise, for what remains of a thread's
+    share after whole vectors. Here shares are whole vectors, into the slack behind the block: a
+    row's bits do not depend on where it lies.
+    """
+    size = z.numel()
+    if z.device.type == "cpu" and size:
+        whole = VECTOR * min(torch.get_num_threads(), math.ceil(size / THREAD_ELEMENTS))
+        size = math.ceil(size / whole) * whole
+    z.as_strided((size,), (1,)).exp2_()
+    return z
 
 
 def targets(ids, V):
@@ -154,18 +197,21 @@ def _column(factor):
 
 
 def centered(u, maximum, factor, out):
-    """out = (u - maximum) factor in float32; out may be u."""
+    """out = (u - maximum) factor log2(e) in float32; out may be u."""
     if u.dtype == torch.float32:
         torch.sub(u, maximum[:, None], out=out)
     else:
         out.copy_(u).sub_(maximum[:, None])
-    if isinstance(factor, torch.Tensor) or factor != 1.0:
-        out.mul_(_column(factor))
-    return out
+    return out.mul_(_column(factor * LOG2E))
+
+
+def row_sums(x):
+    """Sums (n,) of rows. Those of one row alone torch would add up in another order, by threads."""
+    return x.sum(1) if len(x) > 1 else x.expand(2, -1).sum(1)[:1]
 
 
 class Statistics(NamedTuple):
-    exponentials: torch.Tensor  # (n, V), e^((u - maximum) factor)
+    exponentials: torch.Tensor  # (n, V), 2^((u - maximum) factor log2(e))
     maximum: torch.Tensor  # (n,)
     total: torch.Tensor  # (n,), their sum
     logp: torch.Tensor  # (n,)
@@ -173,52 +219,52 @@ class Statistics(NamedTuple):
 
 
 def statistics(u, target, known, factor, out, z_floored, product):
-    """Softmax statistics of capped rows u (n, V); out (n, V) holds the exponentials afterwards.
+    """Softmax statistics of capped rows u (n, V); out, of `Scratch`, holds the exponentials then.
 
     With z_floored and product (n, V), scratch which may be the same, the entropy too; z_floored
     then holds what exponentials are of, no lower than FLOOR, unless product is the same.
     """
     maximum = u.amax(1).float()
+    chosen = (u.gather(1, target)[:, 0].float() - maximum) * factor
+    chosen = chosen.masked_fill(~known, torch.nan)
     z = centered(u, maximum, factor, out)
-    chosen = z.gather(1, target)[:, 0].masked_fill(~known, torch.nan)
     if z_floored is not None:
-        z_floored.copy_(z).clamp_(min=FLOOR)
-    exponentials = z.exp_()
-    total = exponentials.sum(1)
+        torch.clamp(z, min=FLOOR, out=z_floored)
+    exponentials = exp2_(z)
+    total = row_sums(exponentials)
     entropy = None
     if z_floored is not None:
-        weighted = torch.mul(z_floored, exponentials, out=product).sum(1)
-        entropy = (total.log() - weighted / total).clamp(min=0.0)
+        weighted = row_sums(torch.mul(z_floored, exponentials, out=product))
+        entropy = (total.log() - weighted / total * LN2).clamp(min=0.0)
     return Statistics(exponentials, maximum, total, chosen - total.log(), entropy)
 
 
-def gradient(row, z_floored, target, g, h, slope):
-    """Gradient of rows in place of their exponentials, target's column included.
+def write_gradient(dlogits, masked, row, z_floored, target, g, h, slope):
+    """Write the gradient of rows into dlogits (n, V), masked ones as 0.
 
         dx_j = (g (1[j = target] - p_j) - h p_j (log p_j + H)) du_j / dx_j
 
     Args:
-        row: Statistics; entropy is read only with h.
+        masked: (n,) bool, or None: none are.
+        row: Statistics, whose exponentials are overwritten; entropy is read only with h.
         z_floored: (n, V) scratch with the exponents, overwritten; read only with h.
         g, h: (n,) dL/dlogp and dL/dH times the sharpness; h may be None.
         slope: (n, V) du / dx, or None for 1.
     """
+    dx = dlogits if dlogits.dtype == torch.float32 else row.exponentials
     dtarget = g * -torch.expm1(row.logp)
     if h is None:
-        dx = row.exponentials.mul_((-g / row.total)[:, None])
+        torch.mul(row.exponentials, (-g / row.total)[:, None], out=dx)
     else:
         constant = (g + h * (row.entropy - row.total.log())) / row.total
-        z_floored.mul_((-h / row.total)[:, None]).sub_(constant[:, None])
-        dx = row.exponentials.mul_(z_floored)
+        z_floored.mul_((-h / row.total * LN2)[:, None]).sub_(constant[:, None])
+        torch.mul(row.exponentials, z_floored, out=dx)
         unlikely = row.logp <= FLOOR
         dtarget -= (h * row.logp.exp() * (row.logp + row.entropy)).masked_fill(unlikely, 0.0)
     dx.scatter_(1, target, dtarget[:, None])
-    return dx if slope is None else dx.mul_(slope)
-
-
-def write_gradient(dx, dlogits, masked):
-    """Clear masked rows, and convert into dlogits if dx is not that already."""
+    if slope is not None:
+        dx.mul_(slope)
     if masked is not None:
         dx.masked_fill_(masked[:, None], 0.0)
-    if dx.data_ptr() != dlogits.data_ptr():
+    if dx is not dlogits:
         dlogits.copy_(dx)

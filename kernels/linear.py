@@ -132,9 +132,10 @@ class Head:
             return values
         if values.dim() == 1:
             values = values[:, None].expand(-1, self.T)
-        values = values.flatten()
-        # That of one sequence is a view of a single value, where kernels want one per token.
-        return (values.contiguous() if self.tokens is None else values[self.tokens])[None]
+        if self.tokens is None:
+            # That of one sequence is a view of a single value, where kernels want one per token.
+            return values.reshape(1, -1).contiguous()
+        return values.flatten()[self.tokens][None]
 
     def packed(self, output):
         """Memory for an output (..., B, T) of packed tokens: itself where they come as they are."""
@@ -216,14 +217,16 @@ class Head:
     def _weights(self):
         """The weight in the dtype of the logits: whole or, where that takes a copy, in blocks."""
         V, H = self.weight.shape
-        bytes_of_row = 0 if self.weight.dtype == self.dtype else H * self.dtype.itemsize
-        for columns in blocks(V, bytes_of_row):
+        if self.weight.dtype == self.dtype:
+            yield slice(0, V), self.weight
+            return
+        for columns in blocks(V, H * self.dtype.itemsize):
             yield columns, self.weight[columns].to(self.dtype)
 
 
 def blocks(rows, bytes_of_row):
     """Slices of as many rows as COPY_BYTES hold."""
-    length = max(1, COPY_BYTES // bytes_of_row) if bytes_of_row else max(rows, 1)
+    length = max(1, COPY_BYTES // max(1, bytes_of_row))
     return [slice(first, min(first + length, rows)) for first in range(0, rows, length)]
 
 

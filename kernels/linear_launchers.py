@@ -190,7 +190,7 @@ def cut(values, start, stop):
     """Packed values (..., n) of some tokens; numbers, 0-d tensors and None as they are."""
     if not isinstance(values, torch.Tensor) or values.dim() == 0:
         return values
-    return values[..., start:stop]
+    return values if stop - start == values.shape[-1] else values[..., start:stop]
 
 
 def linear_launchers(over_logits, suffix=""):

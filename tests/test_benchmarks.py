@@ -202,6 +202,17 @@ def test_report_shows_all_who_ran_and_says_why_others_did_not():
     assert "A processor, 2 threads" in text and "trl 1.16.0" in text and "commit abc" in text
 
 
+def test_report_of_trainers():
+    run = run_of({})
+    info = run["benchmarks"][0]["extra_info"]
+    del info["providers"]
+    info |= {"rollout_seconds": {"fused": 3.7, "trl": 13.4}, "overhead": 0.0061}
+    text = report.render(run)
+    assert "### Trainers" in text and "| loss, bfloat16 | processor s |" in text
+    assert "| ours | 3.7 |" in text and "| TRL | 13 |" in text
+    assert "outside of generation, model, loss | 0.6% |" in text
+
+
 def growing(axis, sizes, **info):
     """Cases that grow by 2 ms and 3 MB a thousand."""
     run = run_of({})

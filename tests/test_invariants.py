@@ -7,15 +7,15 @@ from batches import make_batch
 from grpo_fused import grpo_loss, selective_log_softmax
 
 
-def results(batch, rows, implementation):
-    logits = batch.logits[rows].detach().clone().requires_grad_(True)
+def results(batch, rows, implementation, positions=slice(None)):
+    logits = batch.logits[rows][:, positions].clone().requires_grad_(True)
     out = grpo_loss(
         logits,
-        batch.ids[rows],
-        batch.mask[rows],
+        batch.ids[rows][:, positions],
+        batch.mask[rows][:, positions],
         batch.advantages[rows],
-        old_logps=batch.old_logps[rows],
-        ref_logps=batch.ref_logps[rows],
+        old_logps=batch.old_logps[rows][:, positions],
+        ref_logps=batch.ref_logps[rows][:, positions],
         beta=0.1,
         normalizer="token-sum",
         compute_entropy=True,
@@ -42,6 +42,26 @@ def test_a_row_does_not_know_its_batch(V, rows, implementation, device):
     among = results(batch, rows, implementation)
     for a, b in zip(alone, among, strict=True):
         assert torch.equal(a[rows], b)
+
+
+@pytest.fixture
+def three_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("V", [1999, 33_001])
+def test_threads_that_share_a_row(V, three_threads):
+    """Where torch cuts the work is its own affair: of one row, of a few, of many."""
+    batch = make_batch(B=1, T=23, V=V)
+
+    whole = results(batch, slice(None), "torch")
+    cuts = [*zip(range(8), range(1, 9), strict=True), (0, 2), (1, 4), (2, 6), (5, 12), (3, 20)]
+    for rows in (slice(*cut) for cut in cuts):
+        few = results(batch, slice(None), "torch", rows)
+        assert all(torch.equal(a[:, rows], b) for a, b in zip(whole, few, strict=True))
 
 
 def test_more_rows_than_programs(implementation, device):

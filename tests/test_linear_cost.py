@@ -169,7 +169,7 @@ def test_saved_logits_spare_a_matmul(save_logits, matmuls):
 def test_memory_is_a_chunk_of_logits_and_the_gradients(kind, monkeypatch):
     """Every allocation counted: nothing of the size of the logits, nor twice that of a gradient."""
     V, H, T = 4096, 8, 64
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 15)
     head = make_head_batch(T=T, V=V, H=H, mask=torch.ones(4, T), bias=False)
     b, budget = head.batch, chunk_bytes(64, V)
     hidden, weight, _ = head.leaves()
