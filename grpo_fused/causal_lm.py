@@ -39,13 +39,17 @@ def fuse_lm_head(model):
         raise ValueError(f"model: its LM head cannot be fused: {reason}")
     if is_fused(model):
         return
-    logits_forward = model.forward
+    before = model.forward
+    # Not bound to this model: a deep copy takes the patch along, and has its own logits.
+    logits_forward = before.__func__ if getattr(before, "__self__", None) is model else None
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self, *args, head=None, **kwargs):
-        if head is None:
-            return logits_forward(*args, **kwargs)
-        return _forward_with(self, head, *args, **kwargs)
+        if head is not None:
+            return _forward_with(self, head, *args, **kwargs)
+        if logits_forward is None:
+            return before(*args, **kwargs)
+        return logits_forward(self, *args, **kwargs)
 
     forward.fused_lm_head = True
     model.forward = types.MethodType(forward, model)
@@ -58,7 +62,7 @@ def is_fused(model):
 
 def why_not_fused(model):
     """Why the LM head of a model cannot be fused, in a phrase; None if it can."""
-    lm_head = model.get_output_embeddings()
+    lm_head = _linear_of(model.get_output_embeddings())
     if lm_head is None:
         return "it has none"
     if type(lm_head).forward is not nn.Linear.forward:
@@ -72,7 +76,8 @@ def why_not_fused(model):
         return f"{type(model).__name__} has no backbone that ends in hidden states"
     weights = [parameter.data for parameter in model.parameters()]
     whole = all(type(w) is torch.Tensor and w.numel() and not w.is_meta for w in weights)
-    if whole and not is_fused(model):  # else it takes a collective call of all ranks
+    # Sharded weights (of FSDP1: none here, or empty slices of one) take a collective call.
+    if weights and whole and not is_fused(model):
         return _why_logits_differ(model)
 
 
@@ -105,13 +110,19 @@ def _forward_with(model, head, *args, logits_to_keep=0, **kwargs):
     if logits_to_keep:
         hidden = hidden[:, -logits_to_keep:]
     lm_head = model.get_output_embeddings()  # found anew: FSDP and peft replace it
+    linear = _linear_of(lm_head)
     scaling = head_scaling(model.config)
 
     def instead(hidden):
-        return head(hidden, lm_head.weight, bias=lm_head.bias, **scaling)
+        return head(hidden, linear.weight, bias=linear.bias, **scaling)
 
-    with _forward_of(lm_head, instead):
-        return lm_head(hidden.to(lm_head.weight.device))
+    with _forward_of(linear, instead):
+        return lm_head(hidden.to(linear.weight.device))
+
+
+def _linear_of(lm_head):
+    """The head itself where it is an FSDP1 unit, whose own forward has to be the one called."""
+    return getattr(lm_head, "_fsdp_wrapped_module", lm_head)
 
 
 @contextlib.contextmanager
@@ -135,7 +146,8 @@ def _why_logits_differ(model):
     """Compare the logits of four tokens: a model may do to them what its config does not say."""
 
     def logits_of(hidden, weight, *, bias, logit_scale, logit_softcap):
-        logits = nn.functional.linear(hidden, weight, bias) * logit_scale
+        # A head in float32 behind a model in bfloat16 is right: that is what `upcast` is for.
+        logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias) * logit_scale
         return logits if not logit_softcap else logit_softcap * torch.tanh(logits / logit_softcap)
 
     modes = [(module, module.training) for module in model.modules()]

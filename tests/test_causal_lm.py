@@ -1,5 +1,7 @@
 """The LM head of transformers models fused into their forward: the same numbers, every model."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import (
@@ -8,6 +10,8 @@ from tiny_models import (
     T,
     V,
     batch,
+    fsdp1,
+    fsdp2,
     fused_loss,
     gradients,
     quantised,
@@ -15,9 +19,11 @@ from tiny_models import (
     tiny,
 )
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from grpo_fused import grpo_loss, linear_grpo_loss
-from grpo_fused.causal_lm import fuse_lm_head, head_scaling
+from grpo_fused.causal_lm import fuse_lm_head, head_scaling, why_not_fused
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,9 +114,62 @@ def test_an_exception_in_the_head_leaves_the_model_whole():
     assert torch.equal(model(batch()[0]).logits, expected)
 
 
-@pytest.mark.parametrize("own_unit", [True, False])
-def test_sharded_by_fsdp2(tmp_path, own_unit):
-    """A head that is an FSDP unit of its own too: `full_tensor()` loses the other ranks' part."""
+def test_a_deep_copy_has_logits_of_its_own():
+    model = tiny()
+    fuse_lm_head(model)
+    copied, input_ids = copy.deepcopy(model), batch()[0]
+    with torch.no_grad():
+        copied.lm_head.weight.mul_(2)
+    torch.testing.assert_close(copied(input_ids).logits, 2 * model(input_ids).logits)
+    assert not torch.equal(fused_loss(copied).logps, fused_loss(model).logps)
+
+
+def test_a_float32_head_of_a_bfloat16_model():
+    """As TRL's cast_lm_head_to_fp32 leaves it."""
+    model = tiny().bfloat16()
+    lm_head = model.lm_head.float()
+    lm_head.forward = lambda hidden: nn.functional.linear(hidden.float(), lm_head.weight)
+    input_ids, *tokens = batch()
+    expected = grpo_loss(model(input_ids).logits[:, -T - 1 :], *tokens, num_items_in_batch=18)
+    expected.loss.backward()
+    weight_gradient = lm_head.weight.grad
+    model.zero_grad()
+
+    fuse_lm_head(model)
+    output = fused_loss(model, upcast=True)
+    output.loss.backward()
+    assert output.logps.dtype == lm_head.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(output.logps, expected.logps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lm_head.weight.grad, weight_gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_head_sharded_over_the_vocabulary(tmp_path):
+    """By tensor parallelism: no FSDP would gather it."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    model = tiny()
+    mesh = init_device_mesh("cpu", (1,))
+    model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight, mesh, [Shard(0)]))
+    reason = why_not_fused(model)
+    torch.distributed.destroy_process_group()
+    assert reason == "its weight is sharded over the vocabulary or over hidden states"
+
+
+@pytest.mark.parametrize(
+    "shard, own_unit, late",
+    [
+        (fsdp1, True, False),
+        (fsdp1, True, True),
+        (fsdp1, False, True),
+        (fsdp2, True, False),
+        (fsdp2, False, True),
+    ],
+)
+def test_sharded_by_fsdp(tmp_path, shard, own_unit, late):
+    """A head that is an FSDP unit of its own too: `full_tensor()` loses the other ranks' part.
+
+    late: fused when it is wrapped already, as TRL's reference is.
+    """
     model = tiny()
     fuse_lm_head(model)
     expected = {}
@@ -118,4 +177,5 @@ def test_sharded_by_fsdp2(tmp_path, own_unit):
         model.zero_grad()
         fused_loss(model, **options).loss.backward()
         expected[str(options)] = gradients(model)
-    torch.multiprocessing.spawn(sharded, (str(tmp_path), expected, own_unit), nprocs=2)
+    arguments = (str(tmp_path), expected, shard, own_unit, late)
+    torch.multiprocessing.spawn(sharded, arguments, nprocs=2)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,13 @@ import torch
 
 trl = pytest.importorskip("trl", reason="trl is not installed: make test installs it")
 
+import trl_ranks  # noqa: E402
 import trl_runs  # noqa: E402
-from tiny_models import quantised  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
-from trl_runs import differences, make_trainer, save_model, train  # noqa: E402
+from trl_runs import differences, save_model, train  # noqa: E402
 
-from grpo_fused.integrations.trl import VERSION, FusedGRPOTrainer  # noqa: E402
+from grpo_fused.integrations.trl import OLD, VERSION, FusedGRPOTrainer  # noqa: E402
 
 BOUND = 1e-5
 RECENT = VERSION.release >= (1, 8)
@@ -26,7 +26,33 @@ LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 CASES = {loss: {"loss_type": loss} | OFF_POLICY for loss in LOSSES}
 CASES |= {
     f"{loss}-sequence": {"loss_type": loss, "importance_sampling_level": "sequence"} | OFF_POLICY
+    for loss in LOSSES
+}
+CASES |= {
+    f"{loss}-{level}-kl": {"loss_type": loss, "importance_sampling_level": level, "beta": 0.2}
+    | {"use_bias_correction_kl": level == "sequence"}
+    | OFF_POLICY
     for loss in LOSSES[:-1]
+    for level in ("token", "sequence")
+}
+CASES |= {
+    f"vespo-{name}": {"loss_type": "vespo"} | options
+    for name, options in {
+        "on-policy": {},
+        "accumulated": ACCUMULATED,
+        "kl": {"beta": 0.2, "use_bias_correction_kl": False} | OFF_POLICY,
+        "kl-corrected": {"beta": 0.2, "use_bias_correction_kl": True} | OFF_POLICY,
+        "kl-corrected-sequence": {
+            **{
+                "beta": 0.2,
+                "use_bias_correction_kl": True,
+                "importance_sampling_level": "sequence",
+            },
+            **OFF_POLICY,
+        },
+        "shaped": {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 2.0} | OFF_POLICY,
+        "flat": {"vespo_k_pos": 0.0, "vespo_lambda_neg": 0.0} | OFF_POLICY,
+    }.items()
 }
 CASES |= {
     "on_policy": {},
@@ -42,6 +68,7 @@ CASES |= {
     "accumulated-luspo": {"loss_type": "luspo"} | ACCUMULATED,
     "delta": {"delta": 1.5, "epsilon_high": 0.3} | OFF_POLICY,
     "delta-low": {"delta": 1.1, "epsilon_high": 0.3} | OFF_POLICY,
+    "delta-at-the-bound": {"delta": 1.25, "epsilon_high": 0.25} | OFF_POLICY,
     "temperature": {"temperature": 0.7, "mask_truncated_completions": True} | OFF_POLICY,
     "quantile": {"top_entropy_quantile": 0.5, "loss_type": "grpo"} | OFF_POLICY,
     "off_policy_mask": {"off_policy_mask_threshold": 0.01} | OFF_POLICY,
@@ -49,13 +76,22 @@ CASES |= {
     # Unclipped: what is next to a bound is on either side of it in bfloat16.
     "bf16": {"bf16": True, "beta": 0.1, "epsilon": 9.0, "epsilon_high": 9.0} | OFF_POLICY,
     "fp32-head": {"cast_lm_head_to_fp32": True} | OFF_POLICY,
+    "fp32-head-of-bf16": {
+        **{"cast_lm_head_to_fp32": True, "model_init_kwargs": {"dtype": "bfloat16"}, "beta": 0.1},
+        **OFF_POLICY,
+    },
+    "checkpointing": {"gradient_checkpointing": True} | OFF_POLICY,
 }
+HANDED = {"delta-low", "delta-at-the-bound", "quantile", "off_policy_mask", "entropy-adaptive"}
+HANDED |= {"vespo-sequence", "vespo-kl-corrected-sequence", "vespo-flat"}
 if RECENT:
     CASES |= {
         f"entropy-{loss}": {"entropy_coef": 0.02, "loss_type": loss} | ACCUMULATED
-        for loss in ("grpo", "bnpo", "dapo", "dr_grpo")
+        for loss in LOSSES
     }
     CASES["entropy-adaptive"] = {"use_adaptive_entropy": True, "entropy_target": 2.0} | ACCUMULATED
+if OLD:  # TRL's luspo and entropy bonus were others
+    HANDED |= {name for name in CASES if "luspo" in name or name.startswith("entropy-")}
 
 
 @pytest.fixture(scope="module")
@@ -68,26 +104,43 @@ def both(folder, tmp_path, kind=lambda trainer: trainer, **options):
     return stock, train(kind(FusedGRPOTrainer), folder, tmp_path, **options)
 
 
+@pytest.fixture
+def losses_of_trl(monkeypatch):
+    """A list with the class of every trainer, each time it calls TRL's own `_compute_loss`."""
+    calls, compute_loss = [], GRPOTrainer._compute_loss
+
+    def counted(self, *arguments):
+        calls.append(type(self))
+        return compute_loss(self, *arguments)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", counted)
+    return calls
+
+
 def assert_same(stock, fused, bound=BOUND):
     off = {name: error for name, error in differences(fused, stock).items() if error > bound}
     assert not off
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_same_log_and_weights(folder, tmp_path, name):
+def test_same_log_and_weights(folder, tmp_path, name, losses_of_trl):
     stock, fused = both(folder, tmp_path, **CASES[name])
     # A matmul in bfloat16 is rounded where it is cut, and TRL cuts it elsewhere.
     assert_same(stock, fused, 2e-2 if name == "bf16" else BOUND)
     assert max(row["grad_norm"] for row in stock.log if "grad_norm" in row) > 0
+    assert (FusedGRPOTrainer in losses_of_trl) == (name in HANDED)
+    assert not fused.said, "its log-probabilities are fused in any case"
 
 
-def test_the_cases_clip_on_both_sides(folder, tmp_path):
-    log = train(FusedGRPOTrainer, folder, tmp_path, **CASES["dapo"]).log
+@pytest.mark.parametrize("name", ["dapo", "delta-at-the-bound"])
+def test_the_cases_clip_on_both_sides(folder, tmp_path, name):
+    options = CASES[name] | {"delta": None}
+    log = train(FusedGRPOTrainer, folder, tmp_path, **options).log
     for side in ("low_mean", "high_mean", "high_max"):
         assert max(row[f"clip_ratio/{side}"] for row in log) > 0
 
 
-def with_inputs(change):
+def with_inputs(change, **attributes):
     """A kind of trainer whose `_compute_loss` sees changed inputs, as a subclass may."""
 
     def kind(trainer):
@@ -97,6 +150,7 @@ def with_inputs(change):
                 change(inputs)
                 self.use_vllm = "importance_sampling_ratio" in inputs
                 self.vllm_importance_sampling_correction = True
+                vars(self).update(attributes)
                 loss = super()._compute_loss(model, inputs)
                 self.use_vllm = False
                 return loss
@@ -107,7 +161,9 @@ def with_inputs(change):
 
 
 def per_token_ratio(inputs):
-    inputs["importance_sampling_ratio"] = 0.5 + (inputs["completion_ids"] % 5) / 4
+    ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+    # TRL has 1 under the mask, where its VESPO reads it
+    inputs["importance_sampling_ratio"] = torch.where(mask > 0, 0.5 + (ids % 5) / 4, 1.0)
 
 
 def per_sequence_ratio(inputs):
@@ -120,22 +176,60 @@ def tool_mask(inputs):
 
 
 def advantages_per_token(inputs):
-    spread = 1 + (inputs["completion_ids"] % 4)
+    spread = 1 - (inputs["completion_ids"] % 4)
     inputs["advantages"] = inputs["advantages"][:, None] * spread
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "loss_type, level", [("dapo", "token"), ("dapo", "sequence"), ("vespo", "token")]
+)
 @pytest.mark.parametrize(
     "change", [per_token_ratio, per_sequence_ratio, tool_mask, advantages_per_token]
 )
-def test_optional_inputs(folder, tmp_path, change, level):
-    kind, options = with_inputs(change), {"importance_sampling_level": level} | OFF_POLICY
-    assert_same(*both(folder, tmp_path, kind, beta=0.1, **options))
+def test_optional_inputs(folder, tmp_path, change, loss_type, level):
+    options = {"loss_type": loss_type, "importance_sampling_level": level} | OFF_POLICY
+    assert_same(*both(folder, tmp_path, with_inputs(change), beta=0.1, **options))
 
 
-def test_evaluation(folder, tmp_path):
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+def test_a_rollout_ratio_that_trl_does_not_correct_by(folder, tmp_path, loss_type):
+    """It is VESPO's all the same."""
+    kind = with_inputs(per_token_ratio, vllm_importance_sampling_correction=False)
+    stock, fused = both(folder, tmp_path, kind, loss_type=loss_type, **OFF_POLICY)
+    assert_same(stock, fused)
+    without = train(FusedGRPOTrainer, folder, tmp_path, loss_type=loss_type, **OFF_POLICY)
+    assert (differences(without, fused)["weights"] > 1e-3) == (loss_type == "vespo")
+
+
+@pytest.mark.parametrize("trainer", [GRPOTrainer, FusedGRPOTrainer])
+def test_a_rollout_ratio_that_is_missing(folder, tmp_path, trainer):
+    kind = with_inputs(lambda inputs: None, use_vllm=True)
+    with pytest.raises(KeyError, match="importance_sampling_ratio"):
+        train(kind(trainer), folder, tmp_path)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
+def test_fewer_tokens_than_steps(folder, tmp_path, loss_type):
+    """A generation of 1 token over 4 steps, 2 of them accumulated: sums are divided by 1/2."""
+
+    def one_token(inputs):
+        first = torch.zeros_like(inputs["completion_mask"])
+        first[:1, :1] = 1
+        inputs["completion_mask"] = inputs["completion_mask"] * first
+        inputs["num_items_in_batch"] = torch.ones_like(inputs["num_items_in_batch"])
+
+    stock, fused = both(
+        folder, tmp_path, with_inputs(one_token), loss_type=loss_type, beta=0.1, **ACCUMULATED
+    )
+    assert_same(stock, fused)
+    assert max(row["grad_norm"] for row in stock.log if "grad_norm" in row) > 0
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "vespo"])
+def test_evaluation(folder, tmp_path, loss_type):
+    """Nothing is accumulated then, nor are there steps of a generation."""
     options = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 8}
-    stock, fused = both(folder, tmp_path, loss_type="grpo", beta=0.1, **options, **ACCUMULATED)
+    stock, fused = both(folder, tmp_path, loss_type=loss_type, beta=0.1, **options, **ACCUMULATED)
     assert any("eval_loss" in row for row in stock.log)
     assert_same(stock, fused)
 
@@ -169,9 +263,7 @@ class Collectives:
         return call
 
 
-@pytest.mark.parametrize(
-    "trainer, calls", [(GRPOTrainer, 7 if RECENT else 5), (FusedGRPOTrainer, 1)]
-)
+@pytest.mark.parametrize("trainer, calls", [(GRPOTrainer, 5 if OLD else 7), (FusedGRPOTrainer, 1)])
 def test_one_collective_call_for_all_metrics(folder, tmp_path, trainer, calls):
     counts = []
     before = lambda trainer: counts.append(Collectives(trainer))  # noqa: E731
@@ -205,27 +297,22 @@ def test_adapters_on_the_trunk(folder, tmp_path, recwarn, loss_type):
     assert not [w for w in recwarn if "TRL computes the loss" in str(w.message)]
 
 
-def test_what_is_handed_to_trl_is_said_once(folder, tmp_path):
-    trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path)
-    trainer._why_unfused = "a reason"
-    ids = torch.randint(2, 12, (4, 9))
-    arguments = (trainer.model, ids, torch.ones_like(ids), 5)
-    with pytest.warns(UserWarning, match="TRL computes the loss, without grpo_fused: a reason"):
-        expected = trainer._get_per_token_logps_and_entropies(*arguments)[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        trainer._get_per_token_logps_and_entropies(*arguments)
-    trainer._why_unfused = None
-    actual = trainer._get_per_token_logps_and_entropies(*arguments)[0]
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+def test_a_wrapped_reference(folder, tmp_path, monkeypatch):
+    """By FSDP or DeepSpeed, whose forward has to be the one called."""
+    prepare_model, wrapped = Accelerator.prepare_model, []
 
+    def prepare_and_wrap(self, model, *arguments, evaluation_mode=False, **options):
+        model = prepare_model(self, model, *arguments, evaluation_mode=evaluation_mode, **options)
+        if evaluation_mode:
+            wrapped.append(torch.nn.DataParallel(model))
+            wrapped[-1].register_forward_pre_hook(lambda *_: calls.append(1))
+        return wrapped[-1] if evaluation_mode else model
 
-def test_a_head_that_cannot_be_fused(folder, tmp_path):
-    trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path)
-    quantised(trainer.model)
-    assert "quantised" in trainer._why_not_fused([trainer.model])
-    trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path, torch_compile=True)
-    assert "torch_compile" in trainer._why_unfused
+    calls = []
+    monkeypatch.setattr(Accelerator, "prepare_model", prepare_and_wrap)
+    stock, fused = both(folder, tmp_path, beta=0.1, **OFF_POLICY)
+    assert_same(stock, fused)
+    assert not fused.said and calls and fused.trainer.ref_model is wrapped[1]
 
 
 def test_two_ranks(folder, tmp_path):
@@ -236,8 +323,9 @@ def test_two_ranks(folder, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    stock, fused = (
-        trl_runs.Run(**torch.load(tmp_path / f"{name}.pt"))
-        for name in ("GRPOTrainer", "FusedGRPOTrainer")
-    )
-    assert_same(stock, fused)
+    for loss in trl_ranks.LOSSES:
+        stock, fused = (
+            trl_runs.Run(**torch.load(tmp_path / f"{loss}-{trainer}.pt"))
+            for trainer in ("GRPOTrainer", "FusedGRPOTrainer")
+        )
+        assert_same(stock, fused)

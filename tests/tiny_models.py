@@ -1,14 +1,16 @@
 """Tiny transformers models of all kinds, a batch for them, and what one rank of two does."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_fused import linear_grpo_loss
-from grpo_fused.causal_lm import fuse_lm_head, why_not_fused
+from grpo_fused.causal_lm import fuse_lm_head
 
 V, T = 61, 5
 TINY = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
@@ -65,26 +67,54 @@ def gradients(model):
 OPTIONS = {}, {"importance_sampling_level": "sequence", "chunk_bytes": 64}
 
 
-def sharded(rank, folder, expected, own_unit):
-    """Two ranks with half of the rows each; the mean of their gradients is that of the whole."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    model = tiny()
-    fuse_lm_head(model)
+def fsdp1(model, own_unit):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it is deprecated, and in use
+        options = {"device_id": torch.device("cpu"), "use_orig_params": True}
+        for n, layer in enumerate(model.model.layers):
+            model.model.layers[n] = FullyShardedDataParallel(layer, **options)
+        if own_unit:
+            model.lm_head = FullyShardedDataParallel(model.lm_head, **options)
+        return FullyShardedDataParallel(model, **options)
+
+
+def fsdp2(model, own_unit):
     for layer in model.model.layers:
         fully_shard(layer)
     if own_unit:
         fully_shard(model.lm_head)
-    fully_shard(model)
-    assert why_not_fused(model) is None
+    return fully_shard(model)
+
+
+def full_gradients(model):
+    """(name, gradient) of a sharded model's parameters."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            found = gradients(model)
+        return [(name.replace("_fsdp_wrapped_module.", ""), found[name]) for name in found]
+    found = gradients(model)
+    assert all(isinstance(gradient, DTensor) for gradient in found.values())
+    return [(name, gradient.full_tensor()) for name, gradient in found.items()]
+
+
+def sharded(rank, folder, expected, shard, own_unit, late):
+    """Two ranks with half of the rows each; the mean of their gradients is that of the whole."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = tiny()
+    if not late:
+        fuse_lm_head(model)
+    wrapped = shard(model, own_unit)
+    fuse_lm_head(model)
     for options in OPTIONS:
-        model.zero_grad()
-        output = fused_loss(model, slice(2 * rank, 2 * rank + 2), **options)
+        wrapped.zero_grad()
+        output = fused_loss(wrapped, slice(2 * rank, 2 * rank + 2), **options)
         (2 * output.loss).backward()  # FSDP averages
-        for name, parameter in model.named_parameters():
-            reference, gradient = expected[str(options)][name], parameter.grad
-            assert isinstance(gradient, DTensor)
-            error = (gradient.full_tensor() - reference).norm()
+        found = full_gradients(wrapped)
+        assert {name for name, _ in found} == expected[str(options)].keys()
+        for name, gradient in found:
+            reference = expected[str(options)][name]
+            error = (gradient - reference).norm()
             assert error <= 1e-5 * reference.norm() + 1e-9, (name, error, options)
     dist.barrier()  # a rank that is gone must not be waited for
     dist.destroy_process_group()

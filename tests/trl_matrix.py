@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("1.0", "1.8", "1.12", "1.16")  # integrations.trl.TESTED, which imports TRL
-TESTS = ["tests/test_trl_trainer.py"]
+TESTS = ["tests/test_trl_trainer.py", "tests/test_trl_handed.py"]
 
 
 def python_with(version):

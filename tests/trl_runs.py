@@ -13,14 +13,16 @@ from trl import GRPOConfig
 from grpo_fused.demo import make_tokenizer
 
 STEPS = 6
+SAID = "TRL computes the loss, without grpo_fused: "
 TIMES = ("time", "runtime", "per_second", "flos", "epoch")
 
 
 class Run(NamedTuple):
-    """log: metrics of every step. weights: by name, afterwards. trainer: as it is then."""
+    """log: metrics of every step. weights: by name, afterwards. said: what was handed to TRL."""
 
     log: list[dict[str, float]]
     weights: dict[str, torch.Tensor]
+    said: list[str]
     trainer: object
 
 
@@ -45,8 +47,8 @@ def score(prompts, completions, **columns):
     return [sum(map(ord, text)) % 7 / 7 + len(text) / 10 for text in completions]
 
 
-def make_trainer(trainer_class, folder, output_dir, *, peft_config=None, **options):
-    """A trainer for STEPS optimizer steps."""
+def make_trainer(trainer_class, model, output_dir, *, peft_config=None, **options):
+    """A trainer for STEPS optimizer steps of a model, or of that in a folder."""
     torch.set_num_threads(1)
     torch.manual_seed(0)  # for adapters
     config = {
@@ -69,7 +71,7 @@ def make_trainer(trainer_class, folder, output_dir, *, peft_config=None, **optio
     prompts = [f"{a}?{b}=" if a % 2 else f"{a}=" for a in range(10) for b in range(4)]
     data = Dataset.from_dict({"prompt": prompts})
     return trainer_class(
-        model=str(folder),
+        model=model if isinstance(model, torch.nn.Module) else str(model),
         args=GRPOConfig(**config | options),
         reward_funcs=score,
         train_dataset=data,
@@ -79,20 +81,22 @@ def make_trainer(trainer_class, folder, output_dir, *, peft_config=None, **optio
     )
 
 
-def train(trainer_class, folder, output_dir, *, before=None, **options):
+def train(trainer_class, model, output_dir, *, before=None, **options):
     """Run a trainer, of `make_trainer`'s arguments; `before` is called on it first."""
-    trainer = make_trainer(trainer_class, folder, output_dir, **options)
+    trainer = make_trainer(trainer_class, model, output_dir, **options)
     if before is not None:
         before(trainer)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(None):
+        warnings.simplefilter("always")
         trainer.train()
+    said = [str(warning.message) for warning in caught]
+    said = [text.partition(SAID)[2] for text in said if text.startswith(SAID)]
     log = [
         {name: value for name, value in row.items() if not name.endswith(TIMES)}
         for row in trainer.state.log_history[:-1]
     ]
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return Run(log, weights, trainer)
+    return Run(log, weights, said, trainer)
 
 
 def differences(run, other):

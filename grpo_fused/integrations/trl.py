@@ -13,9 +13,10 @@ import trl
 from packaging.version import Version
 from trl import GRPOTrainer
 
-from grpo_fused import Cispo, Clip, Sapo, linear_grpo_loss, linear_selective_log_softmax
+from grpo_fused import Cispo, Clip, Sapo, Vespo, linear_grpo_loss, linear_selective_log_softmax
 from grpo_fused.causal_lm import fuse_lm_head, why_not_fused
-from grpo_fused.integrations.trl_metrics import Ranks, extremes
+from grpo_fused.integrations.trl_metrics import Ranks, extremes, sequence_weights
+from grpo_fused.metrics import SUMS
 
 TESTED = ("1.0", "1.8", "1.12", "1.16")
 VERSION = Version(trl.__version__)
@@ -29,16 +30,13 @@ SIGNATURE = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
 RETURNS_AUX_LOSS = "compute_aux_loss" in SIGNATURE.parameters
 OLD = VERSION < Version("1.12")  # another luspo, entropy bonus and divisor, other metrics
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-OVER_THE_BATCH = ("dapo", "cispo")  # their divisor holds the accumulation already
-NORMALIZERS = {
-    "grpo": "seq-mean-token-mean",
-    "sapo": "seq-mean-token-mean",
-    "bnpo": "token-mean",
-    "dapo": "token-mean",
-    "cispo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
-    "luspo": "seq-mean-token-sum",
-}
+OVER_THE_BATCH = ("dapo", "cispo", "vespo")  # their divisor holds the accumulation already
+# The sum of a batch's tokens over a number: of sequences, or of tokens (`_divisor`). TRL's number
+# of tokens, cut down to an accumulation window, may be below 1: "token-mean" would not let it.
+NORMALIZERS = dict.fromkeys(("bnpo", "luspo", *OVER_THE_BATCH), "seq-mean-token-sum")
+NORMALIZERS |= dict.fromkeys(("grpo", "sapo"), "seq-mean-token-mean")
+NORMALIZERS |= {"dr_grpo": "seq-mean-token-sum-norm"}
+VESPO_KNOBS = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 # Inputs of text alone; with more, TRL makes the log-probabilities.
 TEXT = {
     *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "advantages"),
@@ -48,16 +46,17 @@ TEXT = {
 
 
 class FusedGRPOTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer`, its loss computed by `grpo_fused.linear_grpo_loss`. TRL 1.0 to 1.16.
+    """`trl.GRPOTrainer`, its loss computed by `grpo_fused.linear_grpo_loss`.
 
     The loss runs inside of the wrapped model's forward, in the place of the LM head: no logits, no
     log-probabilities to keep for a second pass, the gradients of head and hidden states made where
     the logits are. Every metric of TRL's is there, from one collective call and one wait for the
     device per micro-batch.
 
-    VESPO, the entropy-quantile and off-policy masks and the adaptive entropy bonus use the
-    log-probabilities of `linear_selective_log_softmax` in TRL's own loss. Where the LM head cannot
-    be fused, or inputs are more than text, TRL's own path runs, after one warning that says why.
+    The entropy-quantile and off-policy masks, the adaptive entropy bonus and what else is in
+    `_keeps_trls_loss` use the log-probabilities of `linear_selective_log_softmax` in TRL's own
+    loss. Where the LM head cannot be fused, or inputs are more than text, TRL's own path runs,
+    after one warning that says why.
 
     Args, attributes and methods: as `trl.GRPOTrainer`.
 
@@ -70,8 +69,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         if VERSION < Version("1.14") and self.args.use_liger_kernel:
             raise ValueError("use_liger_kernel=True replaces the loss: leave it False, got True")
         self._warned = set()
-        models = [_base_model(self.model)]
-        models += [] if self.ref_model is None else [_base_model(self.ref_model)]
+        # TRL has wrapped the reference by now: FSDP and DeepSpeed gather weights in their forward.
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        models = [_base_model(self.accelerator.unwrap_model(model)) for model in models]
         self._why_unfused = self._why_not_fused(models)
         if not self._why_unfused:
             for model in models:
@@ -83,6 +83,10 @@ class FusedGRPOTrainer(GRPOTrainer):
             return "its adapter learns a prompt, which changes the positions"
         if self.args.torch_compile:
             return "torch_compile=True would compile the forward again for every batch"
+        if self.args.n_gpu > 1:
+            return "DataParallel would cut the hidden states, but not what the loss is told of them"
+        if any(len(set(getattr(m, "hf_device_map", {}).values())) > 1 for m in models):
+            return "the model is split over several devices"
         return next((reason for model in models if (reason := why_not_fused(model))), None)
 
     def _handed_over(self, reason):
@@ -157,15 +161,22 @@ class FusedGRPOTrainer(GRPOTrainer):
         return bool(
             self._why_unfused
             or self.loss_type not in NORMALIZERS
+            or self.importance_sampling_level not in ("token", "sequence")
+            or (self.loss_type == "vespo" and self._unusual_vespo())
             or (OLD and (self.loss_type == "luspo" or self._entropy_bonus))
             or getattr(self, "use_adaptive_entropy", False)
             or getattr(self, "aux_loss_enabled", False)
-            # TRL counts what is clipped after this cap, if it is lower than the bounds
-            or (self.args.delta is not None and self.args.delta < 1 + self.epsilon_high)
+            # TRL counts what is clipped after this cap, if that is not above the bound
+            or (self.args.delta is not None and self.args.delta <= 1 + self.epsilon_high)
             or self.top_entropy_quantile < 1.0
             or self.off_policy_mask_threshold is not None
             or any(inputs[name] is not None for name in inputs.keys() - TEXT)
         )
+
+    def _unusual_vespo(self):
+        """TRL lets knobs be 0 and, with sequence ratios, corrects the KL by those."""
+        knobs = [getattr(self.args, name) for name in VESPO_KNOBS]
+        return self.importance_sampling_level != "token" or min(knobs) <= 1e-4
 
     @property
     def _entropy_bonus(self):
@@ -182,8 +193,11 @@ class FusedGRPOTrainer(GRPOTrainer):
             mask = mask * inputs["tool_mask"]
         mode = "train" if self.model.training else "eval"
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
-        ratio = inputs.get("importance_sampling_ratio")
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        if self.loss_type == "vespo":  # as TRL has it, whoever put it there
+            ratio = inputs.get("importance_sampling_ratio")
+        else:
+            corrected = self.use_vllm and self.vllm_importance_sampling_correction
+            ratio = inputs["importance_sampling_ratio"] if corrected else None
         entropy_coef = self.entropy_coef / steps if self._entropy_bonus else 0.0
         objective = self._objective()
 
@@ -196,13 +210,12 @@ class FusedGRPOTrainer(GRPOTrainer):
                 inputs["advantages"],
                 old_logps=inputs.get("old_per_token_logps"),
                 ref_logps=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
-                importance_sampling_ratio=ratio if corrected else None,
+                importance_sampling_ratio=ratio,
                 loss_type=self.loss_type,
                 objective=objective,
                 importance_sampling_level=self.importance_sampling_level,
                 normalizer=NORMALIZERS[self.loss_type],
-                num_items_in_batch=self._items(inputs, mask, steps, mode),
-                num_sequences_in_batch=len(mask) * steps,
+                num_sequences_in_batch=self._divisor(inputs, mask, steps, mode),
                 max_completion_length=self.max_completion_length,
                 beta=self.beta,
                 use_bias_correction_kl=self.args.use_bias_correction_kl,
@@ -222,33 +235,34 @@ class FusedGRPOTrainer(GRPOTrainer):
             return Cispo(max_ratio=self.epsilon_high)
         if self.loss_type == "sapo":
             return Sapo(self.args.sapo_temperature_pos, self.args.sapo_temperature_neg)
+        if self.loss_type == "vespo":
+            return Vespo(*(getattr(self.args, name) for name in VESPO_KNOBS))
         return Clip(self.epsilon_low, self.epsilon_high, self.args.delta)
 
-    def _items(self, inputs, mask, steps, mode):
-        """The divisor of the losses that average over tokens, accumulation included."""
+    def _divisor(self, inputs, mask, steps, mode):
+        """What sums over tokens are divided by, accumulation included."""
         if self.loss_type == "bnpo":
             return mask.sum().clamp(min=1) * steps
-        items = inputs["num_items_in_batch"] / self.accelerator.num_processes
-        if not OLD:
-            items = items.clamp(min=1.0 / self.accelerator.num_processes)
-            if mode == "train":
-                items = items * steps / self.args.steps_per_generation
-        return items
+        if self.loss_type not in OVER_THE_BATCH:
+            return len(mask) * steps
+        items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        rescaled = not OLD and mode == "train"
+        return items * steps / self.args.steps_per_generation if rescaled else items
 
     def _log_loss(self, mode, steps, out, inputs, mask, objective, entropy_coef):
         """Append TRL's metrics, of all ranks: one gather and one wait for the device."""
-        of_rank = [*out.sums.unbind(), out.loss.detach()]
+        of_rank = dict(zip(SUMS, out.sums.unbind(), strict=True))
+        of_rank["with_bonus"] = out.loss.detach()
+        tokens = (out.logps, inputs.get("old_per_token_logps"), inputs["advantages"], mask)
         if self.loss_type in CLIPPED:
-            of_rank += extremes(
-                objective,
-                out.logps,
-                inputs.get("old_per_token_logps"),
-                inputs["advantages"],
-                mask,
-                sequence_level=self.importance_sampling_level == "sequence",
-            )
-        gathered = self.accelerator.gather(torch.stack(of_rank)[None]).tolist()
-        ranks, log = Ranks(gathered, means_of_ranks=OLD), self._metrics[mode]
+            at_sequences = self.importance_sampling_level == "sequence"
+            of_rank |= extremes(objective, *tokens, sequence_level=at_sequences)
+        elif self.loss_type == "vespo":
+            ratio = inputs.get("importance_sampling_ratio")
+            of_rank |= sequence_weights(objective, *tokens, ratio, everything=OLD)
+        values = torch.stack([value.float() for value in of_rank.values()])
+        gathered = self.accelerator.gather(values[None]).tolist()
+        ranks, log = Ranks(of_rank, gathered, means_of_ranks=OLD), self._metrics[mode]
         if self._entropy_bonus:
             scale = 1 if self.loss_type in OVER_THE_BATCH else steps
             log["policy_loss"].append(ranks.policy_loss(entropy_coef, scale))
@@ -262,6 +276,8 @@ class FusedGRPOTrainer(GRPOTrainer):
                 log[f"clip_ratio/{name}"].append(value)
         elif self.loss_type == "cispo":
             log["cispo_clip_ratio"].append(ranks.mean("clipped_high", count="ratios"))
+        elif self.loss_type == "vespo":
+            log["vespo/phi_seq_mean"].append(ranks.mean("phi", count="phis"))
 
 
 def _base_model(model):

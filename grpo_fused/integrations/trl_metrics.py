@@ -4,24 +4,23 @@ import math
 
 import torch
 
-from grpo_fused.metrics import SUMS
-
-EXTREMES = ("low_min", "high_max")
+from grpo_fused.sequences import Padded
 
 
 class Ranks:
     """Sums of every rank, on the host, as means.
 
     Args:
-        gathered: (ranks, n): `LossOutput.sums`, the loss, and the EXTREMES if there are any.
+        names: n of them: of `grpo_fused.metrics.SUMS`, "with_bonus", the loss with its entropy
+            bonus, and those of `extremes` or `sequence_weights`.
+        gathered: (ranks, n), a list of lists.
         means_of_ranks: average the ranks' means, as TRL did before 1.12, not all of their tokens;
             its extremes then are those of the ranks' means, not of the sequences'.
     """
 
-    def __init__(self, gathered, means_of_ranks):
+    def __init__(self, names, gathered, means_of_ranks):
         columns = torch.tensor(gathered, dtype=torch.float64).unbind(1)
-        names = (*SUMS, "with_bonus", *EXTREMES)
-        self.columns = dict(zip(names, columns, strict=False))
+        self.columns = dict(zip(names, columns, strict=True))
         self.means_of_ranks = means_of_ranks
 
     def mean(self, *names, count):
@@ -47,7 +46,7 @@ class Ranks:
             ratios = self.columns["ratios"].clamp(min=1)
             lowest, highest = (self.columns[f"clipped_{side}"] / ratios for side in ("low", "high"))
         else:
-            lowest, highest = (self.columns[name] for name in EXTREMES)
+            lowest, highest = (self.columns[name] for name in ("low_min", "high_max"))
         return means | {"low_min": _known(lowest, min), "high_max": _known(highest, max)}
 
 
@@ -60,13 +59,11 @@ def extremes(objective, logps, old_logps, advantages, mask, *, sequence_level):
         advantages: (B,) or (B, T).
 
     Returns:
-        EXTREMES, as two () tensors: NaN where no sequence has an active token.
+        {"low_min", "high_max"}: () tensors, NaN where no sequence has an active token.
     """
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     active, tokens = mask != 0, mask.sum(-1, keepdim=True)
-    log_ratio = torch.zeros_like(logps)
-    if old_logps is not None:
-        log_ratio = torch.where(active, logps - old_logps, 0.0)
+    log_ratio = _log_ratio(logps, old_logps, active)
     if sequence_level:
         log_ratio = log_ratio.sum(-1, keepdim=True) / tokens.clamp(min=1)
     clipped = objective.evaluate(log_ratio, log_ratio, advantages)[2]
@@ -77,7 +74,43 @@ def extremes(objective, logps, old_logps, advantages, mask, *, sequence_level):
     lowest, highest = shares(clipped < 0), shares(clipped > 0)
     lowest = torch.where(lowest.isnan(), math.inf, lowest).amin()
     highest = torch.where(highest.isnan(), -math.inf, highest).amax()
-    return [torch.where(x.isinf(), math.nan, x) for x in (lowest, highest)]
+    of_batch = {"low_min": lowest, "high_max": highest}
+    return {name: torch.where(x.isinf(), math.nan, x) for name, x in of_batch.items()}
+
+
+@torch.no_grad()
+def sequence_weights(objective, logps, old_logps, advantages, mask, ratio, *, everything):
+    """The weights phi that VESPO gives, as TRL counts them: one a sequence, whatever its length.
+
+    Args:
+        objective: `Vespo`.
+        logps, old_logps, mask: (B, T); old_logps None: on policy.
+        advantages: (B,), or (B, T) for a weight per active token, of which only the sign matters.
+        ratio: rollout weights (B, T) or (B, 1), or None.
+        everything: count a weight per token of the masked ones too, as TRL did before 1.12.
+
+    Returns:
+        {"phi", "phis"}: () tensors, the sum of the weights and how many there are.
+    """
+    sequences = Padded(mask, mask)
+    signs = torch.where(advantages >= 0, 1.0, -1.0)
+    signs = sequences.spread(signs).expand_as(logps)
+    if ratio is not None and ratio.shape != logps.shape:
+        ratio = ratio[:, 0]
+    log_ratio = _log_ratio(logps, old_logps, sequences.active)
+    # The loss is -phi A logp: of log-probabilities and advantages of 1 that is phi.
+    ones = torch.ones_like(logps)
+    phi = objective.evaluate(ones, log_ratio, signs, ratio, sequences)[0].abs()
+    phi = phi[:, :1] if advantages.dim() == 1 else phi
+    if everything or advantages.dim() == 1:
+        return {"phi": phi.sum(), "phis": phi.new_full((), phi.numel())}
+    return {"phi": sequences.select(phi).sum(), "phis": sequences.total}
+
+
+def _log_ratio(logps, old_logps, active):
+    if old_logps is None:
+        return torch.zeros_like(logps)
+    return torch.where(active, logps - old_logps, 0.0)
 
 
 def _known(values, choose):
