@@ -164,7 +164,7 @@ def exp2_(z):
     row's bits do not depend on where it lies.
     """
     size = z.numel()
-    if z.device.type == "cpu" and size:
+    if z.device.type == "cpu":
         whole = VECTOR * min(torch.get_num_threads(), math.ceil(size / THREAD_ELEMENTS))
         size = math.ceil(size / whole) * whole
     z.as_strided((size,), (1,)).exp2_()

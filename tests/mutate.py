@@ -46,6 +46,7 @@ SHARED = "tests/test_shared_rows.py"
 HEAD = "tests/test_linear.py -k 'torch and (every_loss or packed or upstream or another_way)'"
 HEAD_COST = "tests/test_linear_cost.py -k 'not triton'"
 HEAD_FILES = "tests/test_linear.py tests/test_linear_cost.py tests/test_linear_use.py"
+HEAD_FILES += " tests/test_linear_compile.py"
 TORCH, TRITON = f"{FILES} -k 'not triton'", f"{FILES} -k 'not torch'"
 
 # Where the mathematics is, and what kills its mutants fastest; then comes all that could.
@@ -274,8 +275,12 @@ def main():
     parser.add_argument("--limit", type=int, help="number of mutants, evenly spread over all")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     parser.add_argument("--quick", action="store_true", help="only what kills nearly all, fast")
+    parser.add_argument("--again", type=Path, help="output of --quick: only what survived there")
     options = parser.parse_args()
     chosen = [mutant for path in options.only for mutant in mutants(path)]
+    if options.again:
+        text = options.again.read_text()
+        chosen = [mutant for mutant in chosen if f"SURVIVED  {key(mutant)}  line" in text]
     limit = min(options.limit or len(chosen), len(chosen))
     chosen = [chosen[i * len(chosen) // limit] for i in range(limit)]
     if options.list:

@@ -1,5 +1,9 @@
 """Which rows of the logits are read and written, and where: what mutants found."""
 
+import ctypes
+import mmap
+import sys
+
 import pytest
 import torch
 from batches import relative_error
@@ -16,7 +20,7 @@ def test_a_longer_run_after_a_short_one(implementation, device, monkeypatch):
     """Scratch of the first block does not do for the second."""
     monkeypatch.setattr(rows, "GAP_ELEMENTS", 0)
     mask = torch.tensor([[1] * 4 + [0] * 3 + [1] * 8], device=device)
-    logits, ids = random_logits(1, 15, 3, device=device), torch.ones_like(mask)
+    logits, ids = random_logits(1, 15, 40, device=device), torch.ones_like(mask)
     options = {"compute_entropy": True, "implementation": implementation}
     logps, entropies = selective_log_softmax(logits, ids, mask, **options)
     want = logits.double().log_softmax(-1)
@@ -39,6 +43,26 @@ def test_in_place_of_some_positions(positions, implementation, device):
         gradients.append(room.grad)
     assert torch.equal(*gradients) and gradients[0].any()
     assert torch.equal(inner.detach()[:, positions], gradients[0][:, positions])
+
+
+def resident_bytes(tensor):
+    """Of its pages, those that the system has given."""
+    pages = tensor.nbytes // mmap.PAGESIZE
+    found = (ctypes.c_ubyte * pages)()
+    address = ctypes.c_void_p(tensor.data_ptr())
+    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(tensor.nbytes), found) == 0
+    return mmap.PAGESIZE * sum(page & 1 for page in found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_masked_rows_of_a_gradient_take_no_memory():
+    """On a CPU: 2 of 16 MiB are active, and pages may be of 2 MiB."""
+    logits = random_logits(1, 64, 1 << 16, device="cpu").requires_grad_(True)
+    mask = torch.arange(64)[None] < 8
+    ids, advantages = torch.zeros_like(mask, dtype=torch.long), torch.ones(1)
+    grpo_loss(logits, ids, mask, advantages, implementation="torch").loss.backward()
+    assert (2 << 20) <= resident_bytes(logits.grad) <= (6 << 20)
+    assert logits.grad[0, :8].any(1).all() and not logits.grad[0, 8:].any()
 
 
 def test_the_first_ids_outside_of_the_vocabulary(implementation, device, monkeypatch):
