@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-TRAIN_EXTRA = ("accelerate", "matplotlib", "tqdm", "transformers")
-TRAINER_EXTRA = (*TRAIN_EXTRA, "datasets", "yaml")
+TRAIN_EXTRA = ("accelerate", "datasets", "matplotlib", "tqdm", "transformers", "yaml")
 TRAIN_USAGE = """usage: grpo-fused train CONFIG.yaml [--name value ...]
 
 Trains a causal language model by GRPO or another loss of the family; README.md has an example.
@@ -58,7 +57,7 @@ def add_demo(commands) -> None:
         "demo",
         help="train a tiny language model on a CPU within a minute",
         description="A tiny language model with random weights learns by GRPO to name the larger "
-        "of two digits. Writes metrics.jsonl, reward.png and checkpoint/ (for transformers).",
+        "of two digits. Writes metrics.jsonl, reward.png and model/ (for transformers).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
@@ -71,7 +70,12 @@ def add_demo(commands) -> None:
     add("--prompts-per-step", number(int, 1), 16, "prompts in one rollout")
     add("--num-generations", number(int, 2), 16, "completions per prompt: the group")
     add("--loss-type", str, "dapo", "a name in grpo_fused.LOSSES")
-    add("--beta", number(float, 0), 0.04, "weight of the KL penalty towards the initial model")
+    add(
+        "--beta",
+        number(float, 0),
+        0.04,
+        "weight of the KL penalty to the initial model; 0: none",
+    )
     add("--learning-rate", number(float, 0), 1e-3, "of AdamW at the start; falls linearly to 0")
     add("--num-iterations", number(int, 1), 2, "updates per rollout")
     # A second thread gains nothing at this size, and loses much where cores are shared.
@@ -80,7 +84,7 @@ def add_demo(commands) -> None:
 
 
 def demo(parser: argparse.ArgumentParser, **options) -> int:
-    if lacks_extra("demo", TRAIN_EXTRA):
+    if lacks_extra("demo"):
         return 1
     from grpo_fused import LOSSES
     from grpo_fused.demo import DemoOptions, run_demo
@@ -96,7 +100,7 @@ def demo(parser: argparse.ArgumentParser, **options) -> int:
 
 def train(arguments: list[str]) -> int:
     """`grpo-fused train`: 0, 1 for what fails on the way, 2 for a bad config, 128 + a signal."""
-    if lacks_extra("train", TRAINER_EXTRA):
+    if lacks_extra("train"):
         return 1
     from grpo_fused.trainer.config import TrainConfig
     from grpo_fused.trainer.options import format_options, load_options
@@ -122,9 +126,9 @@ def train(arguments: list[str]) -> int:
     return 128 + result.signal if result.signal else 0
 
 
-def lacks_extra(command: str, modules: Sequence[str]) -> bool:
+def lacks_extra(command: str) -> bool:
     """Says which modules that a command needs are not installed."""
-    missing = [name for name in modules if find_spec(name) is None]
+    missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
         message = f'grpo-fused {command} needs {names}: pip install "grpo-fused[train]"'

@@ -8,6 +8,8 @@ EQUIVALENT = {
         "kernels/linear_launchers.py `False -> True` for first, last, wanted in ((start, midd",
         "kernels/linear_launchers.py `And -> Or` if writes and middle > start:",
         "kernels/linear_launchers.py `Gt -> GtE` if writes and middle > start:",
+        'grpo_fused/ordering.py `Eq -> NotEq` asks = sequences.device.type == "cpu" an',
+        "grpo_fused/ordering.py `Is -> IsNot` if live is None:",
     ],
     "an assertion of our own: both are of one length": [
         "grpo_fused/linear_coupled.py `True -> False` for group, (start, middle, stop) in zip(",
@@ -17,7 +19,8 @@ EQUIVALENT = {
     ],
     "any order of tokens will do, and so few sequences are sorted stably in any case": [
         "grpo_fused/ordering.py `True -> False` return Order(rank.flatten().argsort(stab",
-        "grpo_fused/ordering.py `True -> False` index = (sequences.sum(live.float()) ==",
+        "grpo_fused/ordering.py `True -> False` index = (sequences.sum(live.float()) == ",
+        "grpo_fused/ordering.py `2 -> 3` rank = 2 - active.to(torch.uint8) - want",
     ],
     "only a GPU takes this branch: test_cuda_linear.py": [
         "kernels/linear.py `NotEq -> Eq` return dtype != torch.float32 and device",
@@ -111,15 +114,14 @@ EQUIVALENT = {
         "grpo_fused/advantages.py `True -> False` ends, order = ends.sort(dim=1, stable=Tr",
     ],
     "only time depends on it: masked rows are computed and selected away": [
-        'grpo_fused/rows.py `Eq -> NotEq` if active.device.type == "cpu":',
-        'grpo_fused/rows.py `Eq -> NotEq` if masked.device.type == "cpu" and not m',
+        "grpo_fused/reference.py `Eq -> NotEq` if active is None or (active.device.type",
     ],
     "only time depends on it: either way is right": [
         "grpo_fused/rows.py `Or -> And` if all(t is None or t.stride(0) == t.str",
         "grpo_fused/rows.py `Lt -> LtE` if name not in self.buffers or len(self.",
         'grpo_fused/reference.py `NotEq -> Eq` if factor.device.type != "cpu" or factor',
         "grpo_fused/rows.py `Eq -> NotEq` if u.dtype == torch.float32:",
-        "grpo_fused/rows.py `1.0 -> 0.0` if isinstance(factor, torch.Tensor) or f",
+        'grpo_fused/rows.py `Lt -> LtE` if logits.device.type != "cpu" or torch.',
     ],
     "either spelling of a number is right, and as precise": [
         "kernels/objective.py `floor -> ceil` whole = tl.floor(x * 1.4426950408889634 ",

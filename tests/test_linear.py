@@ -48,7 +48,7 @@ def test_every_loss(loss_type, rows, implementation, device):
     assert not leaves[0].grad[:, -1].any() and not leaves[0].grad[:, :6][head.batch.mask == 0].any()
 
 
-@pytest.mark.parametrize("rows", [100, 7])
+@pytest.mark.parametrize("rows", [100, 7, 1])
 @pytest.mark.parametrize("loss_type", ["dapo", "luspo", "vespo", "gmpo"])
 def test_without_a_penalty_sequences_without_advantage_take_another_way(
     loss_type, rows, implementation, device

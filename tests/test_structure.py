@@ -33,7 +33,8 @@ ORDER = [
     ["testing", "causal_lm"],
     ["__init__"],
     ["integrations"],
-    ["demo", "trainer"],
+    ["trainer"],
+    ["demo"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
