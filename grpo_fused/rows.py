@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK_BYTES = 8 << 20  # float32 scratch of a block of rows; "Measured facts" in CONTRIBUTING.md
-LAZY_BYTES = 1 << 20  # from here on the C library takes memory from the system as well
+LAZY_BYTES = 32 << 20  # smaller memory the C library has at hand again, above it maps pages as well
 GAP_ELEMENTS = 1 << 14  # masked rows worth this little are computed with their neighbours
 FLOOR = -1.0e4  # 2^z is exactly 0 below this, and 0 * FLOOR is 0 where 0 * -inf would be NaN
 VECTOR, THREAD_ELEMENTS = 32, 1 << 15  # on a CPU: torch's vectors, and its least share of a thread
