@@ -1,9 +1,5 @@
 """Which rows of the logits are read and written, and where: what mutants found."""
 
-import ctypes
-import mmap
-import sys
-
 import pytest
 import torch
 from batches import relative_error
@@ -43,26 +39,6 @@ def test_in_place_of_some_positions(positions, implementation, device):
         gradients.append(room.grad)
     assert torch.equal(*gradients) and gradients[0].any()
     assert torch.equal(inner.detach()[:, positions], gradients[0][:, positions])
-
-
-def resident_bytes(tensor):
-    """Of its pages, those that the system has given."""
-    pages = tensor.nbytes // mmap.PAGESIZE
-    found = (ctypes.c_ubyte * pages)()
-    address = ctypes.c_void_p(tensor.data_ptr())
-    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(tensor.nbytes), found) == 0
-    return mmap.PAGESIZE * sum(page & 1 for page in found)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
-def test_masked_rows_of_a_gradient_take_no_memory():
-    """On a CPU: 2 of 64 MiB are active, and pages may be of 2 MiB."""
-    logits = random_logits(1, 256, 1 << 16, device="cpu").requires_grad_(True)
-    mask = torch.arange(256)[None] < 8
-    ids, advantages = torch.zeros_like(mask, dtype=torch.long), torch.ones(1)
-    grpo_loss(logits, ids, mask, advantages, implementation="torch").loss.backward()
-    assert (2 << 20) <= resident_bytes(logits.grad) <= (6 << 20)
-    assert logits.grad[0, :8].any(1).all() and not logits.grad[0, 8:].any()
 
 
 def test_the_first_ids_outside_of_the_vocabulary(implementation, device, monkeypatch):
