@@ -179,8 +179,9 @@ def render(results):
 def draw(results, folder):
     """Write the pictures of one file of results, named after its device."""
     groups = grouped(results)
-    title = heading(results, next(iter(groups.values()))[0]).split(";")[0]
-    device = "cpu" if next(iter(groups.values()))[0]["device"] == "cpu" else "gpu"
+    of_kernels = [info for name in groups if name != "Trainers" for info in groups[name]]
+    title = heading(results, of_kernels[0]).split(";")[0]
+    device = "cpu" if of_kernels[0]["device"] == "cpu" else "gpu"
     pictures = {"Over logits, growth": "logits", "The LM head inside, growth": "head"}
     for name, word in pictures.items():
         if name in groups:
@@ -191,7 +192,8 @@ def draw(results, folder):
     floors = {}
     for info in [*plain, *groups.get("Over logits, growth", [])]:
         if info.get("axis") != "rows" and "floor_ms" in info:
-            floors.setdefault(f"{info['case'].split(',')[0]}, {info['dtype']}", []).append(info)
+            case = f"{info['case'].split(',')[0]}, {info['dtype']}, {info['active_rows']:,} rows"
+            floors.setdefault(case, []).append(info)
     floors = {k: v for k, v in floors.items() if len({info["shape"][2] for info in v}) > 2}
     if floors:
         plots.draw_floors(floors, title, folder / f"floor-{device}.png")

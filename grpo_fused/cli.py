@@ -115,10 +115,11 @@ def train(arguments: list[str]) -> int:
         print(f"grpo-fused train: {error}", file=sys.stderr)
         return 2
     from grpo_fused.trainer.command import train
+    from grpo_fused.trainer.errors import TrainingError
 
     try:
         result = train(config)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, TrainingError) as error:
         if os.environ.get("GRPO_FUSED_TRACEBACK"):
             raise
         print(f"grpo-fused train: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from grpo_fused.trainer import GRPOTrainer, GRPOTrainerConfig
+from grpo_fused.trainer.checkpoint import checkpoints, remove
 from grpo_fused.trainer.tracking import RunLog
 
 ANSWER_LENGTH = 2  # a digit and the end token
@@ -129,6 +130,8 @@ def run_demo(options: DemoOptions) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
+    for checkpoint in checkpoints(options.output_dir):  # of a run that was interrupted
+        remove(checkpoint)
     trainer = make_trainer(options)
     weights = f"{trainer.unwrapped.num_parameters():,} weights on {trainer.accelerator.device}"
     print(f"{weights}, loss {options.loss_type}")

@@ -149,9 +149,9 @@ class Scratch:
 
     def __call__(self, name, shape):
         size = math.prod(shape)
-        if name not in self.buffers or len(self.buffers[name]) < size:
-            slack = VECTOR * torch.get_num_threads()  # of `exp2_`
-            memory = torch.empty(size + slack, dtype=torch.float32, device=self.device)
+        needed = size + VECTOR * torch.get_num_threads()  # of them the last for `exp2_`
+        if name not in self.buffers or len(self.buffers[name]) < needed:
+            memory = torch.empty(needed, dtype=torch.float32, device=self.device)
             self.buffers[name] = memory
         return self.buffers[name][:size].view(shape)
 

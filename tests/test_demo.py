@@ -119,6 +119,13 @@ def test_a_seed_repeats_and_a_second_run_replaces_the_first(tmp_path):
         assert [one[key] for key in KEYS] == [other[key] for key in KEYS]
 
 
+def test_a_run_after_an_interrupted_one(tmp_path):
+    """Which left a checkpoint: what `grpo-fused train` would not start over."""
+    (tmp_path / "checkpoint-3").mkdir()
+    assert cli.main(["demo", "--output-dir", str(tmp_path), "--steps", "1", *SMALL]) == 0
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
 def test_options_reach_the_trainer(tmp_path):
     options = ["--steps", "3", "--beta", "0", "--num-iterations", "1", "--prompts-per-step", "2"]
     options += ["--num-generations", "3", "--learning-rate", "0.01", "--threads", "2"]

@@ -12,11 +12,12 @@ def random_logits(*shape, device):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def test_a_longer_run_after_a_short_one(implementation, device, monkeypatch):
+@pytest.mark.parametrize("length", [5, 8])
+def test_a_longer_run_after_a_short_one(length, implementation, device, monkeypatch):
     """Scratch of the first block does not do for the second."""
     monkeypatch.setattr(rows, "GAP_ELEMENTS", 0)
-    mask = torch.tensor([[1] * 4 + [0] * 3 + [1] * 8], device=device)
-    logits, ids = random_logits(1, 15, 40, device=device), torch.ones_like(mask)
+    mask = torch.tensor([[1] * 4 + [0] * 3 + [1] * length], device=device)
+    logits, ids = random_logits(1, 7 + length, 40, device=device), torch.ones_like(mask)
     options = {"compute_entropy": True, "implementation": implementation}
     logps, entropies = selective_log_softmax(logits, ids, mask, **options)
     want = logits.double().log_softmax(-1)

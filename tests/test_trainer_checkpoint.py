@@ -10,7 +10,8 @@ from trainer_runs import trainer_of
 
 from grpo_fused.trainer import checkpoint
 from grpo_fused.trainer.checkpoint import checkpoints, find_checkpoint, newest, why_damaged
-from grpo_fused.trainer.state import save
+from grpo_fused.trainer.errors import TrainingError
+from grpo_fused.trainer.state import save, save_pretrained
 
 OPTIONS = {"num_iterations": 3, "beta": 0.1, "max_steps": 2}
 
@@ -117,6 +118,47 @@ def test_the_newest_are_kept_by_number_not_by_name(tmp_path):
     trainer, _ = trainer_of(tmp_path, max_steps=11, save_steps=1, save_total_limit=2)
     trainer.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_an_older_checkpoint_can_be_continued(tmp_path):
+    """The run from there on replaces what came after, and is not deleted as the oldest."""
+    trainer, _ = trainer_of(tmp_path, max_steps=4, save_steps=1, save_total_limit=None)
+    trainer.train()
+    older = {"resume": str(tmp_path / "checkpoint-1"), "save_total_limit": 2}
+    resumed, _ = trainer_of(tmp_path, max_steps=4, save_steps=1, **older)
+    resumed.config.max_steps = 2
+    resumed.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_model_that_cannot_be_written_leaves_the_older(trainer, monkeypatch):
+    folder = checkpoint.Path(trainer.config.output_dir)
+    before = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
+
+    def full(partial):
+        (partial / "tokenizer.json").write_text("{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(trainer.tokenizer, "save_pretrained", full)
+    with pytest.raises(TrainingError, match="model could not be written .No space left"):
+        save_pretrained(trainer)
+    assert {path.name: path.read_bytes() for path in (folder / "model").iterdir()} == before
+    assert not list(folder.glob("model.*"))
+
+
+def test_killed_while_the_model_is_saved_one_is_whole(trainer, monkeypatch):
+    folder = checkpoint.Path(trainer.config.output_dir)
+    for number in range(1, 40):
+        with monkeypatch.context() as patch:
+            killed_at(patch, number)
+            try:
+                save_pretrained(trainer)
+                break
+            except Killed:
+                pass
+        whole = [path for path in folder.glob("model*") if len(list(path.iterdir())) >= 5]
+        assert whole, number
+    assert number > 5 and [path.name for path in folder.glob("model*")] == ["model"]
 
 
 def test_a_run_that_went_back_replaces_its_later_checkpoints(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,9 @@ def digits(completions, completion_ids, trainer_state, **columns):
 
 def wrong(completions, **columns):
     return [1.0]
+
+def fails(completions):
+    raise KeyError("no key")
 
 def broken(completions, answer, **columns):
     return [1 / (a != "9") for a in answer]
@@ -168,6 +172,7 @@ def test_sigterm_saves_and_the_run_goes_on(files, tmp_path):
         ({"rewards": "nowhere.py:f"}, 1, "there is no file nowhere.py"),
         ({"model": "{files}/none"}, 1, "/none cannot be loaded: "),
         ({"rewards": "{files}/rewards.py:wrong"}, 1, "reward wrong must return one value per com"),
+        ({"rewards": "{files}/rewards.py:fails"}, 1, "reward fails failed on example "),
         ({"data_columns": "{prompt: question}"}, 1, "has no column question: there are prompt, an"),
     ],
 )
@@ -184,10 +189,11 @@ def test_an_output_dir_that_is_a_file(files, capsys):
     assert "rows.jsonl" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_failing_reward_stops_the_run_with_its_example(files, tmp_path):
-    with pytest.raises(RuntimeError, match="broken failed on example .*ZeroDivision.*prompt: '9"):
-        command = arguments_of(files, tmp_path, rewards=f"{files}/rewards.py:broken", max_steps=99)
-        cli.main(command)
+def test_a_failing_reward_stops_the_run_with_its_example(files, tmp_path, capsys):
+    command = arguments_of(files, tmp_path, rewards=f"{files}/rewards.py:broken", max_steps=99)
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search("broken failed on example .*ZeroDivision.*prompt: '9", said)
     lines = steps_of(tmp_path) if (tmp_path / "metrics.jsonl").exists() else {}
     assert list(lines) == list(range(1, len(lines) + 1))
 

@@ -48,6 +48,11 @@ def test_no_two_configs_share_a_list():
         ({"loss_type": "gpg", "objective": {"x": 1.0}}, "objective: gpg has no knobs, got 'x'"),
         ({"rollout_correction_floor": 3.0}, "floor must be below .*cap = 3.0, got 3.0"),
         ({"reference_refresh_rollouts": 2}, "reference_refresh_rollouts wants beta > 0"),
+        ({"reference_mix": 0.5, "beta": 0.1}, "reference_mix below 1 wants reference_refresh_rol"),
+        (
+            {"warmup_steps": 5},
+            "warmup_steps wants another lr_scheduler_type, .* got 5 with",
+        ),
         ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of token"),
         (
             {"loss_type": "gmpo", "importance_sampling_level": "token"},
@@ -64,6 +69,11 @@ def test_bad_values_are_refused_by_name(options, message):
 def test_what_train_needs(missing):
     with pytest.raises(ValueError, match=f"{missing} is needed"):
         TrainConfig(**{name: value for name, value in GIVEN.items() if name != missing})
+
+
+def test_held_out_rows_want_a_time():
+    with pytest.raises(ValueError, match="eval_data wants eval_steps, got 'rows.jsonl' without"):
+        TrainConfig(**GIVEN, eval_data="rows.jsonl")
 
 
 def test_weights_of_rewards_are_one_each():

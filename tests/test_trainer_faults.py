@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from accelerate import Accelerator
 from peft import LoraConfig
 from trainer_runs import ROWS, Log, Scores, judge, trainer_of, weights_of
 
-from grpo_fused import LOSSES
+from grpo_fused import LOSSES, GRPOTrainerConfig
+from grpo_fused.trainer.setup import check_accelerator
 
 
 def test_nothing_but_end_tokens(tmp_path):
@@ -113,6 +115,24 @@ def test_a_head_that_cannot_be_fused_wants_logits(tmp_path):
     trainer, records = trainer_of(tmp_path, peft_config=head, loss_input="logits", beta=0.1)
     trainer.train()
     assert records[4]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"mixed_precision": "bf16"}, "mixed_precision is 'no', that of the accelerator is 'bf16'"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1, .*, got 2"),
+        (
+            {"parallelism_config": SimpleNamespace(tp_size=2, cp_size=1)},
+            "must each have rows of their own .* got tensor parallel 2, context parallel 1",
+        ),
+    ],
+)
+def test_accelerators_that_do_not_fit(settings, message):
+    plain = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "parallelism_config": None}
+    check_accelerator(GRPOTrainerConfig(), SimpleNamespace(**plain))
+    with pytest.raises(ValueError, match=message):
+        check_accelerator(GRPOTrainerConfig(), SimpleNamespace(**plain | settings))
 
 
 def test_groups_and_minibatches_that_ranks_cannot_share(tmp_path):

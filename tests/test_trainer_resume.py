@@ -6,11 +6,15 @@ import signal
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from trainer_runs import HELD_OUT, ROWS, judge, trainer_of, weights_of
+from transformers import Qwen3ForCausalLM
 
+from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.checkpoint import checkpoints
 
 # Steps 4 to 6 are inside the buffers of other rollouts than 2; the reference moves at 4 and 8.
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 BUFFERED = {"num_iterations": 2, "minibatches": 2, "beta": 0.04, "max_steps": 9}
 BUFFERED |= {"reference_refresh_rollouts": 1, "lr_scheduler_type": "cosine", "warmup_steps": 2}
 RUNS = {
@@ -18,7 +22,7 @@ RUNS = {
     "buffered": BUFFERED,
     "moving average, evaluated": BUFFERED
     | {"reference_mix": 0.5, "eval_steps": 3, "eval_data": HELD_OUT[:5], "eval_temperature": 1.0},
-    "adapters": BUFFERED | {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])},
+    "adapters": BUFFERED | {"peft_config": LORA},
     "many passes, gspo": {
         "max_steps": 3,
         "num_iterations": 3,
@@ -80,6 +84,8 @@ def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(tmp_path, numb
         calls.append(0)
         if len(calls) == 2:  # while the second rollout is judged
             os.kill(os.getpid(), number)
+            if number == signal.SIGTERM:  # a launcher forwards what its group got as well
+                os.kill(os.getpid(), number)
         return judge(*arguments)
 
     stopped, records = trainer_of(tmp_path / "run", rewards=interrupting, **BUFFERED)
@@ -164,3 +170,20 @@ def test_the_length_of_a_schedule_is_part_of_the_run(tmp_path):
 def test_what_does_not_touch_the_weights_may_change(saved):
     trainer, _ = trainer_of(saved, resume="latest", max_steps=2, save_steps=7, eval_batch_size=3)
     assert trainer.train().step == 2
+
+
+def test_adapters_of_a_tied_model_are_small(tmp_path):
+    """The embedding is in a model's state under the head's name as well."""
+    torch.manual_seed(0)
+    config = make_model(make_tokenizer()).config
+    config.tie_word_embeddings = True
+    model = Qwen3ForCausalLM(config)
+    trainer, _ = trainer_of(tmp_path, model=model, peft_config=LORA, save_steps=2)
+    trainer.train()
+    saved = load_file(checkpoints(tmp_path)[0] / "model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+    resumed, _ = trainer_of(
+        tmp_path, model=Qwen3ForCausalLM(config), peft_config=LORA, resume="latest"
+    )
+    with pytest.raises(ValueError, match="frozen weights is"):  # of another base model
+        resumed.train()

@@ -233,6 +233,51 @@ def test_math_is_compared_by_value():
     assert math_verify(texts, answers) == [1.0, 1.0, 0.0, 0.0, None]
 
 
+@pytest.mark.parametrize(
+    "answer", [r"2\sqrt{3}", r"\frac{1}{3}", r"\sqrt{2}", "x^2+1", "(3,4)", "1,234", "12%", "-7"]
+)
+def test_math_reads_answers_whole(answer):
+    pytest.importorskip("math_verify")
+    texts = [rf"So \boxed{{{answer}}}.", "The answer is 2."]
+    assert math_verify(texts, [answer] * 2) == [1.0, 0.0]
+
+
+def test_columns_of_the_data_do_not_stand_for_completions():
+    """A data set of answers by another model, say."""
+    columns = {"completions": ["a"] * 3, "completion_ids": ["b"] * 3, "trainer_state": ["c"] * 3}
+    seen = {}
+
+    def reward(**given):
+        seen.update(given)
+        return [0.0] * 3
+
+    Rewards(reward)(PROMPTS, COMPLETIONS, IDS, COLUMNS | columns)
+    assert seen["completions"] == COMPLETIONS and seen["completion_ids"] == IDS
+    assert seen["trainer_state"] is None
+
+
+def test_names_of_rewards_are_their_own():
+    def f(completions):
+        return [1.0] * len(completions)
+
+    def f_2(completions):
+        return [2.0] * len(completions)
+
+    for functions in ([f_2, f, f], [f, f, f_2]):
+        rewards = Rewards(functions)
+        assert len(rewards.functions) == 3
+        assert rewards(PROMPTS, COMPLETIONS, IDS, COLUMNS).total.sum() == 3 * 4
+
+
+def test_numbers_where_other_ranks_have_steps():
+    scores = Rewards([lambda completions: [0.5, None, 2.0], exact_match], [2.0, 1.0])(
+        PROMPTS, COMPLETIONS, [[1, 2], [3], []], COLUMNS | {"answer": ["x"] * 3}
+    )
+    assert scores.steps is None
+    steps = scores.as_steps([[1, 2], [3], []])
+    assert steps == [[(1, 1.0), (1, 0.0)], [(0, 0.0)], []]
+
+
 def test_a_task_judges_its_own_rows():
     pytest.importorskip("reasoning_gym")
     from grpo_fused.trainer.data import load_rows

@@ -1,5 +1,6 @@
 """Rollouts: prompts in, completions, masks and log-probabilities out; what is refused."""
 
+import numpy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -259,3 +260,14 @@ def test_a_tokenizer_without_an_end_is_an_error_unless_the_model_has_one():
     assert sampler_of(tokenizer, make_model(make_tokenizer()))[0].eos_ids == [EOS]
     with pytest.raises(ValueError, match="tokenizer has no eos_token"):
         sampler_of(tokenizer, make_model(tokenizer))
+
+
+def test_what_a_rollout_fn_leaves_out():
+    """None is as good as nothing, and arrays as good as lists."""
+    output = {"completion_ids": [[4], [4, 1]] * 8, "logprobs": None, "prompt_ids": None}
+    trainer, _ = trainer_of("unused", rollout_fn=lambda prompts, trainer: output)
+    batch = collect(trainer).batch
+    assert batch.sampling_logps is None and batch.completion_mask.sum() == 24
+    output["truncated"] = numpy.array([True, False] * 8)
+    options = {"rollout_fn": lambda prompts, trainer: output, "mask_truncated_completions": True}
+    assert collect(trainer_of("unused", **options)[0]).batch.completion_mask.sum() == 16

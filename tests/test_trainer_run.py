@@ -133,7 +133,9 @@ def test_adapters_are_trained_and_the_reference_is_the_model_without_them(tmp_pa
     assert saved.keys() == {name for name in after if "lora_" in name}
     assert all(torch.equal(weight, after[name]) for name, weight in saved.items())
     with pytest.raises(ValueError, match="reference_mix must be 1 for a model with adapters"):
-        trainer_of(tmp_path, peft_config=LORA, beta=0.1, reference_mix=0.5)
+        trainer_of(
+            tmp_path, peft_config=LORA, beta=0.1, reference_mix=0.5, reference_refresh_rollouts=1
+        )
 
 
 def test_rewards_of_steps_are_process_supervision(tmp_path):

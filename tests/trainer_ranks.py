@@ -18,6 +18,7 @@ from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.collect import judge as judge_rollout
 from grpo_fused.trainer.evaluation import evaluate
 from grpo_fused.trainer.policy import Reference
+from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.setup import split_columns
 from grpo_fused.trainer.signals import Signals
 
@@ -95,6 +96,7 @@ def run_rank(rank, folder, port, expected):
     refreshes_from_shards()
     resumes_alike(rank, folder, accelerator)
     adapters_stay_alike(folder, accelerator)
+    supervision_is_shared(rank, folder)
     dist.destroy_process_group()
 
 
@@ -131,6 +133,19 @@ def adapters_stay_alike(folder, accelerator):
     for name, weight in weights_of(trainer).items():
         assert torch.equal(accelerator.gather(weight[None].contiguous())[0], weight), name
     assert records[1]["kl"] > 0 == records[3]["kl"] and records[4]["kl"] > 0
+
+
+def supervision_is_shared(rank, folder):
+    """Steps that one rank alone scores make the advantages of both: per token."""
+
+    def steps(completion_ids):
+        if rank == 0:
+            return [float(len(ids)) for ids in completion_ids]
+        return [[(0, 1.0), (len(ids) - 1, float(len(ids)))] for ids in completion_ids]
+
+    trainer, _ = trainer_of(f"{folder}/steps", rewards=Rewards(steps))
+    batch = collect(trainer).batch
+    assert batch.advantages.shape == batch.completion_ids.shape
 
 
 def resumes_alike(rank, folder, accelerator):

@@ -62,7 +62,8 @@ def trainer_of(folder, *, rewards=judge, data=ROWS, model=None, tokenizer=None, 
     if "accelerator" not in given:
         given["accelerator"] = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
     given.setdefault("run_log", Log())  # no picture is drawn
-    trainer = GRPOTrainer(model, Judge(rewards), config, data, tokenizer=tokenizer, **given)
+    rewards = rewards if isinstance(rewards, Rewards) else Judge(rewards)
+    trainer = GRPOTrainer(model, rewards, config, data, tokenizer=tokenizer, **given)
     records = {}
     log = trainer.log
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from grpo_fused.trainer.errors import TrainingError
+
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # being written, or being deleted: never loaded
 
@@ -16,14 +18,14 @@ PARTIAL = ".partial"  # being written, or being deleted: never loaded
 def save_checkpoint(accelerator, output_dir, step, write, keep=None):
     """Writes `checkpoint-STEP` and deletes all but the `keep` newest ones; on all ranks.
 
-    A kill at any moment leaves the checkpoints that were there, and so does a full disk. Ranks
-    share the folder.
+    A kill at any moment leaves the checkpoints that were there, and so does a full disk. Those of
+    later steps go too: the run has gone back to before them. Ranks share the folder.
 
     Args:
         write: called with a new folder on every rank; writes its files.
 
     Raises:
-        RuntimeError: a rank could not write; what it had written is deleted.
+        TrainingError: a rank could not write; what it had written is deleted.
     """
     output_dir = Path(output_dir)
     final = output_dir / f"checkpoint-{step}"
@@ -36,10 +38,7 @@ def save_checkpoint(accelerator, output_dir, step, write, keep=None):
 
     def finish():
         seal(partial)
-        if final.exists():  # damaged, or the run went back to an earlier one
-            remove(final)
-        os.replace(partial, final)
-        sync(output_dir)
+        put_in_place(partial, final)
 
     main = accelerator.is_main_process
     for action in (start if main else None, lambda: write(partial), finish if main else None):
@@ -54,13 +53,17 @@ def save_checkpoint(accelerator, output_dir, step, write, keep=None):
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         last = newest(output_dir)
-        raise RuntimeError(
+        raise TrainingError(
             f"{final} could not be written ({error or 'on another rank'}); "
             f"the last good checkpoint is {last or 'none'}"
         ) from error
-    if main and keep is not None:
-        for path in checkpoints(output_dir)[:-keep]:
-            remove(path)
+    if main:
+        found = checkpoints(output_dir)
+        number = found.index(final) + 1
+        kept = found[:number] if keep is None else found[:number][-keep:]
+        for path in found:
+            if path not in kept:
+                remove(path)
     return final
 
 
@@ -69,7 +72,22 @@ def seal(folder):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     (folder / MANIFEST).write_text(json.dumps(sizes, indent=1))
-    for path in [*files, folder / MANIFEST, folder]:
+    sync_all(folder)
+
+
+def put_in_place(partial, final):
+    """Gives a folder that is whole its name; one that bore it goes only then."""
+    doomed = final.with_name(f"{final.name}.old{PARTIAL}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if final.exists():
+        os.replace(final, doomed)
+    os.replace(partial, final)
+    sync(final.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sync_all(folder):
+    for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 

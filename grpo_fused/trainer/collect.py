@@ -7,6 +7,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from grpo_fused.trainer.checkpoint import any_rank
 from grpo_fused.trainer.experience import (
     Experience,
     advantages_of,
@@ -36,13 +37,13 @@ def collect(trainer) -> Experience:
     batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
 
     figures, rewards = rollout_figures(accelerator, rollout, scores, config.num_generations)
-    if scores.steps is None:
+    if not any_rank(accelerator, scores.steps is not None):
         advantages = advantages_of(rewards, config.num_generations, config.scale_rewards)
         mine = accelerator.process_index * trainer.rows_per_rank
         batch.advantages = advantages[mine : mine + trainer.rows_per_rank]
     else:
         batch.advantages = step_advantages(
-            scores.steps,
+            scores.as_steps(rollout.completion_ids),
             batch.completion_ids.shape[1],
             config.num_generations,
             config.scale_rewards,

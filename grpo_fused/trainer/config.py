@@ -10,6 +10,7 @@ from grpo_fused.advantages import SCALES
 from grpo_fused.checks import check_choice
 from grpo_fused.corrections import LEVELS, MODES
 from grpo_fused.divergences import DIVERGENCES
+from grpo_fused.objectives import LEVELS as RATIO_LEVELS
 from grpo_fused.validation import check_objective
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -26,8 +27,7 @@ def option(
     Args:
         default: its value; a list or dict is copied for every config.
         text: what it means, with its unit.
-        low, high, above: bounds of a number, and of the numbers of a list: low and high may be
-            reached.
+        low, high, above: bounds of a number or of a list's; low and high may be reached.
         choices: the values of a string.
         free: it may change when a run is resumed, whose results do not depend on it.
     """
@@ -54,9 +54,7 @@ class GRPOTrainerConfig:
     # The run
     output_dir: str = option("runs/train", "folder of checkpoints, metrics and trackers", free=True)
     max_steps: int = option(500, "optimizer steps in all", low=1)
-    seed: int = option(
-        0, "of weights made here, order of prompts and samples", low=0, high=2**32 - 1
-    )
+    seed: int = option(0, "of new weights, order of prompts, samples", low=0, high=2**32 - 1)
 
     # The batch
     prompts_per_rollout: int = option(8, "prompts per rollout, of all ranks together", low=1)
@@ -94,9 +92,7 @@ class GRPOTrainerConfig:
         {}, "knobs of the loss's objective that are not its default, as {epsilon_low: 0.1}"
     )
     importance_sampling_level: str | None = option(
-        None,
-        "level of the ratio; none: the loss's own",
-        choices=("token", "sequence", "sequence_token"),
+        None, "level of the ratio; none: the loss's own", choices=RATIO_LEVELS
     )
     beta: float = option(0.0, "weight of the KL penalty; 0: no reference model is kept", low=0)
     kl_estimator: str = option("k3", "of the KL penalty", choices=tuple(DIVERGENCES))
@@ -121,7 +117,7 @@ class GRPOTrainerConfig:
     )
     reference_mix: float = option(
         1.0,
-        "share of the policy in a refreshed reference; below 1: a moving average",
+        "share of the policy in a refreshed reference; below 1: a mean",
         above=0,
         high=1,
     )
@@ -185,6 +181,14 @@ class GRPOTrainerConfig:
                 f"rollout_correction_floor must be below rollout_correction_cap = {cap}, "
                 f"got {floor}"
             )
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            other = "another lr_scheduler_type, as constant_with_warmup"
+            raise ValueError(f"warmup_steps wants {other}, got {self.warmup_steps} with constant")
+        if self.reference_mix < 1 and not self.reference_refresh_rollouts:
+            when = "reference_refresh_rollouts, after which the reference moves"
+            raise ValueError(
+                f"reference_mix below 1 wants {when}, got {self.reference_mix} without"
+            )
         if self.reference_refresh_rollouts and not self.beta:
             raise ValueError(
                 "reference_refresh_rollouts wants beta > 0: without it there is no reference, "
@@ -238,6 +242,8 @@ class TrainConfig(GRPOTrainerConfig):
         for name in ("model", "data", "rewards"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is needed, got {getattr(self, name)!r}")
+        if self.eval_data and not self.eval_steps:
+            raise ValueError(f"eval_data wants eval_steps, got {self.eval_data!r} without")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ValueError(
                 f"reward_weights must be one per reward, {len(self.rewards)}, "

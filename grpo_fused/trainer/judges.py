@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,9 @@ def math_verify(completions, answer, **columns) -> list[float | None]:
 
     scores = []
     for completion, right in zip(completions, answer, strict=True):
-        gold = parse(str(right).rpartition("####")[2].strip())
+        gold = str(right).rpartition("####")[2].strip()
+        # Only between dollars is LaTeX read whole, and without them prose is no product.
+        gold = parse(f"${gold}$" if re.search(r"[\\^_(]", gold) else gold)
         scores.append(float(verify(gold, parse(text_of(completion)))) if gold else None)
     return scores
 

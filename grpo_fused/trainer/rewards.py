@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from grpo_fused.trainer.errors import TrainingError
 from grpo_fused.trainer.judges import find_reward
 
 NOTHING = float("nan")
@@ -23,11 +24,21 @@ class Scores:
         each: name of a reward -> (B,) float32 without its weight, NaN where it did not judge; of
             a reward of steps their sum.
         steps: None, or per completion [(end_token, score), ...] with weights.
+        weights: of `each`; none where `total` is no weighted sum.
     """
 
     total: torch.Tensor
     each: dict[str, torch.Tensor]
     steps: list[list[tuple[int, float]]] | None = None
+    weights: Sequence[float] = ()
+
+    def as_steps(self, completion_ids):
+        """`steps`, or where only others' completions have some, numbers as steps at the end."""
+        if self.steps is not None:
+            return self.steps
+        each, weights = (self.each.values(), self.weights) if self.weights else ([self.total], [1])
+        rows = zip(*(values.tolist() for values in each), completion_ids, strict=True)
+        return [_steps(row, weights, len(ids)) for *row, ids in rows]
 
 
 class Rewards:
@@ -63,9 +74,12 @@ class Rewards:
         for function in found:
             if not callable(function):
                 raise ValueError(f"rewards: a function is wanted, got {function!r}")
-            name = getattr(function, "__name__", type(function).__name__)
-            taken = sum(one.rpartition("_")[0] == name or one == name for one in self.functions)
-            self.functions[f"{name}_{taken + 1}" if taken else name] = function
+            name = plain = getattr(function, "__name__", type(function).__name__)
+            number = 1
+            while name in self.functions:
+                number += 1
+                name = f"{plain}_{number}"
+            self.functions[name] = function
         self.weights = [1.0] * len(found) if weights is None else [float(w) for w in weights]
         if len(self.weights) != len(found) or not all(map(math.isfinite, self.weights)):
             raise ValueError(
@@ -88,11 +102,10 @@ class Rewards:
         Raises:
             ValueError: a function wants a column that is not there, or returned something else
                 than one number, None or list of steps per completion.
-            RuntimeError: a function raised; it and the example are named.
+            TrainingError: a function raised; it and the example are named.
         """
-        arguments = {"prompts": prompts, "completions": completions}
-        arguments |= {"completion_ids": completion_ids, **columns}
-        arguments["trainer_state"] = self.trainer_state
+        arguments = columns | {"prompts": prompts, "completions": completions}  # not the data's own
+        arguments |= {"completion_ids": completion_ids, "trainer_state": self.trainer_state}
         results = self._results(arguments)
         parsed = {
             name: _parse(name, result, completion_ids)
@@ -102,12 +115,12 @@ class Rewards:
         weighted = torch.stack([w * v for w, v in zip(self.weights, each.values(), strict=True)])
         total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), NOTHING)
         if not any(isinstance(value, list) for values in parsed.values() for value in values):
-            return Scores(total, each)
+            return Scores(total, each, None, self.weights)
         steps = [
             _steps(row, self.weights, len(ids))
             for row, ids in zip(zip(*parsed.values(), strict=True), completion_ids, strict=True)
         ]
-        return Scores(total, each, steps)
+        return Scores(total, each, steps, self.weights)
 
     def _results(self, arguments):
         """What every function returned; those that are async run at the same time."""
@@ -186,11 +199,11 @@ def _located(name, function, arguments, error, every):
                 function(**alone)
         except Exception as again:
             prompt, completion = every["prompts"][i], every["completions"][i]
-            return RuntimeError(
+            return TrainingError(
                 f"reward {name} failed on example {i} of {size} ({type(again).__name__}: {again}); "
                 f"prompt: {_shorten(prompt)}; completion: {_shorten(completion)}"
             )
-    return RuntimeError(f"reward {name} failed on {size} examples, but on none alone ({what})")
+    return TrainingError(f"reward {name} failed on {size} examples, but on none alone ({what})")
 
 
 def _parse(name, result, completion_ids):

@@ -153,6 +153,7 @@ def checked(output, prompts, columns, sampler) -> Rollout:
     """
     if not isinstance(output, dict) or "completion_ids" not in output:
         raise ValueError(f"rollout_fn must return a dict with completion_ids, got {type(output)}")
+    output = {name: values for name, values in output.items() if values is not None}
     for name, values in output.items():
         if len(values) != len(prompts):
             raise ValueError(
@@ -167,7 +168,7 @@ def checked(output, prompts, columns, sampler) -> Rollout:
                 f"is {limit}"
             )
         for name in ("logprobs", "completion_mask"):
-            if output.get(name) is not None and len(output[name][row]) != len(ids):
+            if name in output and len(output[name][row]) != len(ids):
                 raise ValueError(
                     f"rollout_fn: {name} of completion {row} must be one per token, {len(ids)}, "
                     f"got {len(output[name][row])}"
@@ -175,11 +176,14 @@ def checked(output, prompts, columns, sampler) -> Rollout:
     prompt_ids = output.get("prompt_ids")
     if prompt_ids is not None and not all(map(len, prompt_ids)):
         raise ValueError("rollout_fn: prompt_ids must have a token at least, got an empty list")
+    truncated = output.get("truncated")
+    if truncated is None:
+        truncated = [sampler.is_truncated(ids) for ids in completion_ids]
     return Rollout(
         list(prompts),
         sampler.encode(prompts) if prompt_ids is None else [list(ids) for ids in prompt_ids],
         completion_ids,
-        output.get("truncated") or [sampler.is_truncated(ids) for ids in completion_ids],
+        list(map(bool, truncated)),
         output.get("logprobs"),
         output.get("completion_mask"),
         columns | {k: list(v) for k, v in output.items() if k not in FROM_ROLLOUT_FN},

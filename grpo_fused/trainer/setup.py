@@ -33,8 +33,20 @@ def check_trackers(names):
             )
 
 
-def check_precision(config, accelerator):
-    """An Accelerator of one's own has its own."""
+def check_accelerator(config, accelerator):
+    """An Accelerator of one's own has settings of its own."""
+    accumulated = accelerator.gradient_accumulation_steps
+    if accumulated != 1:
+        raise ValueError(
+            "the accelerator's gradient_accumulation_steps must be 1, micro_batch_size cuts "
+            f"steps, got {accumulated}"
+        )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and max(parallel.tp_size, parallel.cp_size) > 1:
+        raise ValueError(
+            "the accelerator's ranks must each have rows of their own (data parallel, sharded or "
+            f"not), got tensor parallel {parallel.tp_size}, context parallel {parallel.cp_size}"
+        )
     if accelerator.mixed_precision != config.mixed_precision:
         raise ValueError(
             f"mixed_precision is {config.mixed_precision!r}, that of the accelerator is "

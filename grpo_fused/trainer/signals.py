@@ -5,7 +5,9 @@ import threading
 
 
 class Signals:
-    """While entered, remembers a SIGTERM or SIGINT; a second one does what it always does.
+    """While entered, remembers a SIGTERM or SIGINT; a second Ctrl-C does what it always does.
+
+    A second SIGTERM does nothing more: launchers forward what their workers have got themselves.
 
     One that is ignored stays so: shells start what runs in the background without Ctrl-C.
 
@@ -23,7 +25,8 @@ class Signals:
 
     def _receive(self, number, frame):
         self.received = number
-        self._restore()
+        if signal.SIGINT in self.before:
+            signal.signal(signal.SIGINT, self.before.pop(signal.SIGINT))
 
     def _restore(self):
         while self.before:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,16 @@ import torch
 from accelerate.utils import SAFE_WEIGHTS_NAME
 from safetensors.torch import load_file
 
-from grpo_fused.trainer.checkpoint import check_same_run, save_checkpoint, write_json
+from grpo_fused.trainer.checkpoint import (
+    PARTIAL,
+    any_rank,
+    check_same_run,
+    put_in_place,
+    save_checkpoint,
+    sync_all,
+    write_json,
+)
+from grpo_fused.trainer.errors import TrainingError
 from grpo_fused.trainer.experience import Experience
 from grpo_fused.trainer.policy import whole
 
@@ -82,7 +90,9 @@ def leave_out_frozen(trainer):
     Returns:
         Their sum, by which a checkpoint knows them, as a str; None if nothing is frozen.
     """
-    frozen = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    # By all of their names: a tied head is in the state too.
+    parameters = trainer.model.named_parameters(remove_duplicate=False)
+    frozen = {name: p for name, p in parameters if not p.requires_grad}
     if not frozen:
         return None
 
@@ -99,7 +109,8 @@ def leave_out_frozen(trainer):
 
     trainer.accelerator.register_save_state_pre_hook(leave_out)
     trainer.accelerator.register_load_state_pre_hook(load_rest)
-    total = float(sum(whole(p).double().abs().sum().cpu() for p in frozen.values()))
+    distinct = {id(p): p for p in frozen.values()}.values()
+    total = float(sum(whole(p).double().abs().sum().cpu() for p in distinct))
     return f"{total:.6e}"  # the order of a sum is its device's
 
 
@@ -109,15 +120,24 @@ def rank_file(trainer):
 
 
 def save_pretrained(trainer):
-    """Writes `model/`, which `from_pretrained` loads; an older one stays until it is whole."""
-    accelerator = trainer.accelerator
+    """Writes `model/`, which `from_pretrained` loads; an older one stays until it is whole.
+
+    Raises:
+        TrainingError: it could not be written; what there was of it is deleted.
+    """
+    accelerator, error = trainer.accelerator, None
     weights = accelerator.get_state_dict(trainer.model)  # of sharded models too, from all ranks
+    final = Path(trainer.config.output_dir) / "model"
     if accelerator.is_main_process:
-        final = Path(trainer.config.output_dir) / "model"
-        partial = final.with_name("model.partial")
+        partial = final.with_name(f"model{PARTIAL}")
         shutil.rmtree(partial, ignore_errors=True)
-        trainer.unwrapped.save_pretrained(partial, state_dict=weights)
-        trainer.tokenizer.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    accelerator.wait_for_everyone()
+        try:
+            trainer.unwrapped.save_pretrained(partial, state_dict=weights)
+            trainer.tokenizer.save_pretrained(partial)
+            sync_all(partial)
+            put_in_place(partial, final)
+        except Exception as raised:  # of any kind: safetensors has its own
+            error = raised
+            shutil.rmtree(partial, ignore_errors=True)
+    if any_rank(accelerator, error is not None):
+        raise TrainingError(f"{final} could not be written ({error or 'on rank 0'})") from error

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 METRICS, PICTURE = "metrics.jsonl", "reward.png"
@@ -65,12 +66,15 @@ class RunLog:
         _replace(folder / f"{step}.txt", "\n".join(map(_readable, rows)).encode())
 
     def close(self) -> None:
-        """Draws reward.png, if there is a reward."""
+        """Draws reward.png, if there is a reward and the disk has room."""
         if self._file is not None:
             self._file.close()
             self._file = None
         if any(line.get("reward") is not None for line in self.history):
-            plot(self.history, self.folder / PICTURE, self.title)
+            try:
+                plot(self.history, self.folder / PICTURE, self.title)
+            except OSError as error:  # no reason to lose what else is to be said
+                warnings.warn(f"{PICTURE} could not be drawn ({error})", stacklevel=2)
 
     def _start(self, step):
         """Opens the file behind the last step before this one."""

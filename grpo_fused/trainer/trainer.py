@@ -21,7 +21,7 @@ from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rollout import Sampler
 from grpo_fused.trainer.setup import (
     TrainerState,
-    check_precision,
+    check_accelerator,
     check_rows,
     check_trackers,
     make_optimizer,
@@ -104,7 +104,7 @@ class GRPOTrainer:
             log_with=config.report_to or None,
             project_dir=config.output_dir,
         )
-        check_precision(config, self.accelerator)
+        check_accelerator(config, self.accelerator)
         self.data, self.eval_data = check_rows("data", data), None
         if config.eval_steps is not None:
             if eval_data is None:
@@ -153,7 +153,7 @@ class GRPOTrainer:
         Raises:
             ValueError: a checkpoint of another run; bad data or rewards when they are met.
             FloatingPointError: a gradient that is not finite; the last checkpoint is untouched.
-            RuntimeError: a checkpoint could not be written.
+            TrainingError: a checkpoint or `model/` could not be written, a reward failed.
         """
         set_seed(self.config.seed, device_specific=True)
         found = find_checkpoint(self.config.resume, self.config.output_dir)
@@ -191,7 +191,8 @@ class GRPOTrainer:
                     self.experience = None
 
                 done = self.step == config.max_steps
-                if self.eval_data is not None and (self.step % config.eval_steps == 0 or done):
+                due = self.eval_data is not None and (self.step % config.eval_steps == 0 or done)
+                if due and not signal:  # who ends a run does not wait long
                     metrics |= evaluate(self)
                 self.log(metrics)
                 bar.set_postfix_str(summary(metrics), refresh=False)
