@@ -122,6 +122,8 @@ def rank_file(trainer):
 def save_pretrained(trainer):
     """Writes `model/`, which `from_pretrained` loads; an older one stays until it is whole.
 
+    Between two renames a kill leaves the older as `model.old.partial`, the new as `model.partial`.
+
     Raises:
         TrainingError: it could not be written; what there was of it is deleted.
     """
