@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from trainer_runs import HELD_OUT, ROWS, judge, trainer_of, weights_of
 from transformers import Qwen3ForCausalLM
 
 from grpo_fused.demo import make_model, make_tokenizer
+from grpo_fused.trainer import state
 from grpo_fused.trainer.checkpoint import checkpoints
 
 # Steps 4 to 6 are inside the buffers of other rollouts than 2; the reference moves at 4 and 8.
@@ -131,6 +133,19 @@ def test_latest_of_nothing_is_a_fresh_start_and_more_steps_may_follow(tmp_path):
     assert records | later == expected[1]
 
 
+def test_random_states_do_not_depend_on_what_accelerate_can_read(tmp_path, monkeypatch):
+    """It passes over those that it cannot."""
+    whole, expected = trainer_of(tmp_path, max_steps=3, save_steps=1, save_total_limit=None)
+    whole.train()
+    monkeypatch.delattr("accelerate.checkpointing.random.setstate")
+    monkeypatch.setattr(state, "random", SimpleNamespace(setstate=lambda state: None))
+    resumed, records = trainer_of(
+        tmp_path / "again", resume=str(tmp_path / "checkpoint-1"), max_steps=3, seed=99
+    )
+    resumed.train()
+    assert records == {step: expected[step] for step in (2, 3)}
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
@@ -147,6 +162,7 @@ def saved(tmp_path_factory):
         ({"objective": {"epsilon_low": 0.1}}, r"resume: objective is .* the checkpoint has \{\}"),
         ({"lr_scheduler_type": "linear", "max_steps": 1}, "resume: lr_scheduler_type"),
         ({"data": ROWS[:7]}, "resume: rows is 7, the checkpoint has 80"),
+        ({"data": ROWS[::-1]}, "resume: content of rows is "),
         (
             {"resume": "nowhere"},
             "resume must be latest or the folder of a checkpoint, got 'nowhere'",

@@ -176,8 +176,8 @@ def check_same_run(saved, config, now):
         ValueError: naming the first field that differs.
     """
     for name, value in now.items():
-        if saved[name] != value:
-            raise ValueError(f"resume: {name} is {value}, the checkpoint has {saved[name]}")
+        if saved.get(name) != value:
+            raise ValueError(f"resume: {name} is {value}, the checkpoint has {saved.get(name)}")
     schedule = getattr(config, "lr_scheduler_type", "")
     for this in fields(config):
         if this.metadata.get("free") or this.name not in saved["config"]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import random
 import shutil
+import zlib
 from pathlib import Path
 
 import torch
@@ -29,12 +31,13 @@ def save(trainer):
     """Writes a checkpoint of a trainer, on all ranks; see `save_checkpoint`."""
 
     def write(folder):
-        # Model, optimizer, loss scale; the random states of every rank.
+        # Model, optimizer, loss scale; random states too, which it reads only if it can.
         trainer.accelerator.save_state(str(folder))
         experience = trainer.experience
         own = {
             "scheduler": trainer.scheduler.state_dict(),
             "experience": None if experience is None else experience.state_dict(),
+            "random": random_states(trainer.accelerator.device),
         }
         torch.save(own, folder / rank_file(trainer))
         if trainer.accelerator.is_main_process:
@@ -57,9 +60,8 @@ def load(trainer, folder):
     folder = Path(folder)
     saved = json.loads((folder / RUN).read_text())
     now = describe(trainer)
-    check_same_run(
-        saved, trainer.config, {name: now[name] for name in ("ranks", "rows", "frozen weights")}
-    )
+    names = ("ranks", "rows", "content of rows", "frozen weights")
+    check_same_run(saved, trainer.config, {name: now[name] for name in names})
     device = trainer.accelerator.device
     trainer.accelerator.load_state(str(folder))
     own = torch.load(folder / rank_file(trainer), map_location="cpu", weights_only=True)
@@ -71,6 +73,22 @@ def load(trainer, folder):
         state = torch.load(folder / REFERENCE, map_location="cpu", weights_only=True)
         trainer.reference.load_state_dict(state, trainer.unwrapped)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
+    set_random_states(own["random"], device)
+
+
+def random_states(device):
+    """What sampling on a rank, and rewards in Python, draw from."""
+    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states, device):
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def describe(trainer):
@@ -79,9 +97,17 @@ def describe(trainer):
         "rollouts": trainer.rollouts,
         "ranks": trainer.accelerator.num_processes,
         "rows": len(trainer.data),
+        "content of rows": checksum(trainer.data),
         "frozen weights": trainer.frozen,
         "config": dataclasses.asdict(trainer.config),
     }
+
+
+def checksum(rows, most=100):
+    """Of some rows, evenly spread: other data of the same length is other data."""
+    step = max(1, len(rows) // most)
+    text = json.dumps([rows[i] for i in range(0, len(rows), step)], default=str, sort_keys=True)
+    return zlib.crc32(text.encode())
 
 
 def leave_out_frozen(trainer):
