@@ -176,6 +176,15 @@ def test_another_run_cannot_be_resumed(saved, options, message):
         trainer.train()
 
 
+def test_another_number_of_ranks_cannot_be_resumed(tmp_path):
+    trainer_of(tmp_path, max_steps=1, save_steps=1)[0].train()
+    path = tmp_path / "checkpoint-1" / "trainer.json"
+    path.write_text(path.read_text().replace('"ranks": 1', '"ranks": 2'))
+    trainer, _ = trainer_of(tmp_path, max_steps=2, resume="latest")
+    with pytest.raises(ValueError, match="resume: ranks is 1, the checkpoint has 2"):
+        trainer.train()
+
+
 def test_the_length_of_a_schedule_is_part_of_the_run(tmp_path):
     options = {"save_steps": 1, "lr_scheduler_type": "linear"}
     trainer_of(tmp_path, max_steps=1, **options)[0].train()
