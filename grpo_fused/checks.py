@@ -1,5 +1,6 @@
 """Checks that several modules share: a ValueError names the argument, what came, what is wanted."""
 
+import difflib
 from numbers import Real
 
 import torch
@@ -9,7 +10,14 @@ NUMBERS = (float, int, Real)  # what `isinstance` finds at once comes first: Rea
 
 def check_choice(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        near = nearest(value, choices)
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{near}")
+
+
+def nearest(name, names):
+    """ " (did you mean x?)" for the name that is most like it, or nothing."""
+    near = difflib.get_close_matches(str(name), list(names), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def check_tensor(name, tensor, shape=None, device=None, integer=False):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_fused import cli
 from grpo_fused.demo import make_model, make_tokenizer
+from grpo_fused.trainer.checkpoint import newest
 
 ROOT = Path(__file__).parents[1]
 REWARDS = """
@@ -86,6 +87,8 @@ def test_a_run_and_what_it_leaves(files, tmp_path, capsys):
     assert "completion" in json.loads((tmp_path / "completions" / "0.jsonl").read_text()[:200]
                                       .splitlines()[0])  # fmt: skip
     assert list(tmp_path.rglob("events.out.tfevents.*"))
+    (settings,) = tmp_path.rglob("hparams.yml")
+    assert "loss_type: dapo" in settings.read_text()
     before = AutoModelForCausalLM.from_pretrained(files / "model").state_dict()
     after = weights_of(tmp_path)
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -135,30 +138,49 @@ def test_the_example_of_sums(files, tmp_path, monkeypatch):
     assert right_sum(["5\n3", " 5\n", "5", "55\n", "4\n"], ["5"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
-def test_sigterm_saves_and_the_run_goes_on(files, tmp_path):
+def ended_by_sigterm(files, tmp_path, start):
+    """(exit code, output) of a long run that got SIGTERM after its second step, as a group."""
     command = arguments_of(files, tmp_path, max_steps=100_000, save_steps="none")
-    program = "import sys; from grpo_fused.cli import main; sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *command],
+        [sys.executable, *start, *command],
         cwd=tmp_path,  # not the checkout, whose folders must not be importable
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 240
     path = tmp_path / "metrics.jsonl"
     while not (path.exists() and path.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 128 + signal.SIGTERM
+    return process.returncode, output
+
+
+def test_sigterm_saves_and_the_run_goes_on(files, tmp_path):
+    program = "import sys; from grpo_fused.cli import main; sys.exit(main())"
+    code, output = ended_by_sigterm(files, tmp_path, ["-c", program])
+    assert code == 128 + signal.SIGTERM
     done = len(steps_of(tmp_path))
     assert f"interrupted after {done} of 100000 steps" in output
     assert (tmp_path / f"checkpoint-{done}").is_dir() and (tmp_path / "reward.png").exists()
     command = arguments_of(files, tmp_path, max_steps=done + 1, save_steps="none", resume="latest")
     assert cli.main(command) == 0
     assert list(steps_of(tmp_path)) == list(range(1, done + 2))
+
+
+def test_sigterm_of_a_launcher_and_its_ranks(files, tmp_path):
+    """The launcher forwards it to ranks that have it already; it waits for them for 30 s."""
+    start = "-m torch.distributed.run --standalone --nproc_per_node 2 -m grpo_fused.cli"
+    code, output = ended_by_sigterm(files, tmp_path, start.split())
+    done = len(steps_of(tmp_path))
+    assert code != 0 and f"interrupted after {done} of 100000 steps" in output
+    assert newest(tmp_path).name == f"checkpoint-{done}"
+    assert {path.name for path in newest(tmp_path).iterdir()} >= {"rank_0.pt", "rank_1.pt"}
+    assert (tmp_path / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_no_two_configs_share_a_list():
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
         ({"learning_rate": float("inf")}, "learning_rate must be at least 0, got inf"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
-        ({"loss_type": "grop"}, "loss_type must be one of grpo, .*, got 'grop'"),
+        ({"loss_type": "grop"}, "must be one of grpo, .*, got 'grop' .did you mean grpo."),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing must be true or false, got 1"),
         ({"report_to": "wandb"}, "report_to must be a list, got 'wandb'"),
         ({"report_to": [3]}, "report_to must be a string, got 3"),

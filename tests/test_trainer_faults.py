@@ -1,5 +1,6 @@
 """Bad input and faults: an error that names it before harm is done, or what is defined."""
 
+import resource
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,10 @@ from peft import LoraConfig
 from trainer_runs import ROWS, Log, Scores, judge, trainer_of, weights_of
 
 from grpo_fused import LOSSES, GRPOTrainerConfig
-from grpo_fused.trainer.setup import check_accelerator
+from grpo_fused.demo import make_model, make_tokenizer
+from grpo_fused.trainer.errors import TrainingError
+from grpo_fused.trainer.setup import check_accelerator, check_model
+from grpo_fused.trainer.tracking import RunLog, read_metrics
 
 
 def test_nothing_but_end_tokens(tmp_path):
@@ -108,6 +112,30 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_applied(tmp_path):
     assert weight.isfinite().all() and (tmp_path / "checkpoint-2").exists()
 
 
+def test_a_disk_that_fills_while_training(tmp_path):
+    """The error names what is left, and the log has every step that was taken."""
+    log = RunLog(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def rewards(*arguments):
+        if trainer.step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return judge(*arguments)
+
+    trainer, _ = trainer_of(tmp_path, rewards=rewards, run_log=log, save_steps=1)
+    try:
+        with (
+            pytest.warns(UserWarning, match="reward.png could not be drawn"),
+            pytest.raises(TrainingError, match="checkpoint-3 could not.*last good .*checkpoint-2"),
+        ):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    again, _ = trainer_of(tmp_path, run_log=log, save_steps=1, resume="latest")
+    assert again.train() == (4, None)
+
+
 def test_a_head_that_cannot_be_fused_wants_logits(tmp_path):
     head = LoraConfig(r=2, target_modules=["lm_head"])
     with pytest.raises(ValueError, match='cannot be fused.*loss_input "logits" works with any'):
@@ -133,6 +161,14 @@ def test_accelerators_that_do_not_fit(settings, message):
     check_accelerator(GRPOTrainerConfig(), SimpleNamespace(**plain))
     with pytest.raises(ValueError, match=message):
         check_accelerator(GRPOTrainerConfig(), SimpleNamespace(**plain | settings))
+
+
+def test_gradients_in_float16_cannot_be_scaled(tmp_path):
+    model, config = make_model(make_tokenizer()), GRPOTrainerConfig(mixed_precision="fp16")
+    check_model(model, config)
+    with pytest.raises(ValueError, match="mixed_precision fp16 wants a model in float32, .* got "):
+        check_model(model.half(), config)
+    check_model(model.half(), GRPOTrainerConfig())
 
 
 def test_groups_and_minibatches_that_ranks_cannot_share(tmp_path):

@@ -67,6 +67,15 @@ def test_a_checkpoint_of_adapters_is_small_and_knows_its_model(tmp_path):
         other.train()
 
 
+def test_adapters_with_other_settings_cannot_be_resumed(tmp_path):
+    options = {"max_steps": 1, "save_steps": 1}
+    trainer_of(tmp_path, peft_config=LORA, **options)[0].train()
+    other = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_alpha=64)
+    trainer, _ = trainer_of(tmp_path, peft_config=other, resume="latest", **options)
+    with pytest.raises(ValueError, match="resume: adapters is .*'lora_alpha': 64.* has .*: 8,"):
+        trainer.train()
+
+
 @pytest.fixture
 def not_ignored():
     """A shell that starts pytest in the background leaves SIGINT ignored."""
@@ -82,16 +91,20 @@ def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(tmp_path, numb
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     calls = []
 
-    def interrupting(*arguments):
-        calls.append(0)
+    def interrupting(prompts, *arguments):
+        calls.extend([0] * (len(prompts) == 16))  # not of an evaluation
         if len(calls) == 2:  # while the second rollout is judged
             os.kill(os.getpid(), number)
             if number == signal.SIGTERM:  # a launcher forwards what its group got as well
                 os.kill(os.getpid(), number)
-        return judge(*arguments)
+        return judge(prompts, *arguments)
 
-    stopped, records = trainer_of(tmp_path / "run", rewards=interrupting, **BUFFERED)
+    held_out = {"eval_steps": 1, "eval_data": HELD_OUT[:2]}
+    stopped, records = trainer_of(tmp_path / "run", rewards=interrupting, **BUFFERED | held_out)
     assert stopped.train() == (5, number)
+    assert "eval/reward" in records[4] and "eval/reward" not in records[5]  # nobody is kept waiting
+    records = {step: records[step] for step in range(1, 6)}
+    records = {s: {k: v for k, v in r.items() if "eval" not in k} for s, r in records.items()}
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-5"]
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers

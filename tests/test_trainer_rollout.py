@@ -222,6 +222,18 @@ def test_what_a_rollout_fn_returns_is_checked(output, message):
         collect(trainer)
 
 
+def test_what_a_rollout_fn_returns_must_fit_the_context():
+    tokenizer = make_tokenizer()
+    rows = {"prompt_ids": [[5] * 7] * 16, "completion_ids": [[5, 1]] * 16}
+    trainer, _ = trainer_of(
+        "unused", model=small_context(tokenizer), rollout_fn=lambda prompts, trainer: rows
+    )
+    with pytest.raises(ValueError, match="rollout_fn: .* context of 8, got 9 tokens"):
+        collect(trainer)
+    rows["prompt_ids"] = [[5] * 6] * 16
+    assert collect(trainer).lengths == [(6, 2)] * 16
+
+
 def small_context(tokenizer):
     model = make_model(tokenizer)
     model.config.max_position_embeddings = 8

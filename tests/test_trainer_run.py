@@ -179,6 +179,8 @@ def test_who_was_not_judged_neither_counts_nor_trains(tmp_path, scale):
     judged, groups = ~totals.isnan(), torch.arange(16) // 4
     expected = outcome_advantages(totals[judged], group_ids=groups[judged], scale=scale)
     assert torch.equal(advantages[judged], expected)
+    totals[:4] = torch.tensor([0.1, float("nan"), 0.1, 0.1])
+    assert collect(trainer).metrics["frac_reward_zero_std"] == 0.5  # alike; not judged
     totals.fill_(float("nan"))
     assert (collect(trainer).batch.advantages == 0).all()
 

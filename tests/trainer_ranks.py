@@ -4,22 +4,24 @@ import os
 import random
 import signal
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from trainer_runs import HELD_OUT, Scores, judge, trainer_of, weights_of
 
-from grpo_fused import LOSSES
+from grpo_fused import LOSSES, GRPOTrainerConfig
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.checkpoint import checkpoints
 from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.collect import judge as judge_rollout
 from grpo_fused.trainer.evaluation import evaluate
-from grpo_fused.trainer.policy import Reference
+from grpo_fused.trainer.policy import Reference, trained
 from grpo_fused.trainer.rewards import Rewards
-from grpo_fused.trainer.setup import split_columns
+from grpo_fused.trainer.setup import check_model, split_columns
 from grpo_fused.trainer.signals import Signals
 
 T = 7
@@ -94,6 +96,7 @@ def run_rank(rank, folder, port, expected):
             if "seconds" not in name:
                 assert abs(metrics[name] - value) <= 1e-4 * max(1, abs(value)), name
     refreshes_from_shards()
+    keeps_sharded_adapters()
     resumes_alike(rank, folder, accelerator)
     adapters_stay_alike(folder, accelerator)
     supervision_is_shared(rank, folder)
@@ -113,6 +116,31 @@ def refreshes_from_shards():
         reference.refresh(new)
         for mine, wanted in zip(reference.model.parameters(), expected, strict=True):
             torch.testing.assert_close(mine.detach(), wanted.detach())
+
+
+def keeps_sharded_adapters():
+    """A refreshed reference is the adapters of then, of which each rank has and saves its share."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    policy = get_peft_model(make_model(make_tokenizer()), lora)
+    with pytest.raises(ValueError, match="model must be whole on every rank, got .* as a DTensor"):
+        check_model(fully_shard(make_model(make_tokenizer())), GRPOTrainerConfig())
+    reference, ids = Reference(policy), torch.arange(5)[None]
+    fully_shard(policy)
+    before = policy(input_ids=ids).logits.detach()
+    reference.refresh(policy)
+    with torch.no_grad():
+        for parameter in trained(policy):
+            parameter.mul_(-2.0)
+    after = policy(input_ids=ids).logits.detach()
+    assert not torch.allclose(after, before)
+    again = Reference(policy)
+    again.load_state_dict(reference.state_dict(), policy)
+    assert all(not isinstance(tensor, DTensor) for tensor in reference.state_dict())
+    for this in (reference, again):
+        with this.instead_of(policy, policy) as model:
+            assert torch.equal(model(input_ids=ids).logits, before)
+        assert torch.equal(policy(input_ids=ids).logits, after)
 
 
 def evaluates_each_row_once(trainer):

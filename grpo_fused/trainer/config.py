@@ -1,13 +1,12 @@
 """Every setting of a training run: its unit, what it means, which values it takes."""
 
-import difflib
 import math
 from dataclasses import dataclass, field, fields, replace
 from typing import get_args, get_origin
 
 from grpo_fused import LOSSES
 from grpo_fused.advantages import SCALES
-from grpo_fused.checks import check_choice
+from grpo_fused.checks import check_choice, nearest
 from grpo_fused.corrections import LEVELS, MODES
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.objectives import LEVELS as RATIO_LEVELS
@@ -292,8 +291,7 @@ def check_objective_knobs(loss_type, knobs):
     known = [this.name for this in fields(objective)]
     for name in knobs:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(
-                f"objective: {loss_type} has {', '.join(known) or 'no knobs'}, got {name!r}{hint}"
+                f"objective: {loss_type} has {', '.join(known) or 'no knobs'}, got {name!r}"
+                f"{nearest(name, known)}"
             )

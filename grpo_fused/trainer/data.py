@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_fused.trainer.options import nearest
+from grpo_fused.checks import nearest
 
 TASK = "reasoning_gym:"
 READERS = (".jsonl", ".parquet", ".csv")
@@ -144,7 +144,7 @@ def _task(name, size, seed):
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
-        raise ValueError(f"data: reasoning_gym has no task {name}{nearest(name, list(DATASETS))}")
+        raise ValueError(f"data: reasoning_gym has no task {name}{nearest(name, DATASETS)}")
     task = reasoning_gym.create_dataset(name, size=size, seed=seed)
     return [
         {"prompt": entry["question"], "answer": entry["answer"], "entry": entry} for entry in task
@@ -157,7 +157,7 @@ def _split(data, name, split):
         return data
     if split not in data:
         raise ValueError(
-            f"{name} has no split {split}{nearest(split, list(data))}: there are {', '.join(data)}"
+            f"{name} has no split {split}{nearest(split, data)}: there are {', '.join(data)}"
         )
     return data[split]
 

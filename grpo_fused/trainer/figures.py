@@ -25,11 +25,14 @@ def rollout_figures(accelerator, rollout, scores, group_size):
 
     groups = rewards.view(-1, group_size)
     stds = groups.std(1) if group_size > 1 else groups.new_zeros(len(groups))
+    unjudged = groups.isnan()
+    lowest = groups.masked_fill(unjudged, float("inf")).amin(1)
+    highest = groups.masked_fill(unjudged, -float("inf")).amax(1)
     figures = {
         "reward": rewards.nanmean(),
         "reward_std": stds.nanmean(),
-        # Groups whose rewards are all the same teach nothing.
-        "frac_reward_zero_std": (stds == 0).float().mean(),
+        # Groups whose rewards are all the same, or none, teach nothing.
+        "frac_reward_zero_std": (highest <= lowest).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_fused.trainer.options import nearest
+from grpo_fused.checks import nearest
 
 
 def text_of(completion) -> str:
@@ -127,7 +127,7 @@ def find_reward(name: str) -> Callable:
             return RewardModel(name)
         raise ValueError(
             f"rewards: {name!r} is neither path.py:function, package.module:function, a folder "
-            f"of a reward model, nor one of {', '.join(READY)}{nearest(name, list(READY))}"
+            f"of a reward model, nor one of {', '.join(READY)}{nearest(name, READY)}"
         )
     module = _import_file(source) if source.endswith(".py") else _import_module(source)
     function = getattr(module, attribute, None)

@@ -1,6 +1,5 @@
 """Options of a dataclass from a YAML file and `--name value`, each of its field's type."""
 
-import difflib
 import textwrap
 import types
 from collections.abc import Sequence
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from grpo_fused.checks import nearest
 
 NOTHING = ("", "none", "null", "~")
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -64,12 +65,6 @@ def format_options(cls, width: int = 100) -> str:
         text += f" (default: {'none' if default is None else default})"
         lines += textwrap.wrap(text, width - 8, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """ " (did you mean x?)" for the name that is most like it, or nothing."""
-    near = difflib.get_close_matches(name, names, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _from_file(path):
@@ -128,7 +123,7 @@ def _from_arguments(arguments, hints):
 
 def _check_name(name, hints, where):
     if name not in hints:
-        raise ValueError(f"{where}: there is no option {name}{nearest(name, list(hints))}")
+        raise ValueError(f"{where}: there is no option {name}{nearest(name, hints)}")
 
 
 def _convert(value: Any, hint, name, where):

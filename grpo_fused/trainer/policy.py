@@ -179,18 +179,29 @@ class Reference:
             mine.copy_(new)
 
     def state_dict(self):
-        return self.adapters if self.model is None else self.model.state_dict()
+        """Of the copy, the same on every rank, or of the adapters, each rank's own share."""
+        if self.model is not None:
+            return self.model.state_dict()
+        return None if self.adapters is None else list(map(local, self.adapters))
 
+    @torch.no_grad()
     def load_state_dict(self, state, policy):
         if self.model is not None:
             self.model.load_state_dict(state)
         elif state is not None:
-            self.adapters = [tensor.to(policy.device) for tensor in state]
+            self.refresh(policy)  # in the policy's shape and place
+            for tensor, saved in zip(self.adapters, state, strict=True):
+                local(tensor).copy_(saved)
 
 
 def whole(tensor):
     """What is sharded over ranks, gathered; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def local(tensor):
+    """This rank's share of what is sharded; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def trained(model):
@@ -199,12 +210,16 @@ def trained(model):
 
 @contextlib.contextmanager
 def exchanged(parameters, others):
-    """Parameters hold other values for a while."""
-    own = [parameter.data for parameter in parameters]
-    for parameter, other in zip(parameters, others, strict=True):
-        parameter.data = other
+    """Parameters hold other values for a while, where they are: wrappers keep their memory."""
+
+    @torch.no_grad()
+    def put(values):
+        for parameter, value in zip(parameters, values, strict=True):
+            local(parameter).copy_(local(value))
+
+    own = [parameter.detach().clone() for parameter in parameters]
+    put(others)
     try:
         yield
     finally:
-        for parameter, data in zip(parameters, own, strict=True):
-            parameter.data = data
+        put(own)

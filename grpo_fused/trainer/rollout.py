@@ -149,7 +149,8 @@ def checked(output, prompts, columns, sampler) -> Rollout:
 
     Raises:
         ValueError: no dict with completion_ids; a list that is not one per prompt; logprobs or a
-            mask that is not one per token; more tokens than max_completion_length.
+            mask that is not one per token; more tokens than max_completion_length or the model's
+            context.
     """
     if not isinstance(output, dict) or "completion_ids" not in output:
         raise ValueError(f"rollout_fn must return a dict with completion_ids, got {type(output)}")
@@ -176,12 +177,19 @@ def checked(output, prompts, columns, sampler) -> Rollout:
     prompt_ids = output.get("prompt_ids")
     if prompt_ids is not None and not all(map(len, prompt_ids)):
         raise ValueError("rollout_fn: prompt_ids must have a token at least, got an empty list")
+    prompt_ids = sampler.encode(prompts) if prompt_ids is None else [list(x) for x in prompt_ids]
+    longest = max(len(x) + len(y) for x, y in zip(prompt_ids, completion_ids, strict=True))
+    if sampler.context and longest > sampler.context:
+        raise ValueError(
+            f"rollout_fn: prompt and completion must fit the model's context of "
+            f"{sampler.context}, got {longest} tokens"
+        )
     truncated = output.get("truncated")
     if truncated is None:
         truncated = [sampler.is_truncated(ids) for ids in completion_ids]
     return Rollout(
         list(prompts),
-        sampler.encode(prompts) if prompt_ids is None else [list(ids) for ids in prompt_ids],
+        prompt_ids,
         completion_ids,
         list(map(bool, truncated)),
         output.get("logprobs"),

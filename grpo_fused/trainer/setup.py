@@ -1,10 +1,12 @@
 """What a trainer checks and makes before its first step."""
 
+import dataclasses
 import warnings
 from types import SimpleNamespace
 
 import torch
 from accelerate.tracking import get_available_trackers
+from torch.distributed.tensor import DTensor
 
 
 class TrainerState(SimpleNamespace):
@@ -52,6 +54,27 @@ def check_accelerator(config, accelerator):
             f"mixed_precision is {config.mixed_precision!r}, that of the accelerator is "
             f"{accelerator.mixed_precision!r}"
         )
+
+
+def check_model(model, config):
+    """What the ranks share of a model before it is prepared, and what fp16 can scale."""
+    name, weight = next(iter(model.named_parameters()))
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"model must be whole on every rank, got {name} as a DTensor: FSDP2 shards it when it "
+            "is prepared; tensor parallel ranks would each get rows of their own"
+        )
+    if config.mixed_precision == "fp16" and weight.dtype == torch.float16:
+        raise ValueError(
+            "mixed_precision fp16 wants a model in float32, whose gradients it can scale, got "
+            f"{name} in {weight.dtype}"
+        )
+
+
+def hyperparameters(config):
+    """Settings as trackers take them: numbers, booleans and text."""
+    settings = dataclasses.asdict(config).items()
+    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings}
 
 
 def check_rows(name, data):

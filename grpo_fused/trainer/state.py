@@ -22,9 +22,9 @@ from grpo_fused.trainer.checkpoint import (
 )
 from grpo_fused.trainer.errors import TrainingError
 from grpo_fused.trainer.experience import Experience
-from grpo_fused.trainer.policy import whole
+from grpo_fused.trainer.policy import is_adapted, whole
 
-RUN, REFERENCE = "trainer.json", "reference.pt"
+RUN = "trainer.json"
 
 
 def save(trainer):
@@ -40,9 +40,10 @@ def save(trainer):
             "random": random_states(trainer.accelerator.device),
         }
         torch.save(own, folder / rank_file(trainer))
-        if trainer.accelerator.is_main_process:
-            if trainer.reference is not None:
-                torch.save(trainer.reference.state_dict(), folder / REFERENCE)
+        main, reference = trainer.accelerator.is_main_process, trainer.reference
+        if reference is not None and (main or reference.model is None):
+            torch.save(reference.state_dict(), folder / reference_file(trainer))
+        if main:
             write_json(folder / RUN, describe(trainer))
 
     config = trainer.config
@@ -60,7 +61,7 @@ def load(trainer, folder):
     folder = Path(folder)
     saved = json.loads((folder / RUN).read_text())
     now = describe(trainer)
-    names = ("ranks", "rows", "content of rows", "frozen weights")
+    names = ("ranks", "rows", "content of rows", "frozen weights", "adapters")
     check_same_run(saved, trainer.config, {name: now[name] for name in names})
     device = trainer.accelerator.device
     trainer.accelerator.load_state(str(folder))
@@ -70,7 +71,7 @@ def load(trainer, folder):
     if own["experience"] is not None:
         trainer.experience = Experience.from_state_dict(own["experience"], device)
     if trainer.reference is not None:
-        state = torch.load(folder / REFERENCE, map_location="cpu", weights_only=True)
+        state = torch.load(folder / reference_file(trainer), map_location="cpu", weights_only=True)
         trainer.reference.load_state_dict(state, trainer.unwrapped)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
     set_random_states(own["random"], device)
@@ -99,8 +100,18 @@ def describe(trainer):
         "rows": len(trainer.data),
         "content of rows": checksum(trainer.data),
         "frozen weights": trainer.frozen,
+        "adapters": adapters_of(trainer.unwrapped),
         "config": dataclasses.asdict(trainer.config),
     }
+
+
+def adapters_of(model):
+    """Settings of a peft model's adapters as JSON has them, by name; None of another model."""
+    if not is_adapted(model):
+        return None
+    settings = {name: config.to_dict() for name, config in model.peft_config.items()}
+    text = json.dumps(settings, default=lambda x: sorted(x) if isinstance(x, set) else str(x))
+    return json.loads(text)
 
 
 def checksum(rows, most=100):
@@ -143,6 +154,13 @@ def leave_out_frozen(trainer):
 def rank_file(trainer):
     """Accelerate keeps state of one's own on rank 0 alone: here every rank writes its own."""
     return f"rank_{trainer.accelerator.process_index}.pt"
+
+
+def reference_file(trainer):
+    """A copy is the same on all ranks; of adapters, which may be sharded, each has its share."""
+    if trainer.reference.model is not None:
+        return "reference.pt"
+    return f"reference_{trainer.accelerator.process_index}.pt"
 
 
 def save_pretrained(trainer):

@@ -22,8 +22,10 @@ from grpo_fused.trainer.rollout import Sampler
 from grpo_fused.trainer.setup import (
     TrainerState,
     check_accelerator,
+    check_model,
     check_rows,
     check_trackers,
+    hyperparameters,
     make_optimizer,
     rows_per_rank,
 )
@@ -57,9 +59,10 @@ class GRPOTrainer:
             entry per prompt (each stands there num_generations times): "completion_ids";
             optionally "prompt_ids", "logprobs" (of each token under the sampler, for rollout
             correction), "completion_mask" (0: not written by the policy), "truncated"; all else
-            becomes columns for the rewards.
+            becomes columns for the rewards. Evaluation calls `generate`.
         on_refresh: called with the trainer after the reference was refreshed: the place to train
-            a reward model further on new samples (DeepSeekMath, Algorithm 1, line 12).
+            a reward model further (DeepSeekMath, Algorithm 1, line 12), on what passed through
+            the reward since: as an object with `__call__` it can keep its prompts, completions.
         run_log: where metrics and tables go beside the trackers, on the main process; None = a
             `RunLog` in output_dir.
         accelerator: an Accelerator, where its defaults do not serve; trackers are then its own.
@@ -100,6 +103,7 @@ class GRPOTrainer:
         self.rewards.trainer_state = TrainerState(self)
         self.rollout_fn, self.on_refresh, self.run_log = rollout_fn, on_refresh, run_log
         self.accelerator = accelerator or Accelerator(
+            cpu=not torch.accelerator.is_available(),  # or ranks would not know of each other
             mixed_precision=config.mixed_precision,
             log_with=config.report_to or None,
             project_dir=config.output_dir,
@@ -118,6 +122,7 @@ class GRPOTrainer:
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         if tokenizer is None:
             raise ValueError("tokenizer is needed where model is not a name")
+        check_model(model, config)
         self.tokenizer, self.sampler = tokenizer, Sampler(tokenizer, model, config)
         if peft_config is not None:
             from peft import get_peft_model
@@ -157,7 +162,7 @@ class GRPOTrainer:
         """
         set_seed(self.config.seed, device_specific=True)
         found = find_checkpoint(self.config.resume, self.config.output_dir)
-        self.accelerator.init_trackers("grpo_fused")
+        self.accelerator.init_trackers("grpo_fused", hyperparameters(self.config))
         if found is not None:
             load(self, found)
         if self.run_log is None and self.accelerator.is_main_process:
