@@ -98,6 +98,7 @@ def trl_seconds(folder):
     options = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}
     options |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
     options |= {"disable_tqdm": True, "gradient_checkpointing": False, "logging_steps": 1}
+    options |= {"lr_scheduler_type": "constant", "use_bias_correction_kl": False}  # as ours
     trl.GRPOTrainer(
         model,
         reward_funcs=reward,

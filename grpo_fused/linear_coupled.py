@@ -20,8 +20,7 @@ from grpo_fused.autograd import (
     output,
 )
 from grpo_fused.coupled import CoupledFormula, coupled_loss
-from grpo_fused.kernels.linear import Head
-from grpo_fused.kernels.linear_launchers import cut
+from grpo_fused.kernels.linear import Head, cut
 from grpo_fused.linear_autograd import Projection
 from grpo_fused.ordering import SequenceOrder
 from grpo_fused.sequences import Packed, Padded
@@ -51,7 +50,7 @@ class SequenceLosses(NamedTuple):
         """LossResults; writes into Gradients."""
         ids, entropy = self.tokens.ids, self.options.compute_entropy
         inputs = self.projection.inputs(hidden, weight, bias)
-        head = Head(*inputs, ids, self.projection.chunk_bytes, *gradients)
+        head = Head(*inputs, ids, self.projection.chunk_bytes, *gradients, packs=True)
         results = [output(*ids.shape, like=hidden) if w else None for w in (True, entropy)]
         packed = [None if t is None else head.packed(t) for t in results]
         starts = [0, *accumulate(self.by_sequence.on_host)]

@@ -49,10 +49,16 @@ def tokens_with_gradient(tokens, weights, beta, sequences, *, coupled):
 
 def order_tokens(sequences, live=None):
     """Order of the active tokens of a batch, those that are `live` first."""
-    if sequences.active is None and live is None:
+    if live is None and (sequences.active is None or _counts_all(sequences)):
         return Order(None, None)
     wanted, active = _wanted(sequences, live)
     return _order(wanted, active, _totals(sequences, wanted, active).cpu())
+
+
+def _counts_all(sequences):
+    """Whether no token is masked, where it is free to ask."""
+    free = sequences.device.type == "cpu" and not torch.compiler.is_compiling()
+    return free and int(sequences.total) == sequences.tokens
 
 
 def order_sequences(sequences, live=None):

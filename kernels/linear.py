@@ -73,7 +73,7 @@ class Head:
     """Hidden states (B, L, H) and the head (V, H) that makes logits of them, for tokens (B, T).
 
     Tokens come packed: those that want a gradient first, then those that only count, the masked
-    ones not at all.
+    ones not at all. A batch that is `whole`, all of its tokens in one chunk, stays as it is.
 
     Args:
         hidden, weight, bias: (B, L, H), (V, H), (V,) or None.
@@ -85,6 +85,7 @@ class Head:
         dhidden, dweight, dbias: (B, L, H), (V, H), (V,) to write gradients into, or None; what
             several chunks add up in is float32.
         accumulate: whether dweight already holds what is to be added to.
+        packs: whether tokens are (1, n) also where the batch is whole.
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class Head:
         dweight=None,
         dbias=None,
         accumulate=False,
+        packs=False,
     ):
-        positions, self.T = hidden.shape[1], ids.shape[1]
+        positions, (_, self.T) = hidden.shape[1], ids.shape
         self.hidden, self.weight, self.dtype = hidden.flatten(0, 1), weight, dtype
         self.bias = None if bias is None else bias.to(dtype)
         self.live = self.active = ids.numel()
@@ -125,10 +127,11 @@ class Head:
         processors = _processors(hidden.device.type, hidden.device.index)
         limit = chunk_limit(V, dtype, chunk_bytes)
         self.chunk_rows = chunk_rows(self.active, limit, H, processors)
+        self.whole = not packs and self.rows is None and self.chunk_rows >= self.active
 
     def pack(self, values):
         """Values per token (B, T) or sequence (B,) as (1, n) in the order of tokens."""
-        if not isinstance(values, torch.Tensor) or values.dim() == 0:
+        if self.whole or not isinstance(values, torch.Tensor) or values.dim() == 0:
             return values
         if values.dim() == 1:
             values = values[:, None].expand(-1, self.T)
@@ -139,6 +142,8 @@ class Head:
 
     def packed(self, output):
         """Memory for an output (..., B, T) of packed tokens: itself where they come as they are."""
+        if self.whole:
+            return output
         if self.tokens is None:
             return output.flatten(-2).unsqueeze(-2)
         shape = (*output.shape[:-2], 1, self.active)
@@ -148,6 +153,14 @@ class Head:
         """Write packed values (..., 1, n) into an output (..., B, T), masked tokens as 0."""
         if self.tokens is not None:
             output.flatten(-2).zero_().index_copy_(-1, self.tokens, packed[..., 0, :])
+
+    def cut(self, values, start, stop):
+        """Of what `pack` or `packed` returned the values of some tokens."""
+        return values if self.whole else cut(values, start, stop)
+
+    def batch(self, logits):
+        """Logits (n, V) of a chunk as launchers take them: (1, n, V), or (B, T, V)."""
+        return logits.unflatten(0, (-1, self.T)) if self.whole else logits[None]
 
     def memory(self, rows):
         """Memory for logits (rows, V)."""
@@ -170,7 +183,7 @@ class Head:
     def states(self, start, stop):
         """Hidden states (stop - start, H) of packed tokens."""
         if self.rows is None:
-            hidden = self.hidden[start:stop]
+            hidden = self.hidden if self.whole else self.hidden[start:stop]
         else:
             hidden = self.hidden.index_select(0, self.rows[start:stop])
         return hidden.to(self.dtype)
@@ -178,7 +191,7 @@ class Head:
     def logits(self, states, out):
         """Logits of states (n, H), written into `out` (n, V)."""
         for columns, weight in self._weights():
-            target = out[:, columns]
+            target = of_columns(out, columns)
             if self.bias is None:
                 torch.mm(states, weight.t(), out=target)
             else:
@@ -200,14 +213,14 @@ class Head:
         direct = self.rows is None and self.dhidden.dtype == self.dtype
         shape = (len(dlogits), self.dhidden.shape[1])
         if direct:
-            target = self.dhidden[start:stop]
+            target = self.dhidden if self.whole else self.dhidden[start:stop]
         else:
             target = torch.empty(shape, dtype=self.dtype, device=dlogits.device)
         for columns, weight in self._weights():
             if columns.start == 0:
-                torch.mm(dlogits[:, columns], weight, out=target)
+                torch.mm(of_columns(dlogits, columns), weight, out=target)
             else:
-                torch.addmm(target, dlogits[:, columns], weight, out=target)
+                torch.addmm(target, of_columns(dlogits, columns), weight, out=target)
         if self.rows is not None:
             target = target.to(self.dhidden.dtype)
             self.dhidden.index_copy_(0, self.rows[start:stop], target)
@@ -222,6 +235,17 @@ class Head:
             return
         for columns in blocks(V, H * self.dtype.itemsize):
             yield columns, self.weight[columns].to(self.dtype)
+
+
+def cut(values, start, stop):
+    """Packed values (..., n) of some tokens; numbers, 0-d tensors and None as they are."""
+    if not isinstance(values, torch.Tensor) or values.dim() == 0:
+        return values
+    return values if stop - start == values.shape[-1] else values[..., start:stop]
+
+
+def of_columns(matrix, columns):
+    return matrix if columns.stop - columns.start == matrix.shape[1] else matrix[:, columns]
 
 
 def blocks(rows, bytes_of_row):

@@ -3,8 +3,6 @@
 import functools
 from typing import NamedTuple
 
-import torch
-
 from .library import launcher
 from .linear import Head
 
@@ -75,15 +73,20 @@ def linear_loss(
         for first, last, wanted in ((start, middle, writes), (middle, stop, False)):
             if first == last:
                 continue
-            x = logits[None, first - start : last - start]
-            of_ids, *rest = (cut(values, first, last) for values in per_token)
+            x = head.batch(logits[first - start : last - start])
+            of_ids, *rest = (head.cut(values, first, last) for values in per_token)
             over_logits.fused_loss(
                 *(x, of_ids, None, *rest),
-                *(cut(items, first, last), divisor, cut(kl_items, first, last), kl_divisor),
-                *(cut(entropy_items, first, last), entropy_coef),
-                *(cut(temperature, first, last), logit_scale, logit_softcap, beta, grad_scale),
+                *(
+                    head.cut(items, first, last),
+                    divisor,
+                    head.cut(kl_items, first, last),
+                    kl_divisor,
+                ),
+                *(head.cut(entropy_items, first, last), entropy_coef),
+                *(head.cut(temperature, first, last), logit_scale, logit_softcap, beta, grad_scale),
                 *(objective, knobs, divergence, bias_correction),
-                *(cut(output, first, last) for output in packed),
+                *(head.cut(output, first, last) for output in packed),
                 x if wanted else None,
             )
         if writes and middle > start:
@@ -122,9 +125,10 @@ def linear_logprob_fwd(
     for start, _, stop in head.chunks():
         out = memory[: stop - start] if logits is None else logits[start:stop]
         over_logits.logprob_fwd(
-            *(head.logits(head.states(start, stop), out)[None], cut(ids, start, stop), None),
-            *(cut(temperature, start, stop), logit_scale, logit_softcap),
-            *(cut(output, start, stop) for output in packed),
+            head.batch(head.logits(head.states(start, stop), out)),
+            *(head.cut(ids, start, stop), None),
+            *(head.cut(temperature, start, stop), logit_scale, logit_softcap),
+            *(head.cut(output, start, stop) for output in packed),
         )
     for output, values in zip(outputs, packed, strict=True):
         if output is not None:
@@ -177,20 +181,14 @@ def linear_logprob_bwd(
             x = head.logits(states, memory[: middle - start])
         else:
             x = logits[start:middle]
+        batch = head.batch(x)
         over_logits.logprob_bwd(
-            *(x[None], cut(ids, start, middle), None),
-            *(cut(temperature, start, middle), logit_scale, logit_softcap),
-            *(cut(values, start, middle) for values in rest),
-            x[None],
+            *(batch, head.cut(ids, start, middle), None),
+            *(head.cut(temperature, start, middle), logit_scale, logit_softcap),
+            *(head.cut(values, start, middle) for values in rest),
+            batch,
         )
         head.backward(start, middle, states, x)
-
-
-def cut(values, start, stop):
-    """Packed values (..., n) of some tokens; numbers, 0-d tensors and None as they are."""
-    if not isinstance(values, torch.Tensor) or values.dim() == 0:
-        return values
-    return values if stop - start == values.shape[-1] else values[..., start:stop]
 
 
 def linear_launchers(over_logits, suffix=""):
