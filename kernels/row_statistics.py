@@ -133,7 +133,6 @@ def partial_pointer(partials_ptr, row, slots, slot, LANES: tl.constexpr, ENTROPY
 def _load_partial(ptr, LANES: tl.constexpr, THREADS: tl.constexpr, ENTROPY: tl.constexpr):
     """Maximum, total, weighted of the first THREADS lanes of a partial at `ptr`."""
     ptrs = ptr + tl.arange(0, THREADS)
-    weighted = 0.0
     if ENTROPY:
         weighted = tl.load(ptrs + 2 * LANES)
     else:

@@ -68,7 +68,6 @@ EQUIVALENT = {
         "kernels/columns.py `Gt -> GtE` if (x_ptr.dtype.element_ty == tl.bfloat1",
     ],
     "a column more is read, and neither used nor written": [
-        "kernels/online_softmax.py `Lt -> LtE` words = tl.load(word_ptr, 2 * pairs < re",
         "kernels/rescale.py `Lt -> LtE` x = tl.load(x_ptr + columns, columns < r",
         "kernels/rescale.py `0.0 -> 1.0` x = tl.load(x_ptr + columns, columns < r",
     ],
@@ -88,7 +87,6 @@ EQUIVALENT = {
     "all have one shape": [
         "grpo_fused/corrections.py `0 -> 1` return Padded(tensors[0], mask), tensors",
         "grpo_fused/corrections.py `0 -> 1` return Packed(tensors[0], None if mask i",
-        "kernels/reduce.py `0 -> 1` terms[0].numel(),",
     ],
     "without a gradient of its own an entropy is multiplied by 0": [
         "kernels/logprob.py `0.0 -> 1.0 #2` entropy = 0.0",
@@ -157,7 +155,17 @@ EQUIVALENT = {
         "kernels/logprob.py `1.0 -> 0.0` tl.load(totals_ptr + token, active, 1.0)",
         "kernels/logprob.py `0.0 -> 1.0` tl.load(logps_ptr + token, active, 0.0),",
     ],
+    "any one of the programs that share a row may do it: all of them would do the same": [
+        "kernels/partials.py `Eq -> NotEq` if part == parts - 1:  # the segment of ",
+        "kernels/partials.py `1 -> 2` if part == parts - 1:  # the segment of ",
+        "kernels/fused_loss.py `Eq -> NotEq` reports &= part == 0",
+        "kernels/fused_loss.py `0 -> 1` reports &= part == 0",
+    ],
+    "zeros at any address: the interpreter writes them too, where a device would fail": [
+        "kernels/row_gradient.py `not ENDS #3` if ENDS:",
+    ],
     "the last block of columns is empty, its mask is too": [
+        "kernels/row_statistics.py `Gt -> GtE` if (blocks < SEGMENT) & (remaining > 0):",
         "kernels/rescale.py `Gt -> GtE` if remaining > 0:",
         "kernels/row_gradient.py `Gt -> GtE` if remaining > 0:",
         "kernels/row_gradient.py `Gt -> GtE` if remaining > 0:",

@@ -11,6 +11,7 @@ from test_unaligned import Rows, loss_and_gradient
 import grpo_fused.kernels.launch as launch
 from grpo_fused import grpo_loss, selective_log_softmax
 from grpo_fused.kernels import launchers, tiling
+from grpo_fused.kernels.partials import partials
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 KERNELS = ("_partials_kernel", "_fused_loss_kernel", "_logprob_fwd_kernel", "_logprob_bwd_kernel")
@@ -71,6 +72,7 @@ def test_losses(inplace, extra, options, dtype, device, monkeypatch):
     options = dict(OPTIONS[options])
     if options.pop("ref_logps", False):
         options["ref_logps"] = batch.ref_logps
+        options["logit_softcap"] = torch.tensor(options["logit_softcap"], device=device)
 
     def run():
         leaf = batch.leaf()
@@ -147,6 +149,20 @@ def test_merged_statistics_are_those_of_float64(device, monkeypatch):
     want = want.gather(-1, ids[..., None])[..., 0]
     assert (logps.cpu() - want).abs().max() < 1e-5
     assert (entropies.cpu() - entropy).abs().max() < 1e-5
+
+
+def test_what_programs_leave_for_each_other(device, monkeypatch):
+    """Nothing of a position that is ignored, of an id that is none, of a segment too many."""
+    share(monkeypatch, True)
+    V = 2 * segment_columns(torch.float32, device) + 3  # aligned, a third segment would have them
+    logits = torch.randn(2, 3, V).to(device)
+    ids = torch.tensor([[0, V - 1], [V, -1]], device=device)
+    found, slots, targets, parts = partials(logits, ids, None, 1.0, 1.0, None, True)
+    assert (slots, parts) == (4, 3) and len(targets) == 6
+    empty = found.view(2, 3, slots, -1).isnan().all(3)  # conftest: it was NaN before
+    assert empty.tolist() == [[[False, False, True, False]] * 2 + [[True] * 4]] * 2
+    assert torch.equal(targets[:2], logits[0, [0, 1], [0, V - 1]])
+    assert targets[2:].isnan().all()
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "gspo"])

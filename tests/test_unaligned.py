@@ -8,7 +8,7 @@ from batches import relative_error
 
 import grpo_fused.kernels.launch as launch
 from grpo_fused import Clip, reference, selective_log_softmax
-from grpo_fused.kernels import launchers
+from grpo_fused.kernels import launchers, tiling
 from grpo_fused.kernels.columns import find_middle, inner_columns
 from grpo_fused.kernels.launch import store_width, vector_width
 
@@ -73,15 +73,15 @@ def test_the_middle_is_aligned_and_the_ends_are_short(dtype, device):
             assert inner % vector == 0 and (inner == 0 or inner + vector - 1 <= V)
 
 
-def loss_and_gradient(of, logits, ids, dlogits, softcap=None):
+def loss_and_gradient(of, logits, ids, dlogits, softcap=None, advantage=1.0, bonus=0.1):
     """What `fused_loss` of an implementation writes besides dlogits, with an entropy bonus."""
     terms, logps, entropies = (
         torch.empty(*n, *ids.shape, device=ids.device) for n in ((4,), (), ())
     )
-    old_logps, advantages = torch.full_like(logps, -3.0), torch.ones(1, device=ids.device)
+    old_logps, advantages = torch.full_like(logps, -3.0), torch.full_like(logps[:, 0], advantage)
     of.fused_loss(
         *(logits, ids, None, advantages, old_logps, None, None, None, 1.0, 1.0, None, None),
-        *(1.0, 0.1, 0.9, 1.0, softcap, 0.0, 1.0, Clip(0.2).name(), Clip(0.2).knobs()),
+        *(1.0, bonus, 0.9, 1.0, softcap, 0.0, 1.0, Clip(0.2).name(), Clip(0.2).knobs()),
         *("k3", False, terms, logps, entropies, dlogits),
     )
     return terms[0], logps, entropies
@@ -119,6 +119,26 @@ def test_loss_and_gradient(V, into, dtype, device):
     assert_equal_rows_agree(*got, out.values)
     rows.check_outside()
     out.check_outside()
+
+
+@DTYPES
+def test_one_column_behind_whole_blocks(dtype, device):
+    """Of rows that start at whole vectors, which need no ends; their gradient may be 0."""
+    here = launch.device_of(None)
+    tile = tiling.tiling(1, dtype.itemsize, here)
+    V = tile.unroll * tile.warps * here.warp_size * 16 // dtype.itemsize + 1
+    values, ids = same_row(V, dtype, device)
+    for terms in ((1.0, 0.1), (0.0, None)):
+        want = torch.empty(values.shape, device=device)
+        rows = Rows(values, device, offset=0, stride=(V + 8) // 8 * 8, fill=7.0)
+        assert vector_width(rows.values) == 16 // dtype.itemsize
+        options = dict(zip(("advantage", "bonus"), terms, strict=True))
+        wanted = loss_and_gradient(reference, values.to(device).float(), ids, want, **options)
+        got = loss_and_gradient(launchers, rows.values, ids, rows.values, **options)
+        for a, b in zip(got, wanted, strict=True):
+            assert relative_error(a, b) < 2e-6
+        assert relative_error(rows.values, want) < {torch.float32: 3e-6}.get(dtype, 8e-3)
+        rows.check_outside()
 
 
 @DTYPES
