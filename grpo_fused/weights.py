@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from grpo_fused.checks import NUMBERS, check_choice
+from grpo_fused.checks import NUMBERS, check_choice, check_tensor
 from grpo_fused.sequences import Padded
 
 RULES = (
@@ -58,6 +58,7 @@ def token_weights(
     References:
         The papers of LOSSES; the names are verl's loss_agg_mode.
     """
+    check_tensor("mask", mask)
     if mask.dim() != 2:
         raise ValueError(f"mask must be (B, T), got shape {tuple(mask.shape)}")
     sequences = Padded(mask, mask)

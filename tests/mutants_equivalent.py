@@ -68,6 +68,11 @@ EQUIVALENT = {
         "kernels/columns.py `Gt -> GtE` if (x_ptr.dtype.element_ty == tl.bfloat1",
     ],
     "a column more is read, and neither used nor written": [
+        "kernels/columns.py `Lt -> LtE` within = block_of(tl.arange(0, LINE), UN",
+        "kernels/columns.py `1 -> 2` pairs = tl.multiple_of((remaining + 1) /",
+        "kernels/columns.py `Lt -> LtE` within = block_of(tl.arange(0, LINE // 2",
+        "kernels/rescale.py `Lt -> LtE` end = tl.load(x_ptr + ends, ends < V, 0.",
+        "kernels/rescale.py `0.0 -> 1.0` end = tl.load(x_ptr + ends, ends < V, 0.",
         "kernels/rescale.py `Lt -> LtE` x = tl.load(x_ptr + columns, columns < r",
         "kernels/rescale.py `0.0 -> 1.0` x = tl.load(x_ptr + columns, columns < r",
     ],
@@ -161,8 +166,15 @@ EQUIVALENT = {
         "kernels/fused_loss.py `Eq -> NotEq` reports &= part == 0",
         "kernels/fused_loss.py `0 -> 1` reports &= part == 0",
     ],
-    "zeros at any address: the interpreter writes them too, where a device would fail": [
+    "whole vectors at any address: the interpreter moves them too, where a device would fail": [
         "kernels/row_gradient.py `not ENDS #3` if ENDS:",
+        "kernels/rescale.py `not ENDS` if ENDS:",
+    ],
+    "in the interpreter the threads of a program are in step": [
+        "kernels/logprob.py `IsNot -> Is` if softcap is not None:  # in place, a f",
+    ],
+    "a program more per row finds nothing to do": [
+        "kernels/logprob.py `0 -> 1` parts=1 if shared is None else shared[0]",
     ],
     "the last block of columns is empty, its mask is too": [
         "kernels/row_statistics.py `Gt -> GtE` if (blocks < SEGMENT) & (remaining > 0):",

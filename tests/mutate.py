@@ -36,13 +36,15 @@ ROWS = "tests/test_selective_log_softmax.py -k torch"
 COLUMNS = "tests/test_selective_log_softmax.py -k 'triton and (half or blocks or strided or 2049)'"
 WEIGHTS = "tests/test_weights_and_metrics.py -k 'weights and not triton'"
 BOUNDS = "tests/test_edges.py tests/test_rows.py tests/test_selected_away.py -k 'not triton'"
-KERNEL_BOUNDS = "tests/test_edges.py tests/test_rows.py -k 'not torch'"
-BOTH = "tests/test_equalities.py -k 'two_implementations and (dapo or gspo)'"
+KERNEL_BOUNDS = "tests/test_edges.py tests/test_rows.py tests/test_weights_and_metrics.py"
+KERNEL_BOUNDS = f"{KERNEL_BOUNDS} -k 'not torch and not any_cut'"
+BOTH = "tests/test_equalities.py -k '(two_imp or triton and tensors) and (dapo or gspo)'"
 FILES = "equalities edges family autograd selected_away masks loss selective_log_softmax extremes"
 FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections rows"
 FILES = " ".join(f"tests/test_{name}.py" for name in f"{FILES} unaligned shared_rows".split())
-UNALIGNED = "tests/test_unaligned.py -k '(1031 or 4101) and fp32'"
-SHARED = "tests/test_shared_rows.py -k 'merged or bytes or without or (losses and odd and fp32)'"
+UNALIGNED = "tests/test_unaligned.py -k '(1031 or 4101 or behind) and fp32'"
+SHARED = "merged or bytes or without or owns or leave or (losses and odd and fp32)"
+SHARED = f"tests/test_shared_rows.py -k '{SHARED}'"
 HEAD = "tests/test_linear.py -k 'torch and (every_loss or packed or upstream or another_way)'"
 HEAD_COST = "tests/test_linear_cost.py -k 'not triton'"
 HEAD_FILES = "tests/test_linear.py tests/test_linear_cost.py tests/test_linear_use.py"
@@ -78,10 +80,13 @@ KILLERS = {
     "grpo_fused/linear_coupled.py": (HEAD, HEAD_COST),
     "grpo_fused/ordering.py": (HEAD, HEAD_COST),
 }
-WHOLE = "tests/test_shared_rows.py tests/test_unaligned.py"
+WHOLE, DRAWN = (
+    "tests/test_shared_rows.py tests/test_unaligned.py",
+    "tests/test_family.py -k in_triton",
+)
 EVERYTHING = dict.fromkeys(KILLERS, (TORCH,))
-EVERYTHING |= {path: (WHOLE, TRITON) for path in KILLERS if path.startswith("kernels/")}
-EVERYTHING["kernels/token_loss.py"] = (TRITON,)
+EVERYTHING |= {path: (WHOLE, DRAWN, TRITON) for path in KILLERS if path.startswith("kernels/")}
+EVERYTHING["kernels/token_loss.py"] = (DRAWN, TRITON)
 EVERYTHING["grpo_fused/advantages.py"] = ("tests/test_advantages.py tests/test_edges.py",)
 EVERYTHING["grpo_fused/objectives.py"] = (FILES,)  # written in torch and in Triton
 EVERYTHING |= {
@@ -305,9 +310,9 @@ def main():
         for name in ("hypothesis", "pytest", "torch._dynamo", "triton"):
             importlib.import_module(name)
         gc.freeze()  # pytest collects garbage twice: what the forks share is none
-        first, rest = [] if options.again else [KILLERS], [] if options.quick else [EVERYTHING]
         # Minutes of tests are only for what nothing kills and nothing explains.
-        stages = [first + rest * (not explanation(mutant)) for mutant in chosen]
+        quick = [options.quick or bool(explanation(mutant)) for mutant in chosen]
+        stages = [[KILLERS] if only else [KILLERS, EVERYTHING] for only in quick]
         for mutant, failure in zip(chosen, pool.map(killer, chosen, stages), strict=True):
             reason = failure or explanation(mutant)
             verdict = "killed" if failure else "explained" if reason else "SURVIVED"

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from batches import make_batch
 from test_launches import Counter, options_of, traffic_of
 from test_unaligned import Rows, loss_and_gradient
@@ -12,6 +14,7 @@ import grpo_fused.kernels.launch as launch
 from grpo_fused import grpo_loss, selective_log_softmax
 from grpo_fused.kernels import launchers, tiling
 from grpo_fused.kernels.partials import partials
+from grpo_fused.kernels.row_gradient import _owns, write_row_zeros
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 KERNELS = ("_partials_kernel", "_fused_loss_kernel", "_logprob_fwd_kernel", "_logprob_bwd_kernel")
@@ -129,6 +132,28 @@ def test_targets_at_the_ends_of_segments(extra, dtype, device, monkeypatch):
         return [*outputs, rows.values]
 
     assert_same(*both_ways(monkeypatch, run))
+
+
+@triton.jit
+def _owners_kernel(written_ptr, stride, V, owned_ptr, ENDS: tl.constexpr):
+    part = tl.program_id(0)
+    row_ptr = written_ptr + part * stride
+    write_row_zeros(row_ptr, V, part, 1, 4, 4, 1, 2, ENDS)  # segments of 2 lines of 4 x 4 columns
+    for column in range(V):
+        owned = _owns(part, row_ptr, V, column, 32, 4, ENDS)
+        tl.store(owned_ptr + part * V + column, tl.where(owned, 1.0, 0.0))
+
+
+@pytest.mark.parametrize("V", [64, 75, 79, 96])
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_who_writes_a_column_owns_it(V, start, device):
+    """Another program's store of the target would race with that of its column."""
+    memory = torch.ones(4 * 100 + start, device=device)[start:].view(4, 100)
+    owned = torch.zeros(4, V, device=device)
+    _owners_kernel[(4,)](memory, 100, V, owned, ENDS=start > 0)
+    written = memory[:, :V] == 0
+    assert (written.sum(0) == 1).all() and (memory[:, V:] == 1).all()
+    assert torch.equal(owned == 1, written)
 
 
 def test_merged_statistics_are_those_of_float64(device, monkeypatch):

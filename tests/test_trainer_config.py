@@ -20,6 +20,7 @@ def test_no_two_configs_share_a_list():
     one, other = GRPOTrainerConfig(), GRPOTrainerConfig()
     one.report_to.append("wandb")
     assert other.report_to == ["tensorboard"]
+    assert GRPOTrainerConfig(report_to="none").report_to == []
 
 
 @pytest.mark.parametrize(

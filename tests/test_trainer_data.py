@@ -66,6 +66,14 @@ def test_chats_stay_what_they_are_and_missing_columns_are_none(tmp_path):
     ]
 
 
+def test_long_fields_and_the_mark_of_windows(tmp_path):
+    long = "1" * 200_000
+    (tmp_path / "a.csv").write_text(f"prompt,answer\n{long},2\n")
+    assert load_rows(tmp_path / "a.csv")[0]["prompt"] == long
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n', encoding="utf-8-sig")
+    assert load_rows(tmp_path / "a.jsonl") == [{"prompt": "x"}]
+
+
 def test_a_split_is_chosen(tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(train=data, test=data.select([4])).save_to_disk(tmp_path / "d")

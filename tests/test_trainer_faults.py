@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import ProjectConfiguration
 from peft import LoraConfig
 from trainer_runs import ROWS, Log, Scores, judge, trainer_of, weights_of
 
@@ -60,6 +61,8 @@ def fails(*_):
     "options, error, message",
     [
         ({"data": []}, ValueError, "data has no rows"),
+        ({"data": {"train": ROWS}}, ValueError, "data must be rows, got a dict of train"),
+        ({"data": iter(ROWS)}, ValueError, "data must have a length, got list_iterator"),
         ({"data": [{"question": "?"}]}, ValueError, 'rows must be dicts with a "prompt"'),
         (
             {"data": [ROWS[0], {"answer": "3"}]},
@@ -154,10 +157,16 @@ def test_a_head_that_cannot_be_fused_wants_logits(tmp_path):
             {"parallelism_config": SimpleNamespace(tp_size=2, cp_size=1)},
             "must each have rows of their own .* got tensor parallel 2, context parallel 1",
         ),
+        (
+            {"project_configuration": ProjectConfiguration(automatic_checkpoint_naming=True)},
+            "the accelerator's automatic_checkpoint_naming must be False",
+        ),
+        ({"distributed_type": DistributedType.FSDP}, "FSDP must be version 2"),
     ],
 )
 def test_accelerators_that_do_not_fit(settings, message):
     plain = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "parallelism_config": None}
+    plain |= {"distributed_type": "NO", "is_fsdp2": False, "project_configuration": None}
     check_accelerator(GRPOTrainerConfig(), SimpleNamespace(**plain))
     with pytest.raises(ValueError, match=message):
         check_accelerator(GRPOTrainerConfig(), SimpleNamespace(**plain | settings))

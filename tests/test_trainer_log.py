@@ -34,8 +34,10 @@ def test_a_resumed_run_replaces_the_steps_that_it_repeats(tmp_path):
     logged(tmp_path, range(1, 8), 0.0)  # killed: never closed
     logged(tmp_path, range(5, 9), 1.0).close()
     assert steps_of(tmp_path) == [(i, 0.0) for i in range(1, 5)] + [(i, 1.0) for i in range(5, 9)]
-    logged(tmp_path, range(1, 3), 2.0)
-    assert steps_of(tmp_path) == [(1, 2.0), (2, 2.0)]
+    logged(tmp_path, range(0, 3), 2.0)
+    assert steps_of(tmp_path) == [(0, 2.0), (1, 2.0), (2, 2.0)]
+    logged(tmp_path, range(1, 3), 3.0)  # a fresh start: an older evaluation is no part of it
+    assert steps_of(tmp_path) == [(1, 3.0), (2, 3.0)]
 
 
 def test_a_run_that_logs_nothing_leaves_what_is_there(tmp_path):

@@ -1,19 +1,24 @@
 """A run that was stopped goes on bit by bit as if it had not been, wherever it was stopped."""
 
 import os
+import random
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from trainer_runs import HELD_OUT, ROWS, judge, trainer_of, weights_of
+from trainer_runs import HELD_OUT, ROWS, Scores, judge, trainer_of, weights_of
 from transformers import Qwen3ForCausalLM
 
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer import state
 from grpo_fused.trainer.checkpoint import checkpoints
+from grpo_fused.trainer.state import checksum
 
 # Steps 4 to 6 are inside the buffers of other rollouts than 2; the reference moves at 4 and 8.
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
@@ -187,6 +192,45 @@ def test_another_run_cannot_be_resumed(saved, options, message):
     trainer, _ = trainer_of(saved, **{"resume": "latest", **options})
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_the_checkpoints_of_another_run_are_not_replaced(saved, tmp_path):
+    options = {"max_steps": 2, "save_steps": 1}
+    trainer_of(tmp_path, **options)[0].train()
+    trainer, _ = trainer_of(tmp_path, resume=str(saved / "checkpoint-1"), **options)
+    with pytest.raises(ValueError, match="has checkpoint-2 of an earlier run"):
+        trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_what_a_checkpoint_knows_of_rows_is_the_same_in_every_process():
+    program = (
+        "from grpo_fused.trainer.state import checksum\n"
+        "print(checksum([{'prompt': 'a', 1: {'b', 'c', 'd'}, ('x', 2): object(), 'e': [0.5]}]))"
+    )
+    found = set()
+    for seed in ("1", "2", "3"):
+        command = [sys.executable, "-c", program]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        found.add(subprocess.check_output(command, env=environment, text=True))
+    assert len(found) == 1
+    assert checksum([{"prompt": "a"}]) != checksum([{"prompt": "b"}])
+
+
+def test_an_evaluation_changes_no_draw_of_a_reward(tmp_path):
+    def drawn(*arguments):
+        totals = [random.random() + np.random.random() for _ in arguments[0]]
+        return Scores(torch.tensor(totals), {})
+
+    options = {"rewards": drawn, "eval_data": HELD_OUT[:3], "eval_temperature": 1.0}
+    rewards = []
+    for every in (1, 4):
+        trainer, records = trainer_of(tmp_path / str(every), eval_steps=every, **options)
+        random.seed(0)
+        np.random.seed(0)
+        trainer.train()
+        rewards.append([records[step]["reward"] for step in range(1, 5)])
+    assert rewards[0] == rewards[1] and len(set(rewards[0])) == 4
 
 
 def test_another_number_of_ranks_cannot_be_resumed(tmp_path):

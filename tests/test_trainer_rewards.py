@@ -53,7 +53,8 @@ def test_functions_get_what_their_signature_names():
     rewards.trainer_state = State
     scores = rewards(PROMPTS, COMPLETIONS, IDS, COLUMNS)
     assert seen == {"answer": COLUMNS["answer"], "trainer_state": State, "prompts": PROMPTS,
-                    "completions": COMPLETIONS, "ids": IDS}  # fmt: skip
+                    "completions": COMPLETIONS, "ids": IDS,
+                    "log_metric": seen["log_metric"], "log_extra": seen["log_extra"]}  # fmt: skip
     assert scores.each["few"].tolist() == [1.0, 0.0, 0.0]
     assert scores.total.tolist() == [5.0, 4.0, 4.0]
     assert scores.total.dtype == torch.float32 and scores.steps is None
@@ -100,6 +101,32 @@ def test_async_functions_run_at_the_same_time_even_inside_a_loop():
     scores = asyncio.run(asyncio.wait_for(inside(), 30))
     assert scores.total.tolist() == [4.5, 4.5, 5.5]
     assert list(scores.each) == ["function", "function_2", "Caller", "length"]
+
+
+def test_what_is_bound_to_a_loop_lasts():
+    """A client or a lock that a reward keeps belongs to the loop that it was first used in."""
+    lock = asyncio.Lock()
+
+    async def locked(completions):
+        async with lock:
+            await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    rewards = Rewards([locked, locked])  # one waits for the other
+    for _ in range(2):
+        assert rewards(PROMPTS, COMPLETIONS, IDS, COLUMNS).total.tolist() == [2.0] * 3
+
+
+def test_rewards_may_log():
+    def logs(completions, log_metric, log_extra):
+        log_metric("share", 0.5)
+        log_metric("share", 1.0)
+        log_extra("read", [text * 2 for text in completions])
+        return [1.0] * len(completions)
+
+    scores = judged([logs, length])
+    assert scores.metrics == {"share": [0.5, 1.0]}
+    assert scores.extra == {"read": ["22", "33", "6666"]}
 
 
 def test_steps_and_numbers_together():
@@ -180,8 +207,12 @@ def test_a_missing_column_is_named():
     def needs(completions, solution):
         return [1.0] * 3
 
-    with pytest.raises(ValueError, match="needs wants solution, .*there are .*answer"):
-        judged(needs)
+    def needs_it_too(completions, solution, **columns):
+        return [1.0] * 3
+
+    for function in (needs, needs_it_too):
+        with pytest.raises(ValueError, match="needs.* wants solution, .*there are .*answer"):
+            judged(function)
 
 
 @pytest.mark.parametrize(

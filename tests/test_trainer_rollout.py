@@ -207,6 +207,10 @@ def test_a_sampler_s_log_probabilities_become_weights(options):
     [
         ([[4]], "rollout_fn must return a dict with completion_ids"),
         ({"logprobs": []}, "rollout_fn must return a dict with completion_ids"),
+        (
+            dict.fromkeys(["completion_ids", "env_mask", "completion_mask"], [[1]] * 16),
+            "env_mask is completion_mask by TRL's name, got both",
+        ),
         ({"completion_ids": [[4]]}, "completion_ids must be one per prompt, 16, got 1"),
         ({"completion_ids": [[4]] * 16, "prompt_ids": [[]] * 16}, "prompt_ids must have a token"),
         ({"completion_ids": [[4, 4, 4]] * 16}, "completion 0 has 3 tokens, max_.* is 2"),
@@ -280,6 +284,9 @@ def test_what_a_rollout_fn_leaves_out():
     trainer, _ = trainer_of("unused", rollout_fn=lambda prompts, trainer: output)
     batch = collect(trainer).batch
     assert batch.sampling_logps is None and batch.completion_mask.sum() == 24
+    output["env_mask"] = [[1], [1, 0]] * 8  # as TRL calls completion_mask
+    assert collect(trainer).batch.completion_mask.sum() == 16
+    del output["env_mask"]
     output["truncated"] = numpy.array([True, False] * 8)
     options = {"rollout_fn": lambda prompts, trainer: output, "mask_truncated_completions": True}
     assert collect(trainer_of("unused", **options)[0]).batch.completion_mask.sum() == 16

@@ -230,12 +230,16 @@ def test_a_model_by_name_and_trackers(tmp_path):
         prompts_per_rollout=2,
         max_steps=1,
         max_completion_length=2,
+        completions_steps=1,
         progress_bar=False,
     )
     steps = []
 
-    def any_digit(completions, answer, trainer_state, **columns):
+    def any_digit(completions, answer, trainer_state, log_metric, log_extra, **columns):
         steps.append((trainer_state.global_step, trainer_state.max_steps))
+        log_metric("share", 0.5)
+        log_metric("share", 0.75)
+        log_extra("wanted", answer)
         return [float(text[:1].isdigit()) for text in completions]
 
     def matches(completions, answer):
@@ -245,6 +249,10 @@ def test_a_model_by_name_and_trackers(tmp_path):
     assert steps == [(0, 1)]
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert {"step", "reward", "rewards/any_digit", "rewards/matches"} <= set(json.loads(line))
+    assert json.loads(line)["share"] == 0.625
+    table = (tmp_path / "run" / "completions" / "0.jsonl").read_text().splitlines()
+    answers = {row["prompt"]: row["answer"] for row in ROWS}
+    assert all(row["wanted"] == answers[row["prompt"]] for row in map(json.loads, table))
     names = [path.name for path in (tmp_path / "run").rglob("*")]
     assert "reward.png" in names
     assert any(name.startswith("events.out.tfevents") for name in names)

@@ -139,6 +139,10 @@ def test_one_column_behind_whole_blocks(dtype, device):
             assert relative_error(a, b) < 2e-6
         assert relative_error(rows.values, want) < {torch.float32: 3e-6}.get(dtype, 8e-3)
         rows.check_outside()
+    rows.values.copy_(values)
+    launchers.rescale(rows.values, 3.0, 1.5)
+    assert torch.equal(rows.values, 2 * values.to(device))
+    rows.check_outside()
 
 
 @DTYPES

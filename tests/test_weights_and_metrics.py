@@ -6,7 +6,7 @@ from batches import make_batch, relative_error
 
 import oracle
 from grpo_fused import LOSSES, grpo_loss, token_weights
-from grpo_fused.metrics import means
+from grpo_fused.metrics import SUMS, means
 from grpo_fused.weights import RULES
 
 DIVISORS = {"num_items_in_batch": 37, "num_sequences_in_batch": 9, "max_completion_length": 11}
@@ -126,3 +126,13 @@ def test_metrics_that_were_not_computed_are_absent(implementation, device):
         batch.logits, batch.ids, batch.mask, batch.advantages, implementation=implementation
     )
     assert "kl" not in out.metrics and "entropy" not in out.metrics and out.entropies is None
+    assert out.sums[SUMS.index("kl")] == 0 == out.sums[SUMS.index("entropy")]
+
+
+def test_values_of_masked_tokens_are_0(implementation, device):
+    batch = make_batch(device=device)
+    arguments = (batch.logits, batch.ids, batch.mask, batch.advantages)
+    out = grpo_loss(*arguments, compute_entropy=True, implementation=implementation)
+    masked = batch.mask == 0
+    assert masked.any() and (out.logps[masked] == 0).all() and (out.entropies[masked] == 0).all()
+    assert (out.logps[~masked] != 0).all() and (out.entropies[~masked] != 0).all()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from trainer_runs import HELD_OUT, Scores, judge, trainer_of, weights_of
 
@@ -21,6 +21,7 @@ from grpo_fused.trainer.collect import judge as judge_rollout
 from grpo_fused.trainer.evaluation import evaluate
 from grpo_fused.trainer.policy import Reference, trained
 from grpo_fused.trainer.rewards import Rewards
+from grpo_fused.trainer.rollout import Sampler
 from grpo_fused.trainer.setup import check_model, split_columns
 from grpo_fused.trainer.signals import Signals
 
@@ -137,6 +138,9 @@ def keeps_sharded_adapters():
     again = Reference(policy)
     again.load_state_dict(reference.state_dict(), policy)
     assert all(not isinstance(tensor, DTensor) for tensor in reference.state_dict())
+    register_fsdp_forward_method(policy, "generate")  # as the trainer does
+    sampler = Sampler(make_tokenizer(), policy, GRPOTrainerConfig(max_completion_length=2))
+    assert len(sampler.sample(policy, [[4]], temperature=1.0)) == 1
     for this in (reference, again):
         with this.instead_of(policy, policy) as model:
             assert torch.equal(model(input_ids=ids).logits, before)

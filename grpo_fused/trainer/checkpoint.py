@@ -145,21 +145,20 @@ def find_checkpoint(resume, output_dir):
     """The checkpoint that the setting `resume` means, or None for a fresh start.
 
     Raises:
-        ValueError: no such checkpoint, or a damaged one; a fresh start over another run.
+        ValueError: no such checkpoint, or a damaged one; output_dir has those of another run.
     """
     if resume == "latest":
         return newest(output_dir)
-    if resume is None:
+    path = None if resume is None else Path(resume)
+    if path is not None and not path.is_dir():
+        raise ValueError(f"resume must be latest or the folder of a checkpoint, got {resume!r}")
+    if path is None or path.resolve().parent != Path(output_dir).resolve():
         if found := checkpoints(output_dir):
             raise ValueError(
                 f"output_dir {output_dir} has {found[-1].name} of an earlier run: resume=latest "
                 "continues it, another folder starts anew"
             )
-        return None
-    path = Path(resume)
-    if not path.is_dir():
-        raise ValueError(f"resume must be latest or the folder of a checkpoint, got {resume!r}")
-    if reason := why_damaged(path):
+    if path is not None and (reason := why_damaged(path)):
         raise ValueError(f"resume: {path} is damaged, {reason}")
     return path
 

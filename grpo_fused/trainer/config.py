@@ -1,39 +1,19 @@
 """Every setting of a training run: its unit, what it means, which values it takes."""
 
-import math
-from dataclasses import dataclass, field, fields, replace
-from typing import get_args, get_origin
+from dataclasses import dataclass, fields, replace
 
 from grpo_fused import LOSSES
 from grpo_fused.advantages import SCALES
-from grpo_fused.checks import check_choice, nearest
+from grpo_fused.checks import nearest
 from grpo_fused.corrections import LEVELS, MODES
 from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.objectives import LEVELS as RATIO_LEVELS
+from grpo_fused.trainer.options import check_field, option
 from grpo_fused.validation import check_objective
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
-NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def option(
-    default, text, *, low=-math.inf, high=math.inf, above=-math.inf, choices=None, free=False
-):
-    """A field that says what it means and what it takes.
-
-    Args:
-        default: its value; a list or dict is copied for every config.
-        text: what it means, with its unit.
-        low, high, above: bounds of a number or of a list's; low and high may be reached.
-        choices: the values of a string.
-        free: it may change when a run is resumed, whose results do not depend on it.
-    """
-    metadata = dict(help=text, low=low, high=high, above=above, choices=choices, free=free)
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -139,7 +119,7 @@ class GRPOTrainerConfig:
         None, "checkpoint folder, or latest: the newest whole one of output_dir, if any", free=True
     )
     save_steps: int | None = option(
-        100, "optimizer steps between checkpoints; none: none but at SIGTERM", low=1, free=True
+        100, "optimizer steps between checkpoints; none: none but at a signal", low=1, free=True
     )
     save_total_limit: int | None = option(
         2, "checkpoints kept, the newest; none: all", low=1, free=True
@@ -156,11 +136,13 @@ class GRPOTrainerConfig:
     )
     completions_rows: int = option(8, "completions in a table", low=1, free=True)
     report_to: list[str] = option(
-        ["tensorboard"], "trackers of Accelerate, as wandb or trackio", free=True
+        ["tensorboard"], "trackers of Accelerate, as wandb or trackio; [] or none: none", free=True
     )
     progress_bar: bool = option(True, "show one", free=True)
 
     def __post_init__(self):
+        if self.report_to in ("none", ["none"]):  # as transformers has it
+            self.report_to = []
         for this in fields(self):
             check_field(this, getattr(self, this.name))
         check_objective_knobs(self.loss_type, self.objective)
@@ -227,7 +209,8 @@ class TrainConfig(GRPOTrainerConfig):
     task_rows: int = option(1000, "rows drawn from a reasoning_gym task", low=1)
     system_prompt: str | None = option(None, "makes chats of prompts that are text")
     rewards: list[str] = option(
-        [], "path.py:function, module:function, math_verify, exact_match, or a reward model"
+        [],
+        "path.py:function, module:function, math_verify, exact_match, reasoning_gym, a folder",
     )
     reward_weights: list[float] | None = option(None, "one per reward; none: 1 each")
     lora_rank: int = option(0, "rank of LoRA adapters; 0: all weights are trained", low=0)
@@ -243,46 +226,15 @@ class TrainConfig(GRPOTrainerConfig):
                 raise ValueError(f"{name} is needed, got {getattr(self, name)!r}")
         if self.eval_data and not self.eval_steps:
             raise ValueError(f"eval_data wants eval_steps, got {self.eval_data!r} without")
+        if self.lora_target_modules and not self.lora_rank:
+            raise ValueError(
+                f"lora_target_modules wants lora_rank, got {self.lora_target_modules} with rank 0"
+            )
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ValueError(
                 f"reward_weights must be one per reward, {len(self.rewards)}, "
                 f"got {len(self.reward_weights)}"
             )
-
-
-def check_field(this, value):
-    """One value against what its field says that it takes."""
-    if value is None and type(None) in get_args(this.type):
-        return
-    kind = next((t for t in get_args(this.type) if t is not type(None)), this.type)
-    if get_origin(this.type) in (list, dict):
-        outer, kind = get_origin(this.type), get_args(this.type)[-1]
-    elif get_origin(kind) in (list, dict):
-        outer, kind = get_origin(kind), get_args(kind)[-1]
-    else:
-        outer = None
-    if outer and not isinstance(value, outer):
-        raise ValueError(f"{this.name} must be a {outer.__name__}, got {value!r}")
-    values = value.values() if outer is dict else value if outer is list else [value]
-    for one in values:
-        check_value(this.name, one, kind, this.metadata)
-
-
-def check_value(name, value, kind, rules):
-    """A str, bool, int or finite float within the bounds of `option`."""
-    types = (int, float) if kind is float else kind
-    if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} must be {NAMES[kind]}, got {value!r}")
-    if rules["choices"] is not None:
-        check_choice(name, value, rules["choices"])
-    if kind in (bool, str):
-        return
-    low, high, above = rules["low"], rules["high"], rules["above"]
-    if not (low <= value <= high and value > above and math.isfinite(value)):
-        bounds = [f"at least {low}"] if low > -math.inf else []
-        bounds += [f"above {above}"] if above > -math.inf else []
-        bounds += [f"at most {high}"] if high < math.inf else []
-        raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, got {value}")
 
 
 def check_objective_knobs(loss_type, knobs):

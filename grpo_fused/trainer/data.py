@@ -88,7 +88,7 @@ def _read(source, split, task_size, task_seed):
 
 def _jsonl(path):
     rows, names = [], {}
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -104,6 +104,7 @@ def _jsonl(path):
 
 
 def _csv(path):
+    csv.field_size_limit(2**31 - 1)  # or a prompt of 131,072 characters is an error
     with open(path, encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark
         reader = csv.DictReader(file)
         rows = []

@@ -4,20 +4,22 @@ import torch
 
 from grpo_fused.trainer.collect import judge
 from grpo_fused.trainer.setup import split_columns
+from grpo_fused.trainer.state import random_states, set_random_states
 
 
 def evaluate(trainer):
     """Mean rewards and length over `trainer.eval_data`, all ranks: a dict of `eval/...`.
 
-    Every rank completes as many rows as any other, the last ones perhaps for nothing. Samples of
-    the training stay what they would be.
+    Every rank completes as many rows as any other, the last ones perhaps for nothing. Samples and
+    rewards of the training stay what they would be.
     """
     config, accelerator = trainer.config, trainer.accelerator
     ranks, number = accelerator.num_processes, len(trainer.eval_data)
     places = range(accelerator.process_index, -(-number // ranks) * ranks, ranks)
     device = accelerator.device
     sums = counts = 0.0
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    states = random_states(device)
+    try:
         for start in range(0, len(places), config.eval_batch_size):
             part = places[start : start + config.eval_batch_size]
             prompts, columns = split_columns([trainer.eval_data[i % number] for i in part])
@@ -33,6 +35,8 @@ def evaluate(trainer):
             counted = torch.tensor([i < number for i in part]) & ~matrix.isnan()
             sums = sums + matrix.where(counted, 0.0).sum(1)
             counts = counts + counted.sum(1)
+    finally:
+        set_random_states(states, device)
     sums, counts = accelerator.reduce(torch.stack([sums, counts]).to(device)).cpu()
     means = (sums / counts).tolist()  # NaN where nobody judged
     return {f"eval/{name}": mean for name, mean in zip(values, means, strict=True)}

@@ -1,6 +1,7 @@
 """The figures of a rollout and of a step: over all ranks, in one exchange and one wait each."""
 
 import torch
+from accelerate.utils import gather_object
 
 from grpo_fused import metrics
 from grpo_fused.trainer.policy import whole
@@ -41,6 +42,11 @@ def rollout_figures(accelerator, rollout, scores, group_size):
     }
     for name, values in zip(names, each, strict=True):
         figures[f"rewards/{name}"] = values.nanmean()
+    logged = {}
+    for of_rank in gather_object([scores.metrics]):
+        for name, values in of_rank.items():
+            logged[name] = [*logged.get(name, ()), *values]
+    figures |= {name: sum(values) / len(values) for name, values in logged.items()}
     return {name: float(value) for name, value in figures.items()}, rewards
 
 
@@ -73,7 +79,7 @@ def table(rollout, scores, sampler, num_rows):
     for i, text in enumerate(texts):
         each = {name: float(values[i]) for name, values in (scores.each or {}).items()}
         row = {"prompt": rollout.prompts[i], "completion": text, "reward": float(scores.total[i])}
-        rows.append(row | each)
+        rows.append(row | each | {name: values[i] for name, values in scores.extra.items()})
     return rows
 
 

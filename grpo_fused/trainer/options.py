@@ -1,18 +1,68 @@
-"""Options of a dataclass from a YAML file and `--name value`, each of its field's type."""
+"""Options of a dataclass: what a field takes; from a YAML file and `--name value`."""
 
+import math
 import textwrap
 import types
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from grpo_fused.checks import nearest
+from grpo_fused.checks import check_choice, nearest
 
 NOTHING = ("", "none", "null", "~")
+NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def option(
+    default, text, *, low=-math.inf, high=math.inf, above=-math.inf, choices=None, free=False
+):
+    """A field that says what it means and what it takes.
+
+    Args:
+        default: its value; a list or dict is copied for every config.
+        text: what it means, with its unit.
+        low, high, above: bounds of a number or of a list's; low and high may be reached.
+        choices: the values of a string.
+        free: it may change when a run is resumed, whose results do not depend on it.
+    """
+    metadata = dict(help=text, low=low, high=high, above=above, choices=choices, free=free)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_field(this, value):
+    """One value against what its field says that it takes."""
+    kind = _not_none(this.type)
+    if value is None and kind is not this.type:
+        return
+    outer = get_origin(kind)
+    if outer and not isinstance(value, outer):
+        raise ValueError(f"{this.name} must be a {outer.__name__}, got {value!r}")
+    values = value.values() if outer is dict else value if outer is list else [value]
+    for one in values:
+        check_value(this.name, one, get_args(kind)[-1] if outer else kind, this.metadata)
+
+
+def check_value(name, value, kind, rules):
+    """A str, bool, int or finite float within the bounds of `option`."""
+    types = (int, float) if kind is float else kind
+    if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} must be {NAMES[kind]}, got {value!r}")
+    if rules["choices"] is not None:
+        check_choice(name, value, rules["choices"])
+    if kind in (bool, str):
+        return
+    low, high, above = rules["low"], rules["high"], rules["above"]
+    if not (low <= value <= high and value > above and math.isfinite(value)):
+        bounds = [f"at least {low}"] if low > -math.inf else []
+        bounds += [f"above {above}"] if above > -math.inf else []
+        bounds += [f"at most {high}"] if high < math.inf else []
+        raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, got {value}")
 
 
 def load_options(cls, path: str | Path | None = None, overrides: Sequence[str] = ()):
@@ -170,13 +220,12 @@ def _not_none(hint):
 
 
 def _name_of(hint):
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     kind = _not_none(hint)
     outer, inner = get_origin(kind), get_args(kind)
     if outer is list:
-        name = f"a list of {names[inner[0]].split()[-1]}s"
+        name = f"a list of {NAMES[inner[0]].split()[-1]}s"
     elif outer is dict:
-        name = f"a mapping from names to {names[inner[1]].split()[-1]}s"
+        name = f"a mapping from names to {NAMES[inner[1]].split()[-1]}s"
     else:
-        name = names[kind]
+        name = NAMES[kind]
     return name if kind is hint else f"{name} or none"

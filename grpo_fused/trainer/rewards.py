@@ -1,11 +1,12 @@
 """Rewards: functions with TRL's signature, reward models, scores of steps; weighted, added."""
 
 import asyncio
+import functools
 import inspect
 import math
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,6 +14,7 @@ from grpo_fused.trainer.errors import TrainingError
 from grpo_fused.trainer.judges import find_reward
 
 NOTHING = float("nan")
+NO_COLUMNS = ("trainer_state", "log_metric", "log_extra")
 
 
 @dataclass
@@ -25,12 +27,16 @@ class Scores:
             a reward of steps their sum.
         steps: None, or per completion [(end_token, score), ...] with weights.
         weights: of `each`; none where `total` is no weighted sum.
+        metrics: name -> numbers that rewards logged.
+        extra: name -> list of B values that rewards logged for the table of completions.
     """
 
     total: torch.Tensor
     each: dict[str, torch.Tensor]
     steps: list[list[tuple[int, float]]] | None = None
     weights: Sequence[float] = ()
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list] = field(default_factory=dict)
 
     def as_steps(self, completion_ids):
         """`steps`, or where only others' completions have some, numbers as steps at the end."""
@@ -45,8 +51,10 @@ class Rewards:
     """Judges completions with several functions.
 
     A function is called as in TRL, `function(prompts=, completions=, completion_ids=,
-    trainer_state=, <columns of the data>)`, with those of them that its signature names or with
-    all if it ends in `**kwargs`. It returns one entry per completion: a number, None (not judged)
+    trainer_state=, log_metric=, log_extra=, <columns of the data>)`, with those of them that its
+    signature names or with all if it ends in `**kwargs`. `log_metric(name, number)` adds to the
+    mean of a metric of the rollout, `log_extra(name, values)` a column to its table of completions.
+    It returns one entry per completion: a number, None (not judged)
     or, for process supervision, [(end_token, score), ...], where end_token is the index of a
     step's last token in the completion. It may be `async`: those run at the same time. If one
     scores steps, numbers of the others become a step that ends with the completion.
@@ -106,6 +114,9 @@ class Rewards:
         """
         arguments = columns | {"prompts": prompts, "completions": completions}  # not the data's own
         arguments |= {"completion_ids": completion_ids, "trainer_state": self.trainer_state}
+        metrics, extra = {}, {}
+        arguments["log_metric"] = lambda name, x: metrics.setdefault(name, []).append(float(x))
+        arguments["log_extra"] = lambda name, values: extra.update({name: list(values)})
         results = self._results(arguments)
         parsed = {
             name: _parse(name, result, completion_ids)
@@ -115,12 +126,12 @@ class Rewards:
         weighted = torch.stack([w * v for w, v in zip(self.weights, each.values(), strict=True)])
         total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), NOTHING)
         if not any(isinstance(value, list) for values in parsed.values() for value in values):
-            return Scores(total, each, None, self.weights)
+            return Scores(total, each, None, self.weights, metrics, extra)
         steps = [
             _steps(row, self.weights, len(ids))
             for row, ids in zip(zip(*parsed.values(), strict=True), completion_ids, strict=True)
         ]
-        return Scores(total, each, steps, self.weights)
+        return Scores(total, each, steps, self.weights, metrics, extra)
 
     def _results(self, arguments):
         """What every function returned; those that are async run at the same time."""
@@ -150,15 +161,15 @@ def _chosen(name, function, arguments):
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some builtins have none
         return arguments
-    if any(this.kind is this.VAR_KEYWORD for this in parameters):
-        return arguments
     for this in parameters:
-        if this.default is this.empty and this.kind not in (this.VAR_POSITIONAL,):
+        if this.default is this.empty and this.kind not in (this.VAR_POSITIONAL, this.VAR_KEYWORD):
             if this.name not in arguments or this.kind is this.POSITIONAL_ONLY:
                 raise ValueError(
                     f"reward {name} wants {this.name}, which is no column of the data: there are "
                     f"{', '.join(arguments)}"
                 )
+    if any(this.kind is this.VAR_KEYWORD for this in parameters):
+        return arguments
     taken = {this.name for this in parameters}
     return {key: value for key, value in arguments.items() if key in taken}
 
@@ -169,7 +180,7 @@ def _is_async(function):
 
 
 def _run(calls):
-    """Results of async calls, exceptions among them; in a thread: this one may have a loop."""
+    """Results of async calls, exceptions among them."""
     if not calls:
         return []
 
@@ -177,8 +188,16 @@ def _run(calls):
         made = [function(**arguments) for function, arguments in calls]
         return await asyncio.gather(*made, return_exceptions=True)
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(together())).result()
+    return asyncio.run_coroutine_threadsafe(together(), _event_loop()).result()
+
+
+@functools.cache
+def _event_loop():
+    """One for the whole run, to which clients and locks of rewards are bound; in its own thread,
+    because this one may have another."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
 
 
 def _located(name, function, arguments, error, every):
@@ -187,7 +206,7 @@ def _located(name, function, arguments, error, every):
     what = f"{type(error).__name__}: {error}"
     for i in range(size):
         alone = {
-            key: values if key == "trainer_state" else values[i : i + 1]
+            key: values if key in NO_COLUMNS else values[i : i + 1]
             for key, values in arguments.items()
         }
         try:

@@ -155,6 +155,10 @@ def checked(output, prompts, columns, sampler) -> Rollout:
     if not isinstance(output, dict) or "completion_ids" not in output:
         raise ValueError(f"rollout_fn must return a dict with completion_ids, got {type(output)}")
     output = {name: values for name, values in output.items() if values is not None}
+    if "env_mask" in output:  # TRL's name
+        if "completion_mask" in output:
+            raise ValueError("rollout_fn: env_mask is completion_mask by TRL's name, got both")
+        output["completion_mask"] = output.pop("env_mask")
     for name, values in output.items():
         if len(values) != len(prompts):
             raise ValueError(

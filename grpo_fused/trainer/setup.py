@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 
@@ -49,6 +50,17 @@ def check_accelerator(config, accelerator):
             "the accelerator's ranks must each have rows of their own (data parallel, sharded or "
             f"not), got tensor parallel {parallel.tp_size}, context parallel {parallel.cp_size}"
         )
+    project = getattr(accelerator, "project_configuration", None)
+    if getattr(project, "automatic_checkpoint_naming", False):
+        raise ValueError(
+            "the accelerator's automatic_checkpoint_naming must be False: checkpoints would lie "
+            "outside of the folder that is listed, synced and named as one"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP must be version 2 (fsdp_version: 2): version 1 hands generate and the reference "
+            "flat shards"
+        )
     if accelerator.mixed_precision != config.mixed_precision:
         raise ValueError(
             f"mixed_precision is {config.mixed_precision!r}, that of the accelerator is "
@@ -79,6 +91,10 @@ def hyperparameters(config):
 
 def check_rows(name, data):
     """Rows that have a prompt each."""
+    if isinstance(data, dict):
+        raise ValueError(f"{name} must be rows, got a dict of {', '.join(map(str, data))}")
+    if data is not None and not hasattr(data, "__len__"):
+        raise ValueError(f"{name} must have a length, got {type(data).__name__}")
     if data is None or len(data) == 0:
         raise ValueError(f"{name} has no rows")
     if not isinstance(data[0], dict) or "prompt" not in data[0]:

@@ -7,6 +7,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import SAFE_WEIGHTS_NAME
 from safetensors.torch import load_file
@@ -79,7 +80,9 @@ def load(trainer, folder):
 
 def random_states(device):
     """What sampling on a rank, and rewards in Python, draw from."""
+    kind, keys, *rest = np.random.get_state()
     states = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    states["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
@@ -88,6 +91,8 @@ def random_states(device):
 def set_random_states(states, device):
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
 
@@ -98,7 +103,7 @@ def describe(trainer):
         "rollouts": trainer.rollouts,
         "ranks": trainer.accelerator.num_processes,
         "rows": len(trainer.data),
-        "content of rows": checksum(trainer.data),
+        "content of rows": trainer.checksum,
         "frozen weights": trainer.frozen,
         "adapters": adapters_of(trainer.unwrapped),
         "config": dataclasses.asdict(trainer.config),
@@ -117,8 +122,19 @@ def adapters_of(model):
 def checksum(rows, most=100):
     """Of some rows, evenly spread: other data of the same length is other data."""
     step = max(1, len(rows) // most)
-    text = json.dumps([rows[i] for i in range(0, len(rows), step)], default=str, sort_keys=True)
-    return zlib.crc32(text.encode())
+    return zlib.crc32(repr([_plain(rows[i]) for i in range(0, len(rows), step)]).encode())
+
+
+def _plain(value):
+    """What is the same in every process: no address, no order of a set."""
+    if isinstance(value, dict):
+        return sorted(repr((_plain(key), _plain(inner))) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(_plain(inner)) for inner in value)
+    known = value is None or isinstance(value, (str, bytes, int, float))
+    return value if known else type(value).__name__
 
 
 def leave_out_frozen(trainer):
@@ -147,7 +163,7 @@ def leave_out_frozen(trainer):
     trainer.accelerator.register_save_state_pre_hook(leave_out)
     trainer.accelerator.register_load_state_pre_hook(load_rest)
     distinct = {id(p): p for p in frozen.values()}.values()
-    total = float(sum(whole(p).double().abs().sum().cpu() for p in distinct))
+    total = float(sum(whole(p).cpu().double().abs().sum() for p in distinct))
     return f"{total:.6e}"  # the order of a sum is its device's
 
 

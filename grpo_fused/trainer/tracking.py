@@ -80,7 +80,8 @@ class RunLog:
         """Opens the file behind the last step before this one."""
         if self._file is not None:
             self._file.close()
-        self.history = [line for line in self.history if line["step"] < step]
+        going_on = step > 1  # or it is a fresh start, of which an older evaluation is no part
+        self.history = [line for line in self.history if going_on and line["step"] < step]
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         _replace(self.folder / METRICS, lines.encode())
         self._file = open(self.folder / METRICS, "ab", buffering=0)  # no line waits in memory

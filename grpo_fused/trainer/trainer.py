@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
@@ -30,7 +31,7 @@ from grpo_fused.trainer.setup import (
     rows_per_rank,
 )
 from grpo_fused.trainer.signals import Signals
-from grpo_fused.trainer.state import leave_out_frozen, load, save, save_pretrained
+from grpo_fused.trainer.state import checksum, leave_out_frozen, load, save, save_pretrained
 from grpo_fused.trainer.tracking import RunLog
 
 
@@ -58,7 +59,8 @@ class GRPOTrainer:
         rollout_fn: `rollout_fn(prompts, trainer)` instead of `generate`: a dict of lists with one
             entry per prompt (each stands there num_generations times): "completion_ids";
             optionally "prompt_ids", "logprobs" (of each token under the sampler, for rollout
-            correction), "completion_mask" (0: not written by the policy), "truncated"; all else
+            correction), "completion_mask" or "env_mask" (0: not written by the policy),
+            "truncated"; all else
             becomes columns for the rewards. Evaluation calls `generate`.
         on_refresh: called with the trainer after the reference was refreshed: the place to train
             a reward model further (DeepSeekMath, Algorithm 1, line 12), on what passed through
@@ -138,13 +140,15 @@ class GRPOTrainer:
         self.policy = Policy(config, model.train())  # checkpointing is for models in training
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, config))
         self.unwrapped = self.accelerator.unwrap_model(self.model)
+        if isinstance(self.unwrapped, FSDPModule):  # or it would find its root sharded
+            register_fsdp_forward_method(self.unwrapped, "generate")
         self.scheduler = get_scheduler(
             config.lr_scheduler_type,
             getattr(self.optimizer, "optimizer", self.optimizer),
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.max_steps,
         )
-        self.frozen = leave_out_frozen(self)
+        self.frozen, self.checksum = leave_out_frozen(self), checksum(data)
         self.step = self.rollouts = 0
         self.experience: Experience | None = None
 
