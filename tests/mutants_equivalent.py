@@ -167,8 +167,10 @@ EQUIVALENT = {
         "kernels/fused_loss.py `0 -> 1` reports &= part == 0",
     ],
     "whole vectors at any address: the interpreter moves them too, where a device would fail": [
-        "kernels/row_gradient.py `not ENDS #3` if ENDS:",
         "kernels/rescale.py `not ENDS` if ENDS:",
+    ],
+    "the first column of the middle is the first part's either way": [
+        "kernels/row_gradient.py `Lt -> LtE` column = tl.where((column < head) | (col",
     ],
     "in the interpreter the threads of a program are in step": [
         "kernels/logprob.py `IsNot -> Is` if softcap is not None:  # in place, a f",

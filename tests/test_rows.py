@@ -45,10 +45,13 @@ def test_in_place_of_some_positions(positions, implementation, device):
 def test_the_first_ids_outside_of_the_vocabulary(implementation, device, monkeypatch):
     """They are refused where looking at them is free, and NaN elsewhere."""
     monkeypatch.setattr("grpo_fused.validation.check_ids", lambda *args: None)
-    logits = random_logits(1, 4, 11, device=device)
-    ids = torch.tensor([[-1, 0, 10, 11]], device=device)
+    logits = random_logits(1, 5, 11, device=device).requires_grad_()
+    ids = torch.tensor([[-1, 0, -1, 10, 11]], device=device)
     logps, _ = selective_log_softmax(logits, ids, implementation=implementation)
-    assert logps.isnan().tolist() == [[True, False, False, True]]
+    logps.sum().backward()
+    unknown = [[True, False, True, False, True]]
+    assert logps.isnan().tolist() == logits.grad.isnan().all(2).tolist() == unknown
+    assert logits.grad.isnan().any(2).tolist() == unknown  # no row of another's
 
 
 def test_far_beyond_the_softcap(implementation, device):

@@ -120,6 +120,20 @@ def test_kl_is_reported_without_beta(implementation, device):
     assert relative_error(arguments[0].grad, truth.dlogits) < 2e-6
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_kl_of_weight_0_or_1(weight, implementation, device):
+    """Without weight an infinite one is no loss; a weight of exactly 1 is one like any other."""
+    batch = make_batch(device=device)
+    arguments = (batch.leaf(), batch.ids, batch.mask, batch.advantages)
+    options = {"num_items_in_batch": 1, "kl_estimator": "k2", "beta": weight}
+    truth = oracle.grpo_loss(*arguments, **options | {"ref_logps": batch.ref_logps})
+    ref_logps = batch.ref_logps if weight else torch.full_like(batch.ref_logps, -torch.inf)
+    out = grpo_loss(*arguments, ref_logps=ref_logps, implementation=implementation, **options)
+    assert out.loss.item() == pytest.approx(truth.loss, rel=1e-5)
+    out.loss.backward()
+    assert relative_error(arguments[0].grad, truth.dlogits) < 2e-6
+
+
 def test_metrics_that_were_not_computed_are_absent(implementation, device):
     batch = make_batch(device=device)
     out = grpo_loss(
