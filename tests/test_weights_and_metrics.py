@@ -134,6 +134,17 @@ def test_a_kl_of_weight_0_or_1(weight, implementation, device):
     assert relative_error(arguments[0].grad, truth.dlogits) < 2e-6
 
 
+def test_every_term_is_made_for_the_gradient_expected(implementation, device):
+    batch = make_batch(device=device)
+    arguments = (batch.leaf(), batch.ids, batch.mask, batch.advantages)
+    options = {"ref_logps": batch.ref_logps, "beta": 0.1, "entropy_coef": 0.05}
+    truth = oracle.grpo_loss(*arguments, **options)
+    out = grpo_loss(*arguments, grad_scale=4.0, implementation=implementation, **options)
+    assert out.loss.item() == pytest.approx(truth.loss, rel=1e-5)
+    (4.0 * out.loss).backward()  # as expected: no rescaling hides what was made
+    assert relative_error(arguments[0].grad, 4.0 * truth.dlogits) < 2e-6
+
+
 def test_metrics_that_were_not_computed_are_absent(implementation, device):
     batch = make_batch(device=device)
     out = grpo_loss(
