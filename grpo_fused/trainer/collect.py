@@ -16,7 +16,7 @@ from grpo_fused.trainer.experience import (
     step_advantages,
 )
 from grpo_fused.trainer.figures import rollout_figures, table
-from grpo_fused.trainer.rollout import checked
+from grpo_fused.trainer.rollout_fn import checked
 from grpo_fused.trainer.setup import split_columns
 
 
