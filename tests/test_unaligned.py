@@ -71,6 +71,7 @@ def test_the_middle_is_aligned_and_the_ends_are_short(dtype, device):
             assert middle % vector == 0 and 0 <= V - middle <= 2 * (vector - 1)
             assert middle == 0 or 0 <= V - head - middle < vector
             assert inner % vector == 0 and (inner == 0 or inner + vector - 1 <= V)
+            assert inner + 2 * vector - 1 > V  # one more vector would not fit everywhere
 
 
 def loss_and_gradient(of, logits, ids, dlogits, softcap=None, advantage=1.0, bonus=0.1):
