@@ -10,6 +10,7 @@ EQUIVALENT = {
         "kernels/linear_launchers.py `Gt -> GtE` if writes and middle > start:",
         'grpo_fused/ordering.py `Eq -> NotEq` asks = sequences.device.type == "cpu" an',
         "grpo_fused/ordering.py `Is -> IsNot` if live is None:",
+        'grpo_fused/ordering.py `Eq -> NotEq` free = sequences.device.type == "cpu" an',
     ],
     "an assertion of our own: both are of one length": [
         "grpo_fused/linear_coupled.py `True -> False` for group, (start, middle, stop) in zip(",

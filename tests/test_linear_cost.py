@@ -12,7 +12,8 @@ import grpo_fused.kernels.linear as linear
 import grpo_fused.rows as rows
 from grpo_fused import linear_grpo_loss, linear_selective_log_softmax
 from grpo_fused.kernels.linear import TILE_COLUMNS, TILE_ROWS, chunk_limit, chunk_rows
-from grpo_fused.ordering import cut_at_ends
+from grpo_fused.ordering import cut_at_ends, order_tokens
+from grpo_fused.sequences import Padded
 from grpo_fused.sources import default_chunk_bytes
 
 V, H = 53, 16
@@ -256,3 +257,36 @@ def test_chunks_fill_the_device():
 @pytest.mark.parametrize(("total", "want"), [(0, 1), (1, 1), (7, 7), (8, 4), (15, 5), (21, 7)])
 def test_chunks_are_even_on_one_processor(total, want):
     assert chunk_rows(total, 7, H, 1) == want
+
+
+def test_without_a_mask_nothing_is_counted():
+    ids = torch.zeros(2, 3, dtype=torch.long, device="meta")  # who counts here fails
+    assert order_tokens(Padded(ids, None)) == (None, None)
+
+
+@pytest.mark.filterwarnings("error")  # torch warns before it resizes what it is to write into
+def test_a_last_chunk_that_is_shorter():
+    head = make_head_batch()
+    assert int(head.batch.mask.sum()) % 3 == 2
+    leaves = head.leaves("hw")
+    loss_of(head, "torch", leaves, chunk_bytes=chunk_bytes(3))[0].loss.backward()
+    assert all(leaf.grad is not None for leaf in leaves[:2])
+
+
+def test_a_batch_of_one_chunk_stays_as_it_is():
+    """Neither packed nor cut: of short inputs every copy is felt."""
+    hidden, weight = torch.randn(2, 4, H), torch.randn(V, H)
+    ids, values = torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3)
+
+    def head(positions=3, order=None, rows=6, **options):
+        counts = None if order is None else torch.tensor([len(order)] * 2)
+        budget = rows * linear.logits_bytes(1, V, torch.float32)
+        cut = hidden[:, :positions].contiguous()
+        return linear.Head(cut, weight, None, torch.float32, order, counts, ids, budget, **options)
+
+    whole = head()
+    assert whole.whole and whole.pack(values) is values and whole.packed(values) is values
+    assert whole.cut(values, 0, 6) is values
+    assert whole.batch(torch.zeros(6, V)).shape == (2, 3, V)
+    for other in (head(packs=True), head(4), head(order=torch.arange(5)), head(rows=5)):
+        assert not other.whole and other.pack(values).shape == (1, other.active)
