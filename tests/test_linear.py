@@ -48,6 +48,19 @@ def test_every_loss(loss_type, rows, implementation, device):
     assert not leaves[0].grad[:, -1].any() and not leaves[0].grad[:, :6][head.batch.mask == 0].any()
 
 
+@pytest.mark.parametrize("rows", [100, 13], ids=["one_chunk", "two"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_token_has_a_gradient(loss_type, rows, implementation, device):
+    """No position too many, no mask, no advantage of 0: nothing is put in order."""
+    head = make_head_batch(mask=torch.ones(4, 6), extra=0, device=device)
+    head.batch.advantages = torch.tensor([1.0, -0.5, 0.7, -1.2], device=device)
+    options = {"loss_type": loss_type, "old_logps": head.batch.old_logps} | wide(loss_type)
+    truth, gradients = exact(head, **options)
+    out, leaves = loss_of(head, implementation, chunk_bytes=chunk_bytes(rows), **options)
+    out.loss.backward()
+    check(out, leaves, truth, gradients)
+
+
 @pytest.mark.parametrize("rows", [100, 7, 1])
 @pytest.mark.parametrize("loss_type", ["dapo", "luspo", "vespo", "gmpo"])
 def test_without_a_penalty_sequences_without_advantage_take_another_way(

@@ -271,11 +271,13 @@ def test_without_a_mask_nothing_is_counted():
 
 
 @pytest.mark.filterwarnings("error")  # torch warns before it resizes what it is to write into
-def test_a_last_chunk_that_is_shorter():
+@pytest.mark.parametrize(("loss_type", "size"), [("dapo", 3), ("gspo", 7)])
+def test_chunks_of_different_lengths(loss_type, size):
     head = make_head_batch()
-    assert int(head.batch.mask.sum()) % 3 == 2
+    assert int(head.batch.mask.sum()) % size != 0
     leaves = head.leaves("hw")
-    loss_of(head, "torch", leaves, chunk_bytes=chunk_bytes(3))[0].loss.backward()
+    options = {"loss_type": loss_type, "chunk_bytes": chunk_bytes(size)}
+    loss_of(head, "torch", leaves, **options)[0].loss.backward()
     assert all(leaf.grad is not None for leaf in leaves[:2])
 
 

@@ -6,6 +6,7 @@ from batches import make_batch, relative_error
 
 import oracle
 from grpo_fused import LOSSES, grpo_loss, token_weights
+from grpo_fused.autograd import LAUNCHERS
 from grpo_fused.metrics import SUMS, means
 from grpo_fused.weights import RULES
 
@@ -152,6 +153,27 @@ def test_metrics_that_were_not_computed_are_absent(implementation, device):
     )
     assert "kl" not in out.metrics and "entropy" not in out.metrics and out.entropies is None
     assert out.sums[SUMS.index("kl")] == 0 == out.sums[SUMS.index("entropy")]
+
+
+@pytest.mark.parametrize("share", [0.6, 0.0], ids=["some", "none"])
+def test_sums_and_means_of_what_tokens_report(share, implementation, device):
+    shape, generator = (3, 700), torch.Generator().manual_seed(0)  # more than a block
+    loss, kl, ratio, entropies = torch.rand(4, *shape, generator=generator)
+    clipped = torch.randint(-1, 2, shape, generator=generator).float()
+    active = torch.rand(shape, generator=generator) < share
+    masked = [torch.where(active, t, 0.0).to(device) for t in (loss, kl, clipped, ratio, entropies)]
+    results = [torch.full(n, torch.nan, device=device) for n in ((), (8,), (7,))]
+    terms, inputs = torch.stack(masked[:4]), (active.to(device), masked[4])
+    LAUNCHERS[implementation].reduce(terms, *inputs, *results)
+    low, high = ((masked[2] == side).sum().item() for side in (-1, 1))
+    kl, entropy, ratios = (masked[i].double().sum().item() for i in (1, 4, 3))
+    count, total = int(active.sum()), masked[0].double().sum().item()
+    assert results[0].item() == pytest.approx(total, rel=1e-6)
+    assert results[1].tolist() == pytest.approx(
+        [total, count, kl, entropy, count, low, high, ratios], rel=1e-6
+    )
+    means = [value / max(count, 1) for value in (kl, entropy, low, high, low + high, ratios)]
+    assert results[2].tolist() == pytest.approx([*means, masked[3].max().item()], rel=1e-6)
 
 
 def test_values_of_masked_tokens_are_0(implementation, device):
