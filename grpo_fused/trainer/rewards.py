@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from grpo_fused.trainer.errors import TrainingError
+from grpo_fused.trainer.errors import TrainingError, shorten
 from grpo_fused.trainer.judges import find_reward
 
 NOTHING = float("nan")
@@ -220,7 +220,7 @@ def _located(name, function, arguments, error, every):
             prompt, completion = every["prompts"][i], every["completions"][i]
             return TrainingError(
                 f"reward {name} failed on example {i} of {size} ({type(again).__name__}: {again}); "
-                f"prompt: {_shorten(prompt)}; completion: {_shorten(completion)}"
+                f"prompt: {shorten(prompt)}; completion: {shorten(completion)}"
             )
     return TrainingError(f"reward {name} failed on {size} examples, but on none alone ({what})")
 
@@ -288,8 +288,3 @@ def _steps(row, weights, length):
         elif not math.isnan(value) and length:
             steps.append((length - 1, weight * value))
     return steps
-
-
-def _shorten(value, length=80):
-    text = repr(value)
-    return text if len(text) <= length else text[:length] + "..."

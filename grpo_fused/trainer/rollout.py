@@ -8,6 +8,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from grpo_fused.trainer.errors import shorten
+
 
 @dataclass
 class Rollout:
@@ -193,8 +195,3 @@ def generating(model, generation_config):
         yield
     finally:
         base.generation_config = before
-
-
-def shorten(prompt, length=80):
-    text = repr(prompt)
-    return text if len(text) <= length else text[:length] + "..."
