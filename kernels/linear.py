@@ -11,6 +11,7 @@ import torch
 
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of a half-precision matmul on a tensor core
 COPY_BYTES = 64 << 20  # of a matrix that has to be copied into another dtype, at a time
+TURNED_BYTES = 1 << 20  # of logits made as (V, n), at a time: they stay in a core's cache
 
 
 def logits_bytes(rows, V, dtype):
@@ -191,11 +192,8 @@ class Head:
     def logits(self, states, out):
         """Logits of states (n, H), written into `out` (n, V)."""
         for columns, weight in self._weights():
-            target = of_columns(out, columns)
-            if self.bias is None:
-                torch.mm(states, weight.t(), out=target)
-            else:
-                torch.addmm(self.bias[columns], states, weight.t(), out=target)
+            bias = None if self.bias is None else self.bias[columns]
+            project(states, weight, bias, of_columns(out, columns))
         return out
 
     def backward(self, start, stop, states, dlogits):
@@ -205,7 +203,8 @@ class Head:
         if self.dweight is not None:
             add_product(self.dweight, dlogits, states, self.accumulate or start > 0)
         if self.dbias is not None:
-            for columns in blocks(len(self.dbias), len(dlogits) * self.dbias.element_size()):
+            bytes_of_column = len(dlogits) * self.dbias.element_size()
+            for columns in blocks(len(self.dbias), bytes_of_column, COPY_BYTES):
                 total = dlogits[:, columns].sum(0, dtype=self.dbias.dtype)
                 self.dbias[columns] = total if start == 0 else self.dbias[columns] + total
 
@@ -233,7 +232,7 @@ class Head:
         if self.weight.dtype == self.dtype:
             yield slice(0, V), self.weight
             return
-        for columns in blocks(V, H * self.dtype.itemsize):
+        for columns in blocks(V, H * self.dtype.itemsize, COPY_BYTES):
             yield columns, self.weight[columns].to(self.dtype)
 
 
@@ -248,10 +247,27 @@ def of_columns(matrix, columns):
     return matrix if columns.stop - columns.start == matrix.shape[1] else matrix[:, columns]
 
 
-def blocks(rows, bytes_of_row):
-    """Slices of as many rows as COPY_BYTES hold."""
-    length = max(1, COPY_BYTES // max(1, bytes_of_row))
+def blocks(rows, bytes_of_row, budget):
+    """Slices of as many rows as the budget of bytes holds."""
+    length = max(1, budget // max(1, bytes_of_row))
     return [slice(first, min(first + length, rows)) for first in range(0, rows, length)]
+
+
+def project(states, weight, bias, out):
+    """out (n, V) = states (n, H) weight^T + bias.
+
+    On a CPU few rows of float32 are made as (V, n) and turned: MKL reads the weight up to four
+    times as fast that way, and what is turned has at most a quarter of its elements.
+    """
+    rows, H = states.shape
+    if out.device.type == "cpu" and out.dtype == torch.float32 and 1 < rows <= H // 4:
+        for columns in blocks(len(weight), rows * out.element_size(), TURNED_BYTES):
+            turned = torch.mm(weight[columns], states.t()).t()
+            out[:, columns] = turned if bias is None else turned + bias[columns]
+    elif bias is None:
+        torch.mm(states, weight.t(), out=out)
+    else:
+        torch.addmm(bias, states, weight.t(), out=out)
 
 
 def add_product(total, dlogits, hidden, accumulate):
@@ -271,5 +287,5 @@ def add_product(total, dlogits, hidden, accumulate):
             torch.mm(dlogits.t(), hidden, out_dtype=total.dtype, out=total)
     else:
         hidden = hidden.to(total.dtype)
-        for columns in blocks(len(total), len(hidden) * total.element_size()):
+        for columns in blocks(len(total), len(hidden) * total.element_size(), COPY_BYTES):
             add_product(total[columns], dlogits[:, columns].to(total.dtype), hidden, accumulate)

@@ -46,9 +46,9 @@ UNALIGNED = "tests/test_unaligned.py -k '(1031 or 4101 or behind) and fp32'"
 SHARED = "merged or bytes or without or owns or leave or (losses and odd and fp32)"
 SHARED = f"tests/test_shared_rows.py -k '{SHARED}'"
 HEAD = "tests/test_linear.py -k 'torch and (every_loss or packed or upstream or another_way)'"
-HEAD_COST = "tests/test_linear_cost.py -k 'not triton'"
+HEAD_COST = "tests/test_linear_cost.py tests/test_linear_products.py -k 'not triton'"
 HEAD_FILES = "tests/test_linear.py tests/test_linear_cost.py tests/test_linear_use.py"
-HEAD_FILES += " tests/test_linear_compile.py"
+HEAD_FILES += " tests/test_linear_compile.py tests/test_linear_products.py"
 TORCH, TRITON = f"{FILES} -k 'not triton'", f"{FILES} -k 'not torch'"
 
 # Where the mathematics is, and what kills its mutants fastest; then comes all that could.
@@ -107,7 +107,7 @@ NOT_KEYWORDS = {
     "unsafe",
     "disable_licm",
 }
-NOT_NAMES = {"GAP_ELEMENTS", "BLOCK_BYTES", "COPY_BYTES"}
+NOT_NAMES = {"GAP_ELEMENTS", "BLOCK_BYTES", "COPY_BYTES", "TURNED_BYTES"}
 
 # The negation of < is killed by whatever kills <= (the bound itself) or > (the direction).
 SWAPS = [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.FloorDiv, ast.Mod), (ast.And, ast.Or)]

@@ -259,12 +259,6 @@ def test_chunks_are_even_on_one_processor(total, want):
     assert chunk_rows(total, 7, H, 1) == want
 
 
-def test_columns_from_the_middle():
-    matrix = torch.zeros(2, 6)
-    assert linear.of_columns(matrix, slice(2, 4)).shape == (2, 2)
-    assert linear.of_columns(matrix, slice(0, 6)) is matrix
-
-
 def test_without_a_mask_nothing_is_counted():
     ids = torch.zeros(2, 3, dtype=torch.long, device="meta")  # who counts here fails
     assert order_tokens(Padded(ids, None)) == (None, None)
