@@ -7,8 +7,8 @@ import torch
 
 from grpo_fused import reference
 from grpo_fused.kernels.objective import HAS_TRITON
+from grpo_fused.kernels.pages import allocate
 from grpo_fused.metrics import METRICS, SUMS
-from grpo_fused.rows import gradient_memory
 
 LAUNCHERS = {"torch": reference}
 if HAS_TRITON:
@@ -73,7 +73,7 @@ def _gradient_memory(logits, inplace, implementation):
     if inplace:
         return logits
     if implementation == "torch":
-        return gradient_memory(logits)
+        return allocate(logits.shape, logits.dtype, logits.device)
     return _memory_like(logits)
 
 

@@ -19,6 +19,7 @@ from grpo_fused.autograd import (
     spend,
 )
 from grpo_fused.kernels.linear import chunk_limit, logits_memory
+from grpo_fused.kernels.pages import allocate
 from grpo_fused.metrics import METRICS, SUMS
 from grpo_fused.ordering import Order
 
@@ -58,12 +59,12 @@ class Projection(NamedTuple):
         """Gradients to write into; what several chunks add up in, or is `exact`, is float32."""
         dhidden, dweight, dbias = None, None, None
         if wanted[0]:
-            dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+            dhidden = allocate(hidden.shape, hidden.dtype, hidden.device)
         if wanted[1]:
             one_chunk = self.rows(ids) <= chunk_limit(len(weight), self.dtype, self.chunk_bytes)
             rounded = one_chunk and not exact and weight.dtype == self.dtype
             dtype = weight.dtype if rounded else torch.float32
-            dweight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            dweight = allocate(weight.shape, dtype, weight.device)
         if wanted[2]:
             dbias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
         return Gradients(dhidden, dweight, dbias)
@@ -72,8 +73,8 @@ class Projection(NamedTuple):
 def as_parameters(gradients, weight, bias, exact=False):
     """Gradients in the dtypes of what they belong to; that of an `exact` weight stays float32."""
     dhidden, dweight, dbias = gradients
-    if not (dweight is None or exact):
-        dweight = dweight.to(weight.dtype)
+    if not (dweight is None or exact or dweight.dtype == weight.dtype):
+        dweight = allocate(weight.shape, weight.dtype, weight.device).copy_(dweight)
     return dhidden, dweight, None if dbias is None else dbias.to(bias.dtype)
 
 

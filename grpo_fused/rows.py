@@ -4,16 +4,13 @@ No temporary is as large as the logits; the exponentials are computed once, rela
 maximum. They are powers of 2, as in the kernels: `torch.exp` takes four times as long.
 """
 
-import contextlib
 import math
-import mmap
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 BLOCK_BYTES = 8 << 20  # float32 scratch of a block of rows; "Measured facts" in CONTRIBUTING.md
-LAZY_BYTES = 32 << 20  # smaller memory the C library has at hand again, above it maps pages as well
 GAP_ELEMENTS = 1 << 14  # masked rows worth this little are computed with their neighbours
 FLOOR = -1.0e4  # 2^z is exactly 0 below this, and 0 * FLOOR is 0 where 0 * -inf would be NaN
 VECTOR, THREAD_ELEMENTS = 32, 1 << 15  # on a CPU: torch's vectors, and its least share of a thread
@@ -46,32 +43,11 @@ def _matrices(*tensors):
     return list(zip(*([None] * len(tensors[0]) if t is None else t for t in tensors), strict=True))
 
 
-def gradient_memory(logits):
-    """Memory for the gradient of logits, of which masked rows take none on a CPU.
-
-    Pages fresh from the system are zeros that exist once they are written: `blocks` lets them be.
-    Large ones, where the system has them: to be given 4 KiB at a time takes as long as the loss.
-    """
-    size = logits.numel() * logits.element_size()
-    if logits.device.type != "cpu" or torch.compiler.is_compiling() or size < LAZY_BYTES:
-        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    private = (
-        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    )
-    pages = mmap.mmap(-1, size, **private)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(pages, dtype=logits.dtype).view(logits.shape)
-    memory.untouched = True
-    return memory
-
-
 def blocks(logits, dlogits, active):
     """Yield (slice of the rows, block of logits, block of dlogits, rows to select away or None).
 
-    Rows of dlogits that are in no block are masked and zero afterwards. `active` is (N,) bool, or
-    None: all rows are.
+    Rows of dlogits that are in no block are masked and zero afterwards, and take no memory where
+    dlogits is `untouched` (`kernels.pages`). `active` is (N,) bool, or None: all rows are.
     """
     start = 0
     untouched = getattr(dlogits, "untouched", False)

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from .pages import allocate
+
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of a half-precision matmul on a tensor core
 COPY_BYTES = 64 << 20  # of a matrix that has to be copied into another dtype, at a time
 TURNED_BYTES = 1 << 20  # of logits made as (V, n), at a time: they stay in a core's cache
@@ -54,7 +56,7 @@ def _padded(V):
 
 def logits_memory(rows, V, dtype, device):
     """Memory for logits (rows, V), every row aligned."""
-    return torch.empty((rows, _padded(V)), dtype=dtype, device=device)[:, :V]
+    return allocate((rows, _padded(V)), dtype, device)[:, :V]
 
 
 @functools.cache

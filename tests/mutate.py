@@ -75,6 +75,7 @@ KILLERS = {
     "kernels/logprob.py": (BOTH, COLUMNS, KERNEL_BOUNDS, SHARED),
     "kernels/reduce.py": (BOTH, KERNEL_BOUNDS),
     "kernels/rescale.py": ("tests/test_edges.py -k 'triton and upstream'", UNALIGNED),
+    "kernels/pages.py": ("tests/test_memory.py",),
     "kernels/linear.py": (HEAD, HEAD_COST),
     "kernels/linear_launchers.py": (HEAD, HEAD_COST),
     "grpo_fused/linear_coupled.py": (HEAD, HEAD_COST),

@@ -2,14 +2,16 @@
 
 import mmap
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from batches import make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import grpo_fused.kernels.pages as pages
 import grpo_fused.rows as rows
-from grpo_fused import grpo_loss, selective_log_softmax
+from grpo_fused import grpo_loss, linear_grpo_loss, selective_log_softmax
 
 BLOCK = 1 << 16
 
@@ -130,3 +132,68 @@ def test_gradient_of_masked_rows_takes_no_memory(function):
     huge_page = 2 << 20
     assert gradient[0].nbytes <= resident_bytes(gradient) <= gradient[0].nbytes + huge_page
     assert gradient[0].any() and not gradient[1].any()
+
+
+def mapping_flags(tensor):
+    """What the kernel knows of the mapping that a tensor lies in: two letters each."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            start, stop = (int(address, 16) for address in first.split("-"))
+            inside = start <= tensor.data_ptr() < stop
+        elif inside and first == "VmFlags:":
+            return rest
+    return pytest.skip("the kernel tells no flags of mappings")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("reported", "large"), [(None, True), ("-1", True), ("0", False), ("9", False), ("?", True)]
+)
+def test_pages_are_large_unless_a_host_takes_them_back(reported, large, tmp_path, monkeypatch):
+    if large and not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("a kernel without large pages")
+    monkeypatch.setattr(pages, "REPORTING", tmp_path / "page_reporting_order")
+    if reported is not None:
+        pages.REPORTING.write_text(f"{reported}\n")
+    memory = pages.allocate((8, 1 << 20), torch.float32, torch.device("cpu"))
+    assert memory.untouched and not memory.any() and memory.is_contiguous()
+    assert ("hg" in mapping_flags(memory)) == large
+
+
+def test_small_memory_is_the_c_librarys():
+    for length, fresh in ((7, False), (8, True)):
+        memory = pages.allocate((length, 1 << 21), torch.bfloat16, torch.device("cpu"))
+        assert memory.shape == (length, 1 << 21) and memory.dtype == torch.bfloat16
+        assert hasattr(memory, "untouched") == fresh
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gradients_in_fresh_pages(dtype, monkeypatch):
+    """Of a head, in two chunks, some of whose tokens are masked; the same as in other memory."""
+    batch = make_batch(B=2, T=5, V=53, extra=0)
+    hidden, weight = torch.randn(2, 5, 16).to(dtype), torch.randn(53, 16).to(dtype)
+
+    def gradients():
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        budget = 4 * 56 * dtype.itemsize
+        arguments = (batch.ids, batch.mask, batch.advantages)
+        linear_grpo_loss(*leaves, *arguments, chunk_bytes=budget).loss.backward()
+        return [leaf.grad for leaf in leaves]
+
+    want = gradients()
+    allocated = []
+
+    def note(shape, *args):
+        allocated.append(tuple(shape))
+        return allocate(shape, *args)
+
+    allocate = pages.allocate
+    for module in ("grpo_fused.linear_autograd", "grpo_fused.kernels.linear"):
+        monkeypatch.setattr(f"{module}.allocate", note)
+    monkeypatch.setattr(pages, "LARGE_BYTES", 1)
+    for got, wanted in zip(gradients(), want, strict=True):
+        assert torch.equal(got, wanted)
+    of_weight = 1 if dtype == torch.float32 else 2  # added up in float32
+    assert sorted(allocated) == sorted([(2, 5, 16), *[(53, 16)] * of_weight, (4, 56)])
