@@ -14,6 +14,7 @@ from .pages import allocate
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of a half-precision matmul on a tensor core
 COPY_BYTES = 64 << 20  # of a matrix that has to be copied into another dtype, at a time
 TURNED_BYTES = 1 << 20  # of logits made as (V, n), at a time: they stay in a core's cache
+TURNED_ROWS = 256  # the most rows for which that was faster
 
 
 def logits_bytes(rows, V, dtype):
@@ -258,14 +259,17 @@ def blocks(rows, bytes_of_row, budget):
 def project(states, weight, bias, out):
     """out (n, V) = states (n, H) weight^T + bias.
 
-    On a CPU few rows of float32 are made as (V, n) and turned: MKL reads the weight up to four
+    Few rows of float32 are made as (V, n) on a CPU and turned: MKL reads the weight up to four
     times as fast that way, and what is turned has at most a quarter of its elements.
     """
     rows, H = states.shape
-    if out.device.type == "cpu" and out.dtype == torch.float32 and 1 < rows <= H // 4:
+    on_mkl = out.device.type == "cpu" and torch.backends.mkl.is_available()
+    if on_mkl and out.dtype == torch.float32 and 1 < rows <= min(H // 4, TURNED_ROWS):
         for columns in blocks(len(weight), rows * out.element_size(), TURNED_BYTES):
-            turned = torch.mm(weight[columns], states.t()).t()
-            out[:, columns] = turned if bias is None else turned + bias[columns]
+            # Into memory of its own: autocast makes a product without `out` in its dtype.
+            turned = out.new_empty((columns.stop - columns.start, rows))
+            torch.mm(weight[columns], states.t(), out=turned)
+            out[:, columns] = turned.t() if bias is None else turned.t() + bias[columns]
     elif bias is None:
         torch.mm(states, weight.t(), out=out)
     else:

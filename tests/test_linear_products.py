@@ -29,11 +29,12 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5])
 def test_few_rows_of_float32_are_turned(rows, dtype, has_bias, monkeypatch):
     """From two to a quarter of H: the logits of 20 columns at a time, the last time of 13."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(linear, "TURNED_BYTES", 20 * rows * dtype.itemsize + 1)
     states, weight = torch.randn(rows, H).to(dtype), torch.randn(V, H).to(dtype)
     bias = torch.randn(V).to(dtype) if has_bias else None
     memory = linear.logits_memory(rows, V, dtype, states.device)
-    with Products() as products:
+    with Products() as products, torch.autocast("cpu", torch.bfloat16):  # not of these products
         linear.project(states, weight, bias, memory)
     turned = dtype == torch.float32 and rows in (2, 3, 4)
     want = [(20, rows), (20, rows), (13, rows)] if turned else [(rows, V)]
@@ -42,6 +43,17 @@ def test_few_rows_of_float32_are_turned(rows, dtype, has_bias, monkeypatch):
     exact = exact if bias is None else exact + bias.double()
     if rows:
         assert relative_error(memory, exact) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("has_mkl", [False, True], ids=["other", "mkl"])
+def test_more_rows_are_not_turned(has_mkl, monkeypatch):
+    """Nor any without MKL, whose habit it is."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    weight = torch.randn(3, 1100)
+    for rows, turned in ((256, has_mkl), (257, False)):
+        with Products() as products:
+            linear.project(torch.randn(rows, 1100), weight, None, torch.empty(rows, 3))
+        assert products.shapes == [(3, rows) if turned else (rows, 3)]
 
 
 def test_columns_from_the_middle():

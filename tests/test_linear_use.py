@@ -154,6 +154,20 @@ def test_upcast_is_a_head_in_float32(function, device):
 
 
 @BOTH
+@pytest.mark.parametrize("upcast", [False, True], ids=["backward", "upcast"])
+def test_autocast_leaves_float32_alone(upcast, function, device):
+    """Asked for with upcast; or made outside of autocast, in a backward inside of it."""
+    head = make_head_batch(B=1, T=4, H=32, mask=torch.ones(1, 4), device=device)
+    want = gradients(head, functools.partial(function, head, upcast=upcast))
+    leaves = head.leaves()
+    with torch.autocast(device, torch.bfloat16, enabled=upcast):
+        result = function(head, *leaves, upcast=upcast)
+    with torch.autocast(device, torch.bfloat16):
+        result.backward()
+    assert_equal([leaf.grad for leaf in leaves], want)
+
+
+@BOTH
 def test_upcast_without_a_mask(function, device):
     """Hidden states are then used as they lie, and their gradient written where it belongs."""
     mask = torch.ones(4, 6)

@@ -136,8 +136,8 @@ def test_gradient_of_masked_rows_takes_no_memory(function):
 
 def mapping_flags(tensor):
     """What the kernel knows of the mapping that a tensor lies in: two letters each."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    smaps, inside = Path("/proc/self/smaps"), False
+    for line in smaps.read_text().splitlines() if smaps.exists() else []:
         first, *rest = line.split()
         if "-" in first and not first.endswith(":"):
             start, stop = (int(address, 16) for address in first.split("-"))
@@ -149,10 +149,19 @@ def mapping_flags(tensor):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("reported", "large"), [(None, True), ("-1", True), ("0", False), ("9", False), ("?", True)]
+    ("reported", "large"),
+    [
+        (None, True),
+        ("-1", True),
+        ("0", False),
+        ("9", False),
+        ("10", False),
+        ("11", True),
+        ("?", True),
+    ],
 )
 def test_pages_are_large_unless_a_host_takes_them_back(reported, large, tmp_path, monkeypatch):
-    if large and not Path("/sys/kernel/mm/transparent_hugepage").exists():
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("a kernel without large pages")
     monkeypatch.setattr(pages, "REPORTING", tmp_path / "page_reporting_order")
     if reported is not None:
@@ -167,6 +176,11 @@ def test_small_memory_is_the_c_librarys():
         memory = pages.allocate((length, 1 << 21), torch.bfloat16, torch.device("cpu"))
         assert memory.shape == (length, 1 << 21) and memory.dtype == torch.bfloat16
         assert hasattr(memory, "untouched") == fresh
+
+
+def test_missing_memory_is_torchs_error():
+    with pytest.raises(RuntimeError, match="allocate"):
+        pages.allocate((1 << 45,), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
