@@ -51,8 +51,8 @@ def _host_takes_back(reporting):
     """Whether this is a virtual machine that reports its free blocks to a host, which takes them.
 
     A page of 2 MiB would then be given 4 KiB at a time all the same, by the host, which is slower.
-    Linux shows the order of the blocks that it reports; while nobody listens that is -1 or, in older
-    kernels, above that of any block.
+    Linux shows the order of the blocks that it reports; while nobody listens that is -1 or, in
+    older kernels, above that of any block.
     """
     with contextlib.suppress(OSError, ValueError):
         return 0 <= int(reporting.read_text()) < NO_BLOCK
