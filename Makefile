@@ -21,7 +21,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n $(if $(filter cpu,$(DEVICE)),auto,0)
 
 mutate: .venv/ready
-	$(BIN)/python tests/mutate.py
+	$(BIN)/python tests/mutation/mutate.py
 
 bench: .venv/ready
 	mkdir -p runs
@@ -34,7 +34,7 @@ aot: .venv/ready
 	$(BIN)/python -m benchmarks.aot
 
 trl-matrix: .venv/ready
-	$(BIN)/python tests/trl_matrix.py
+	$(BIN)/python tests/integrations/trl_matrix.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

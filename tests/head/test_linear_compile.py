@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from heads import chunk_bytes, make_head_batch
-from test_compile import compile_whole
-from test_linear_use import assert_equal, gradients, loss, scores
+from compiling import compile_whole
+from heads import assert_equal, chunk_bytes, gradients, loss, make_head_batch, scores
 
 import grpo_fused.autograd as autograd
 from grpo_fused import Clip

@@ -5,63 +5,11 @@ import re
 import pytest
 import torch
 from batches import make_batch
+from launch_counter import FULL, PLAIN, TOKEN_LEVEL, Counter, options_of, traffic_of
 from packing import cu_seqlens, pack
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import grpo_fused.kernels.launch as launch
 from grpo_fused import LOSSES, grpo_loss, selective_log_softmax
 from grpo_fused.kernels.tiling import CHOICES, Device, tiling
-
-# Operators of torch that launch nothing: they allocate, or make another view.
-FREE = {"empty", "detach", "view", "expand", "select", "unsqueeze", "squeeze", "unbind", "t"}
-FREE |= {"alias", "_unsafe_view", "slice", "as_strided", "lift_fresh", "empty_strided"}
-
-
-class Counter(TorchDispatchMode):
-    """Kernels that a device would launch: ours, and operators of torch that are not free."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.launches, self.traffic = [], []
-
-        def counted(function, programs, *args, traffic=None, **options):
-            self.launches.append(function.__name__)
-            self.traffic.append((function.__name__, traffic))
-            with _disable_current_modes():  # the interpreter's own copies are not launches
-                function[(programs,)](*args, **options)
-
-        monkeypatch.setattr(launch, "launch", counted)
-        monkeypatch.setattr("grpo_fused.autograd.torch", torch)  # no poison in its memory
-        # Values are looked at on the CPU only.
-        monkeypatch.setattr("grpo_fused.validation.check_ids", lambda *args: None)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name not in FREE:
-            self.launches.append(name)
-        return function(*args, **(kwargs or {}))
-
-    def take(self):
-        launches, self.launches = self.launches, []
-        return launches
-
-
-def options_of(batch, *names):
-    every = {
-        "old_logps": batch.old_logps,
-        "ref_logps": batch.ref_logps,
-        "beta": 0.1,
-        "importance_sampling_ratio": torch.ones(batch.mask.shape[0], 1),
-        "policy_mask": batch.mask != 0,
-        "entropy_coef": 0.01,
-        "kl_normalizer": "token-mean",
-    }
-    return {name: every[name] for name in names}
-
-
-PLAIN = ("old_logps", "ref_logps", "beta")
-FULL = (*PLAIN, "importance_sampling_ratio", "policy_mask", "entropy_coef", "kl_normalizer")
-TOKEN_LEVEL = [name for name, row in LOSSES.items() if row.level == "token" and name != "vespo"]
 
 
 @pytest.mark.parametrize("names", [(), PLAIN, FULL], ids=["on policy", "plain", "full"])
@@ -83,11 +31,6 @@ def test_token_level_launches(loss_type, names, monkeypatch):
     assert forward.count("_fused_loss_kernel") == forward.count("_reduce_kernel") == 1
     assert len(forward) <= 6, forward
     assert backward == ["ones_like", "_rescale_kernel"]
-
-
-def traffic_of(counter, *kernels):
-    chosen = [traffic for name, traffic in counter.traffic if name in kernels]
-    return sum(t.read for t in chosen), sum(t.written for t in chosen)
 
 
 ROWS = ("_fused_loss_kernel", "_logprob_fwd_kernel", "_logprob_bwd_kernel")

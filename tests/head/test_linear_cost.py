@@ -4,7 +4,7 @@ import pytest
 import torch
 from batches import relative_error
 from heads import chunk_bytes, exact, loss_of, make_head_batch
-from test_memory import NewStorages
+from storages import NewStorages
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from batches import make_batch
-from test_launches import Counter, options_of, traffic_of
+from launch_counter import Counter, options_of, traffic_of
 from test_unaligned import Rows, loss_and_gradient
 
 import grpo_fused.kernels.launch as launch

@@ -1,20 +1,12 @@
 """torch.compile(fullgraph=True) equals eager, and every op passes opcheck."""
 
-import functools
-import shutil
-
 import pytest
 import torch
 from batches import make_batch, relative_error
+from compiling import compile_whole
 
 import grpo_fused.autograd as autograd
 from grpo_fused import Clip, grpo_loss, selective_log_softmax
-
-# Inductor needs a C++ compiler for the CPU; without one the graphs are traced and run as they are.
-HAS_COMPILER = torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")
-compile_whole = functools.partial(
-    torch.compile, fullgraph=True, backend="inductor" if HAS_COMPILER else "aot_eager"
-)
 
 
 @pytest.fixture(autouse=True)

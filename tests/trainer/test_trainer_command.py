@@ -19,7 +19,7 @@ from grpo_fused import cli
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.checkpoint import newest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REWARDS = """
 def digits(completions, completion_ids, trainer_state, **columns):
     assert trainer_state.max_steps >= trainer_state.global_step >= 0

@@ -1,6 +1,6 @@
 """The tests of FusedGRPOTrainer under every version of TRL that it says it was tested on.
 
-    python tests/trl_matrix.py [1.0 1.8 1.12 1.16]
+    python tests/integrations/trl_matrix.py [1.0 1.8 1.12 1.16]
 
 An environment for each lies in .venv-trl/ and is made by the first run (some minutes).
 """
@@ -11,9 +11,9 @@ import sys
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("1.0", "1.8", "1.12", "1.16")  # integrations.trl.TESTED, which imports TRL
-TESTS = ["tests/test_trl_trainer.py", "tests/test_trl_handed.py"]
+TESTS = ["tests/integrations/test_trl_trainer.py", "tests/integrations/test_trl_handed.py"]
 
 
 def python_with(version):

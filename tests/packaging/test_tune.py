@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = str(Path(__file__).parents[1])
+ROOT = str(Path(__file__).parents[2])
 sys.path.append(ROOT)  # for as long as it takes: see conftest
 import benchmarks.tune as tune  # noqa: E402
 

@@ -26,41 +26,50 @@ from pathlib import Path
 
 from mutants_equivalent import EQUIVALENT
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FORK = get_context("fork")
 
-OBJECTIVES = "tests/test_objectives.py"
+OBJECTIVES = "tests/losses/test_objectives.py"
 DERIVATIVES, DIVERGENCES = f"{OBJECTIVES} -k derivative", f"{OBJECTIVES} -k 'divergences or k3'"
-FAMILY = "tests/test_family.py -k in_torch"
-ROWS = "tests/test_selective_log_softmax.py -k torch"
-COLUMNS = "tests/test_selective_log_softmax.py -k 'triton and (half or blocks or strided or 2049)'"
-WEIGHTS = "tests/test_weights_and_metrics.py -k 'weights and not triton'"
-BOUNDS = "tests/test_edges.py tests/test_rows.py tests/test_selected_away.py -k 'not triton'"
-KERNEL_BOUNDS = "tests/test_edges.py tests/test_rows.py tests/test_weights_and_metrics.py"
+FAMILY = "tests/losses/test_family.py -k in_torch"
+ROWS = "tests/losses/test_selective_log_softmax.py -k torch"
+COLUMNS = (
+    "tests/losses/test_selective_log_softmax.py -k 'triton and (half or blocks or strided or 2049)'"
+)
+WEIGHTS = "tests/losses/test_weights_and_metrics.py -k 'weights and not triton'"
+BOUNDS = "tests/losses/test_edges.py tests/kernels/test_rows.py tests/losses/test_selected_away.py -k 'not triton'"
+KERNEL_BOUNDS = (
+    "tests/losses/test_edges.py tests/kernels/test_rows.py tests/losses/test_weights_and_metrics.py"
+)
 KERNEL_BOUNDS = f"{KERNEL_BOUNDS} -k 'not torch and not any_cut'"
-BOTH = "tests/test_equalities.py -k '(two_imp or triton and tensors) and (dapo or gspo)'"
+BOTH = "tests/losses/test_equalities.py -k '(two_imp or triton and tensors) and (dapo or gspo)'"
 FILES = "equalities edges family autograd selected_away masks loss selective_log_softmax extremes"
 FILES = f"{FILES} weights_and_metrics invariants far memory objectives launches corrections rows"
-FILES = " ".join(f"tests/test_{name}.py" for name in f"{FILES} unaligned shared_rows".split())
-UNALIGNED = "tests/test_unaligned.py -k '(1031 or 4101 or behind) and fp32'"
+FILES = " ".join(
+    str(next(Path(__file__).parents[1].glob(f"*/test_{name}.py")).relative_to(ROOT))
+    for name in f"{FILES} unaligned shared_rows".split()
+)
+UNALIGNED = "tests/kernels/test_unaligned.py -k '(1031 or 4101 or behind) and fp32'"
 SHARED = "merged or bytes or without or owns or leave or (losses and odd and fp32)"
-SHARED = f"tests/test_shared_rows.py -k '{SHARED}'"
-HEAD = "tests/test_linear.py -k 'torch and (every_loss or packed or upstream or another_way)'"
-HEAD_COST = "tests/test_linear_cost.py tests/test_linear_products.py -k 'not triton'"
-HEAD_FILES = "tests/test_linear.py tests/test_linear_cost.py tests/test_linear_use.py"
-HEAD_FILES += " tests/test_linear_compile.py tests/test_linear_products.py"
+SHARED = f"tests/kernels/test_shared_rows.py -k '{SHARED}'"
+HEAD = "tests/head/test_linear.py -k 'torch and (every_loss or packed or upstream or another_way)'"
+HEAD_COST = "tests/head/test_linear_cost.py tests/head/test_linear_products.py -k 'not triton'"
+HEAD_FILES = (
+    "tests/head/test_linear.py tests/head/test_linear_cost.py tests/head/test_linear_use.py"
+)
+HEAD_FILES += " tests/head/test_linear_compile.py tests/head/test_linear_products.py"
 TORCH, TRITON = f"{FILES} -k 'not triton'", f"{FILES} -k 'not torch'"
 
 # Where the mathematics is, and what kills its mutants fastest; then comes all that could.
 KILLERS = {
-    "grpo_fused/objectives.py": (DERIVATIVES, "tests/test_edges.py", FAMILY, OBJECTIVES),
+    "grpo_fused/objectives.py": (DERIVATIVES, "tests/losses/test_edges.py", FAMILY, OBJECTIVES),
     "grpo_fused/sequence_objectives.py": (FAMILY, BOUNDS),
     "grpo_fused/divergences.py": (DIVERGENCES, FAMILY, BOUNDS),
     "grpo_fused/weights.py": (WEIGHTS, FAMILY, BOUNDS),
     "grpo_fused/sequences.py": (FAMILY, BOUNDS),
     "grpo_fused/coupled.py": (FAMILY, BOUNDS),
-    "grpo_fused/corrections.py": ("tests/test_corrections.py -k 'not ranks'", BOUNDS),
-    "grpo_fused/advantages.py": ("tests/test_advantages.py",),
+    "grpo_fused/corrections.py": ("tests/losses/test_corrections.py -k 'not ranks'", BOUNDS),
+    "grpo_fused/advantages.py": ("tests/losses/test_advantages.py",),
     "grpo_fused/metrics.py": (FAMILY, BOUNDS),
     "grpo_fused/rows.py": (ROWS, FAMILY, BOUNDS),
     "grpo_fused/reference.py": (FAMILY, ROWS, BOUNDS),
@@ -74,21 +83,23 @@ KILLERS = {
     "kernels/token_loss.py": (BOTH, KERNEL_BOUNDS),
     "kernels/logprob.py": (BOTH, COLUMNS, KERNEL_BOUNDS, SHARED),
     "kernels/reduce.py": (BOTH, KERNEL_BOUNDS),
-    "kernels/rescale.py": ("tests/test_edges.py -k 'triton and upstream'", UNALIGNED),
-    "kernels/pages.py": ("tests/test_memory.py",),
+    "kernels/rescale.py": ("tests/losses/test_edges.py -k 'triton and upstream'", UNALIGNED),
+    "kernels/pages.py": ("tests/kernels/test_memory.py",),
     "kernels/linear.py": (HEAD, HEAD_COST),
     "kernels/linear_launchers.py": (HEAD, HEAD_COST),
     "grpo_fused/linear_coupled.py": (HEAD, HEAD_COST),
     "grpo_fused/ordering.py": (HEAD, HEAD_COST),
 }
 WHOLE, DRAWN = (
-    "tests/test_shared_rows.py tests/test_unaligned.py",
-    "tests/test_family.py -k in_triton",
+    "tests/kernels/test_shared_rows.py tests/kernels/test_unaligned.py",
+    "tests/losses/test_family.py -k in_triton",
 )
 EVERYTHING = dict.fromkeys(KILLERS, (TORCH,))
 EVERYTHING |= {path: (WHOLE, DRAWN, TRITON) for path in KILLERS if path.startswith("kernels/")}
 EVERYTHING["kernels/token_loss.py"] = (DRAWN, TRITON)
-EVERYTHING["grpo_fused/advantages.py"] = ("tests/test_advantages.py tests/test_edges.py",)
+EVERYTHING["grpo_fused/advantages.py"] = (
+    "tests/losses/test_advantages.py tests/losses/test_edges.py",
+)
 EVERYTHING["grpo_fused/objectives.py"] = (FILES,)  # written in torch and in Triton
 EVERYTHING |= {
     path: (f"{HEAD_FILES} -k 'not triton'",) for path in KILLERS if HEAD in KILLERS[path]

@@ -15,7 +15,7 @@ from grpo_fused import LOSSES, reference
 from grpo_fused.kernels import launchers
 from grpo_fused.kernels.library import SIGNATURES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("grpo_fused/**/*.py"), *ROOT.glob("kernels/*.py")])
 
 # What may import what: a file imports only from lines above its own.

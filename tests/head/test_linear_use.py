@@ -5,50 +5,27 @@ import functools
 import pytest
 import torch
 from batches import relative_error
-from heads import HeadBatch, chunk_bytes, exact, loss_of, make_head_batch
+from heads import (
+    OPTIONS,
+    HeadBatch,
+    assert_equal,
+    chunk_bytes,
+    exact,
+    gradients,
+    loss,
+    loss_of,
+    make_head_batch,
+    scores,
+)
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-from grpo_fused import grpo_loss, linear_grpo_loss, linear_selective_log_softmax
-
-OPTIONS = {"chunk_bytes": chunk_bytes(7)}
-
-
-def gradients(head, function, leaves=None, upstream=1.0):
-    """Gradients of the leaves of a function (hidden, weight, bias) -> loss."""
-    leaves = leaves or head.leaves()
-    (function(*leaves) * upstream).backward()
-    return [leaf.grad for leaf in leaves]
-
-
-def loss(head, hidden, weight, bias, **options):
-    b = head.batch
-    return linear_grpo_loss(
-        *(hidden, weight, b.ids, b.mask, b.advantages),
-        bias=bias,
-        old_logps=b.old_logps,
-        **OPTIONS | options,
-    ).loss
-
-
-def scores(head, hidden, weight, bias, **options):
-    """A loss of its own on log-probabilities and entropies."""
-    b = head.batch
-    logps, entropies = linear_selective_log_softmax(
-        *(hidden, weight, b.ids, b.mask), bias=bias, compute_entropy=True, **OPTIONS | options
-    )
-    return (logps * b.advantages[:, None] - 0.1 * entropies).sum()
-
+from grpo_fused import grpo_loss
 
 BOTH = pytest.mark.parametrize("function", [loss, scores])
-
-
-def assert_equal(got, want, tolerance=1e-6):
-    for a, b in zip(got, want, strict=True):
-        assert relative_error(a, b) < tolerance
 
 
 @BOTH

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from batches import Batch, make_batch
+from batches import Batch, make_batch, relative_error
 
 import oracle
-from grpo_fused import linear_grpo_loss
+from grpo_fused import linear_grpo_loss, linear_selective_log_softmax
 
 
 @dataclass
@@ -91,3 +91,37 @@ def loss_of(head, implementation, leaves=None, **options):
         **options,
     )
     return out, leaves
+
+
+OPTIONS = {"chunk_bytes": chunk_bytes(7)}
+
+
+def gradients(head, function, leaves=None, upstream=1.0):
+    """Gradients of the leaves of a function (hidden, weight, bias) -> loss."""
+    leaves = leaves or head.leaves()
+    (function(*leaves) * upstream).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+def loss(head, hidden, weight, bias, **options):
+    b = head.batch
+    return linear_grpo_loss(
+        *(hidden, weight, b.ids, b.mask, b.advantages),
+        bias=bias,
+        old_logps=b.old_logps,
+        **OPTIONS | options,
+    ).loss
+
+
+def scores(head, hidden, weight, bias, **options):
+    """A loss of its own on log-probabilities and entropies."""
+    b = head.batch
+    logps, entropies = linear_selective_log_softmax(
+        *(hidden, weight, b.ids, b.mask), bias=bias, compute_entropy=True, **OPTIONS | options
+    )
+    return (logps * b.advantages[:, None] - 0.1 * entropies).sum()
+
+
+def assert_equal(got, want, tolerance=1e-6):
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < tolerance

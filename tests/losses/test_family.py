@@ -1,7 +1,7 @@
 """Every option with every other, drawn at random, against the float64 oracle.
 
-In CI a fixed set of cases; `HYPOTHESIS_PROFILE=long pytest tests/test_family.py` draws 10,000 new
-ones for each implementation.
+In CI a fixed set of cases; `HYPOTHESIS_PROFILE=long pytest tests/losses/test_family.py` draws 10,000
+new ones for each implementation.
 """
 
 import os

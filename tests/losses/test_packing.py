@@ -3,8 +3,8 @@
 import pytest
 import torch
 from batches import make_batch
+from launch_counter import FULL, TOKEN_LEVEL, Counter, options_of
 from packing import cu_seqlens, pack
-from test_launches import FULL, TOKEN_LEVEL, Counter, options_of
 
 from grpo_fused import grpo_loss, reference
 from grpo_fused.kernels import launchers, packing

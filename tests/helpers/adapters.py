@@ -9,7 +9,7 @@ import pytest
 import torch
 from batches import relative_error
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "integrations.md").read_text()
 BLOCKS = re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", DOCUMENT, re.S)
 LOW, HIGH, BETA = 0.2, 0.28, 0.1

@@ -7,34 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from batches import make_batch
-from torch.utils._python_dispatch import TorchDispatchMode
+from storages import NewStorages
 
 import grpo_fused.kernels.pages as pages
 import grpo_fused.rows as rows
 from grpo_fused import grpo_loss, linear_grpo_loss, selective_log_softmax
 
 BLOCK = 1 << 16
-
-
-class NewStorages(TorchDispatchMode):
-    """Bytes of every storage that the operations inside allocate."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self.sizes = {tensor.untyped_storage().data_ptr(): 0 for tensor in known}
-        self.kept = []  # so that no address is used twice
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if self.sizes.setdefault(storage.data_ptr(), storage.nbytes()):
-                    self.kept.append(tensor)
-        return result
-
-    def larger_than(self, size):
-        return sorted(n for n in self.sizes.values() if n > size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

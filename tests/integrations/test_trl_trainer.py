@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -319,7 +318,7 @@ def test_two_ranks(folder, tmp_path):
     """Gradients averaged by DDP, whose hooks see the loss as they see logits; metrics of both."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    command += [str(Path(__file__).with_name("trl_ranks.py")), str(folder), str(tmp_path)]
+    command += [trl_ranks.__file__, str(folder), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
