@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo demo-lm test mutate bench aot trl-matrix lint clean
+.PHONY: demo demo-lm test test-all mutate bench aot trl-matrix lint clean
 
 demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
@@ -20,8 +20,14 @@ demo-lm: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n $(if $(filter cpu,$(DEVICE)),auto,0)
 
+# With the full matrices of options that `test` covers pairwise.
+test-all: .venv/ready
+	$(BIN)/python -m pytest --slow -n $(if $(filter cpu,$(DEVICE)),auto,0)
+
+# A run that was cut goes on with `tests/mutation/mutate.py --resume runs/mutation.jsonl`.
 mutate: .venv/ready
-	$(BIN)/python tests/mutation/mutate.py
+	mkdir -p runs
+	$(BIN)/python tests/mutation/mutate.py --log runs/mutation.jsonl
 
 bench: .venv/ready
 	mkdir -p runs
@@ -39,6 +45,7 @@ trl-matrix: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-trl build dist *.egg-info runs

@@ -23,7 +23,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from grpo_fused import Clip
-from grpo_fused.kernels import launch, launchers
+from grpo_fused.bundles import (
+    Derivatives,
+    Formula,
+    Outputs,
+    Scales,
+    Statistics,
+    Tokens,
+    TokenValues,
+    TokenWeights,
+    Weight,
+)
+from grpo_fused.kernels import launch
+from grpo_fused.ops import BACKENDS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,6 +43,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+launchers = BACKENDS["triton"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -38,9 +51,8 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class OfflineDriver:
     """The part of a Triton driver that compiling needs: it names the target."""
 
-    def __init__(self, target, multiprocessors):
-        self.target, self.multiprocessors = target, multiprocessors
-        self.utils = self
+    def __init__(self, target):
+        self.target, self.utils = target, self
 
     def get_current_target(self):
         return self.target
@@ -55,7 +67,7 @@ class OfflineDriver:
         return torch.device("cpu")
 
     def get_device_properties(self, device):
-        return {"multiprocessor_count": self.multiprocessors}
+        return {"multiprocessor_count": 1}
 
 
 @dataclass
@@ -65,7 +77,7 @@ class Figures:
     target: str
     kernel: str
     dtype: str
-    flags: str
+    case: str
     registers: int
     spills: int
     load_bits: int
@@ -75,27 +87,58 @@ class Figures:
     exchanges: int  # shuffles and barriers inside the statistics loop
 
 
-def compile_launches(target, run, multiprocessors=1):
-    """Call `run()`, and return [(kernel name, compiled)] of what it would have launched.
-
-    On one multiprocessor few rows are many; on 132 programs share them.
-    """
+def compile_launches(target, run):
+    """Call `run()`, and return [(kernel name, compiled)] of what it would have launched."""
     compiled = []
 
-    def compile_only(function, programs, *args, traffic=None, **options):
-        variant = function.warmup(*args, grid=(programs,), **options)
-        compiled.append((function.__name__, variant))
+    def compile_only(function, programs, *args, **options):
+        compiled.append((function.__name__, function.warmup(*args, grid=(programs,), **options)))
 
     start = launch.launch
     launch.launch = compile_only
     launch.device_of.cache_clear()
-    triton.runtime.driver.set_active(OfflineDriver(TARGETS[target], multiprocessors))
+    triton.runtime.driver.set_active(OfflineDriver(TARGETS[target]))
     try:
         run()
     finally:
         launch.launch = start
         launch.device_of.cache_clear()
     return compiled
+
+
+def variants(target, run):
+    """{kernel name: keys of the variants} that Triton would compile for `run()`; none is compiled.
+
+    For a process that has compiled none of them before.
+    """
+    found = {}
+
+    def note(function, key, *rest):
+        found.setdefault(function.__name__, set()).add(key)
+
+    compile_variant = triton.JITFunction._do_compile
+    triton.JITFunction._do_compile = note
+    try:
+        compile_launches(target, run)
+    finally:
+        triton.JITFunction._do_compile = compile_variant
+    return found
+
+
+def make_tokens(B=2, T=3, *, scale=1.0, temperature=1.0, bonus=False):
+    """`Tokens` with every optional input: zeros, one value per token."""
+    values = torch.zeros(B, T)
+    return Tokens(
+        ids=values.long(),
+        active=values.bool(),
+        temperature=temperature,
+        advantages=values,
+        old_logps=values,
+        ref_logps=values,
+        w_policy=values,
+        w_kl=values,
+        w_entropy=values if bonus else None,
+    )
 
 
 def launch_fused_loss(
@@ -110,44 +153,64 @@ def launch_fused_loss(
     softcap=None,
     scale=1.0,
     temperature=1.0,
-    beta=0.1,
     objective=None,
-    divergence="k3",
+    kl_estimator="k3",
     bias_correction=True,
 ):
-    """Launch the fused loss on (B, T + 1, V) zeros with every optional input of a token present."""
+    """Launch the fused loss on (B, T + 1, V) zeros with every optional input of a token present.
+
+    Args:
+        scale, temperature: factors of the loss that may change from step to step.
+    """
     objective = objective or Clip(0.2, 0.2 * scale, 4.0 * scale)
     logits = torch.zeros(B, T + 1, V, dtype=dtype)
-    tokens = torch.zeros(B, T)
+    values = torch.zeros(B, T)
     launchers.fused_loss(
-        *(logits, tokens.long(), tokens.bool(), tokens[:, 0].contiguous()),
-        *(tokens, tokens, tokens, tokens.bool()),
-        *(tokens[:, 0].long(), scale, 7.0 * scale, 1.0),
-        *((tokens.sum().long(), 0.01 * scale) if bonus else (None, None)),
-        *(temperature, scale, softcap, beta, scale),
-        *(objective.name(), objective.knobs(), divergence, bias_correction),
-        *(torch.zeros(4, B, T), tokens, tokens if entropy or bonus else None),
-        logits if gradient else None,
+        logits,
+        make_tokens(B, T, temperature=temperature, bonus=bonus),
+        Scales(scale, softcap),
+        Formula(objective.name(), objective.params(), kl_estimator, bias_correction, scale),
+        Outputs(
+            *(values for _ in range(5)),
+            entropies=values if entropy or bonus else None,
+            dlogits=logits if gradient else None,
+        ),
     )
 
 
-def launch_logprob(dtype, V, B=2, T=3, *, gradient=False, entropy=False, softcap=None):
-    """Launch the log-probabilities, or their gradient, on (B, T, V) zeros."""
-    logits = torch.zeros(B, T, V, dtype=dtype)
-    tokens = torch.zeros(B, T)
-    optional = tokens if entropy else None
-    inputs = (logits, tokens.long(), tokens.bool(), 1.0, 1.0, softcap)
-    statistics = (tokens, optional, tokens, tokens)
+def launch_logprob(dtype, V, B=2, T=3, *, gradient=False, entropy=False, softcap=None, padding=0):
+    """Launch the log-probabilities, or their gradient, on (B, T, V - padding) zeros, V apart."""
+    logits = torch.zeros(B, T, V, dtype=dtype)[..., : V - padding]
+    values = torch.zeros(B, T)
+    optional = values if entropy else None
+    inputs = (logits, make_tokens(B, T).of_softmax(), Scales(1.0, softcap))
+    statistics = Statistics(values, optional, values, values)
     if gradient:
-        launchers.logprob_bwd(*inputs, *statistics, tokens, optional, logits)
+        launchers.logprob_bwd(*inputs, statistics, Derivatives(values, optional, logits))
     else:
-        launchers.logprob_fwd(*inputs, *statistics)
+        launchers.logprob_fwd(*inputs, statistics)
 
 
 def launch_reduce(dtype, V):
     """Launch the reduction of what the tokens of a batch report."""
-    terms = torch.zeros(4, 2, 3)
-    launchers.reduce(terms, terms[0].bool(), terms[0], *(torch.zeros(n) for n in (1, 8, 7)))
+    values = torch.zeros(2, 3)
+    outputs = Outputs(*(values for _ in range(6)))
+    launchers.reduce(outputs, values.bool(), *(torch.zeros(n) for n in (1, 8, 7)))
+
+
+def launch_token_weights(dtype, V):
+    """Launch the broadcast with every output and values of every kind."""
+    number, sequences, values = torch.zeros(()), torch.zeros(2), torch.zeros(2, 3)
+    policy, other = Weight(values, sequences, 2.0), Weight(number, sequences, number)
+    token_values = TokenValues(sequences, values, policy, other, Weight(0.1, number, 1.0))
+    launchers.token_weights(token_values, None, TokenWeights(*(values for _ in range(4))))
+
+
+def launch_locate(dtype, V):
+    """Launch the search for the sequence of every packed token."""
+    tokens = torch.zeros(6)
+    ends = torch.zeros(3, dtype=torch.int32)
+    launchers.locate(ends, tokens.bool(), tokens.long(), torch.zeros(2))
 
 
 CASES = {
@@ -155,6 +218,7 @@ CASES = {
     "statistics, entropy": functools.partial(launch_logprob, entropy=True),
     "gradient": functools.partial(launch_logprob, gradient=True),
     "gradient, entropy": functools.partial(launch_logprob, gradient=True, entropy=True),
+    "gradient, padded rows": functools.partial(launch_logprob, gradient=True, padding=7),
     "loss + gradient": launch_fused_loss,
     "loss + gradient, entropy": functools.partial(launch_fused_loss, entropy=True),
     "loss + gradient, entropy bonus": functools.partial(launch_fused_loss, bonus=True),
@@ -162,27 +226,19 @@ CASES = {
     "loss": functools.partial(launch_fused_loss, gradient=False),
     "rescale": lambda dtype, V: launchers.rescale(torch.zeros(2, 3, V, dtype=dtype), 1.0, 1.0),
     "reduce": launch_reduce,
-}
-FEW_ROWS = {
-    "few rows: statistics": launch_logprob,
-    "few rows: gradient": functools.partial(launch_logprob, gradient=True),
-    "few rows: loss + gradient": launch_fused_loss,
-    "few rows: loss + gradient, entropy bonus": functools.partial(launch_fused_loss, bonus=True),
+    "token_weights": launch_token_weights,
+    "locate": launch_locate,
 }
 
 
-def measure(target, dtype, V=151_936, cases=CASES | FEW_ROWS):
+def measure(target, dtype, V=151_936, cases=CASES):
     """Figures of every case for one target and dtype ("bf16", "fp16", "fp32")."""
     figures = []
     read = _read_amd if target.startswith("gfx") else _read_nvidia
-    for flags, run in cases.items():
-        multiprocessors = 132 if flags in FEW_ROWS else 1
+    for case, run in cases.items():
         launches = functools.partial(run, DTYPES[dtype], V)
-        for kernel, compiled in compile_launches(target, launches, multiprocessors):
-            case = f"{flags}, partials" if kernel == "_partials_kernel" else flags
+        for kernel, compiled in compile_launches(target, launches):
             figures.append(Figures(target, kernel, dtype, case, **read(compiled, dtype)))
-            if multiprocessors > 1 and case == flags:
-                figures[-1].statistics = None  # that loop reads partials, no elements of a row
     return figures
 
 
@@ -191,8 +247,8 @@ def _read_amd(compiled, dtype):
     return {
         "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code).group(1)),
         "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code).group(1)),
-        "load_bits": 32 * max(_amd_widths(code, "load")),
-        "store_bits": 32 * max(_amd_widths(code, "store")),
+        "load_bits": max(_amd_widths(code, "load")),
+        "store_bits": max(_amd_widths(code, "store")),
         "statistics": None,
         "gradient": None,
         "exchanges": 0,
@@ -200,7 +256,11 @@ def _read_amd(compiled, dtype):
 
 
 def _amd_widths(code, kind):
-    return [int(n or 1) for n in re.findall(rf"(?:global|buffer)_{kind}_dword(?:x(\d))?\b", code)]
+    """Bits of every global load or store."""
+    pattern = rf"\b(?:global|buffer|flat)_{kind}_(?:[us]?(byte|short)|dword(?:x(\d))?)"
+    bits = {"byte": 8, "short": 16}
+    found = re.findall(pattern, code)
+    return [bits[small] if small else 32 * int(count or 1) for small, count in found]
 
 
 def _read_nvidia(compiled, dtype):
@@ -222,8 +282,7 @@ def _read_nvidia(compiled, dtype):
         "spills": sum(op.startswith(("LDL", "STL")) for op in instructions),
         "load_bits": max(_bits(op) for op in instructions if op.startswith("LDG")),
         "store_bits": max(_bits(op) for op in instructions if op.startswith("STG")),
-        # Of the widest loop: the ends of a row that starts anywhere are read a column at a time.
-        "statistics": max(statistics, default=(0, None))[1],
+        "statistics": max(statistics, default=(0, None))[1],  # of the loop that reads most
         "gradient": max(gradient, default=(0, None))[1],
         "exchanges": exchanges,
     }
@@ -281,7 +340,7 @@ def render(figures):
     for f in figures:
         loops = ", ".join("-" if n is None else f"{n:.2f}" for n in (f.statistics, f.gradient))
         lines.append(
-            f"| {f.target} | {f.dtype} | {f.flags} | {f.registers} | {f.spills} "
+            f"| {f.target} | {f.dtype} | {f.case} | {f.registers} | {f.spills} "
             f"| {f.load_bits} / {f.store_bits} | {loops} |"
         )
     return "\n".join(lines)
@@ -291,16 +350,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
     if launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set; compiling needs a process without it")
+    cases = {name: CASES[name] for name in options.case}
     figures = [
         figure
         for target in options.target
         for dtype in options.dtype
-        for figure in measure(target, dtype, options.vocabulary)
+        for figure in measure(target, dtype, options.vocabulary, cases)
     ]
     print(f"Triton {triton.__version__}, V = {options.vocabulary}")
     print(render(figures))

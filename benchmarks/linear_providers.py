@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import providers
 from grpo_fused import Clip, linear_grpo_loss, linear_selective_log_softmax
-from grpo_fused.kernels.linear import chunk_limit, chunk_rows, logits_memory
-from grpo_fused.sources import default_chunk_bytes
+from grpo_fused.head.chunks import chunk_limit, chunk_rows, logits_memory
+from grpo_fused.inputs import default_chunk_bytes
 
 TRL_COLUMNS = 32_768
 

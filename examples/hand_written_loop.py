@@ -1,10 +1,10 @@
-"""A GRPO loop in plain PyTorch over a transformers model, whose logits never exist.
+"""A GRPO loop in plain PyTorch over a transformers model, without storing its logits.
 
     pip install ".[train]"
     python examples/hand_written_loop.py
 
-A tiny model with random weights learns, on a CPU in seconds, to answer with the token it was asked
-with. For a model of your own, replace `make_model`, the prompts and `reward_of`; the rest stays.
+A tiny model with random weights learns to repeat the last token of its prompt, in seconds on a CPU.
+To train your own model, replace `make_model`, the prompts and `reward_of`.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_fused import linear_grpo_loss, linear_selective_log_softmax, outcome_advantages
-from grpo_fused.causal_lm import fuse_lm_head
+from grpo_fused.integrations.transformers import fuse_lm_head
 
 VOCABULARY, PROMPTS, GROUP, PROMPT_LENGTH, T = 12, 16, 8, 2, 4
 STEPS, ITERATIONS, BETA, TEMPERATURE = 100, 2, 0.001, 1.0
@@ -37,14 +37,18 @@ def make_model():
 
 
 def reward_of(prompts, completion_ids, mask):
-    """(B,) share of the room for an answer that repeats the last token of the prompt."""
-    right = (completion_ids == prompts[:, -1:]) & mask
-    return right.float().sum(1) / T
+    """Return the share of the T tokens that repeat the last token of the prompt, (B,)."""
+    correct = (completion_ids == prompts[:, -1:]) & mask
+    return correct.float().sum(1) / T
 
 
 @torch.no_grad()
 def roll_out(model, prompts):
-    """(input_ids (B, P + T), completion_ids (B, T), mask (B, T)): up to the first end."""
+    """Sample completions; the mask covers the tokens before the first end-of-sequence token.
+
+    Returns:
+        (input_ids (B, P + T), completion_ids (B, T), mask (B, T)).
+    """
     input_ids = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
@@ -61,7 +65,7 @@ def roll_out(model, prompts):
 
 @torch.no_grad()
 def score(model, input_ids, completion_ids, mask):
-    """(B, T) log-probabilities of completions."""
+    """Compute the log-probabilities of completions, (B, T)."""
     head = partial(
         linear_selective_log_softmax, ids=completion_ids, mask=mask, temperature=TEMPERATURE
     )
@@ -69,7 +73,7 @@ def score(model, input_ids, completion_ids, mask):
 
 
 def train(steps=STEPS, seed=0):
-    """Yields the mean reward of each step."""
+    """Train a new model and yield the mean reward of each step."""
     torch.manual_seed(seed)
     policy, reference = make_model(), make_model()
     reference.load_state_dict(policy.state_dict())

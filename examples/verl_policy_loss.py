@@ -1,10 +1,10 @@
-"""What verl's actor computes of a batch, with its own loss and with one of ours by its name.
+"""Compute verl's policy loss of a batch, with its own implementation and with the fused one.
 
     pip install ".[verl]"
     python examples/verl_policy_loss.py
 
-In a real run nothing of this is needed but the name: verl finds the losses by itself, and
-`actor_rollout_ref.actor.policy_loss.loss_mode=grpo_fused_vanilla` chooses one.
+A real run needs only the name: verl finds the losses by itself, and
+`actor_rollout_ref.actor.policy_loss.loss_mode=grpo_fused_vanilla` selects one.
 """
 
 import torch
@@ -15,7 +15,7 @@ B, T = 8, 32
 
 
 def make_batch(generator):
-    """What verl hands to a policy loss, (B, T)."""
+    """Make the tensors that verl passes to a policy loss, (B, T) each."""
     response_mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=generator)
     log_prob = -torch.rand(B, T, generator=generator) * 3
     return {
@@ -29,7 +29,7 @@ def make_batch(generator):
 def main():
     batch = make_batch(torch.Generator().manual_seed(0))
     config = ActorConfig(strategy="fsdp", rollout_n=4, use_dynamic_bsz=True, clip_ratio_high=0.28)
-    # What verl's worker fills in from all ranks before it calls a loss.
+    # verl's worker sets the global divisors of all ranks before it calls a loss.
     config.global_batch_info.update(dp_size=1, batch_num_tokens=int(batch["response_mask"].sum()))
     for name in ("vanilla", "grpo_fused_vanilla"):
         loss, metrics = get_policy_loss_fn(name)(**batch, loss_agg_mode="token-mean", config=config)

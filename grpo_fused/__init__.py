@@ -1,6 +1,7 @@
 """Fused losses of the GRPO family over logits, in Triton and in plain torch."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from grpo_fused.advantages import (
     gae_advantages,
@@ -10,15 +11,22 @@ from grpo_fused.advantages import (
     whiten,
 )
 from grpo_fused.corrections import entropy_quantile_mask, off_policy_mask, rollout_weights
-from grpo_fused.family import LossOutput
-from grpo_fused.from_logps import grpo_loss_from_logps
-from grpo_fused.linear import linear_grpo_loss, linear_selective_log_softmax
-from grpo_fused.logprob import selective_log_softmax
-from grpo_fused.loss import grpo_loss
+from grpo_fused.functional import (
+    grpo_loss,
+    grpo_loss_from_logps,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    selective_log_softmax,
+)
+from grpo_fused.loss import LossOutput
 from grpo_fused.losses import LOSSES
-from grpo_fused.objectives import Cispo, Clip, PolicyGradient, Sapo
-from grpo_fused.sequence_objectives import Gmpo, Vespo
-from grpo_fused.weights import token_weights
+from grpo_fused.losses.objectives import Cispo, Clip, PolicyGradient, Sapo
+from grpo_fused.losses.sequence_objectives import Gmpo, Vespo
+from grpo_fused.losses.weights import token_weights
+
+if TYPE_CHECKING:
+    from grpo_fused.trainer import GRPOTrainer as GRPOTrainer
+    from grpo_fused.trainer import GRPOTrainerConfig as GRPOTrainerConfig
 
 __version__ = "0.1.0"
 
@@ -47,7 +55,7 @@ __all__ = [
     "whiten",
 ]
 
-# What needs the extra [train] is imported when it is asked for.
+# Names that need the extra [train] are imported on first use.
 LAZY = {"GRPOTrainer": "grpo_fused.trainer", "GRPOTrainerConfig": "grpo_fused.trainer"}
 
 

@@ -1,11 +1,19 @@
-"""Checks that several modules share: a ValueError names the argument, what came, what is wanted."""
+"""Argument checks shared by all modules. Errors name the argument, the valid values and the given.
+
+Values of tensors are read on the CPU only, where reading does not synchronise with a device.
+"""
 
 import difflib
 from numbers import Real
 
 import torch
 
-NUMBERS = (float, int, Real)  # what `isinstance` finds at once comes first: Real asks a registry
+NUMBERS = (float, int, Real)  # Real last: its isinstance check is slow
+
+
+def is_readable(device):
+    """Whether values can be read without synchronising: on a CPU, outside of torch.compile."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_choice(name, value, choices):
@@ -15,13 +23,13 @@ def check_choice(name, value, choices):
 
 
 def nearest(name, names):
-    """ " (did you mean x?)" for the name that is most like it, or nothing."""
+    """A suggestion " (did you mean x?)" for a misspelled name, or an empty string."""
     near = difflib.get_close_matches(str(name), list(names), 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
 def check_tensor(name, tensor, shape=None, device=None, integer=False):
-    """A tensor of real numbers; with a shape, of that one, on that device."""
+    """Check for a real tensor; with a shape (and device), check both."""
     if not isinstance(tensor, torch.Tensor) or tensor.is_complex():
         got = tensor.dtype if isinstance(tensor, torch.Tensor) else repr(tensor)
         raise ValueError(f"{name} must be a tensor of real numbers, got {got}")
@@ -32,8 +40,16 @@ def check_tensor(name, tensor, shape=None, device=None, integer=False):
         raise ValueError(f"{name} must be integers, got {tensor.dtype}")
 
 
+def active_tokens(mask, tensor):
+    """Boolean mask of the shape of tensor; all True without a mask."""
+    if mask is None:
+        return torch.ones_like(tensor, dtype=torch.bool)
+    check_tensor("mask", mask, tuple(tensor.shape), tensor.device)
+    return mask != 0
+
+
 def check_cu_seqlens(cu_seqlens, num_tokens, device):
-    """(B + 1,) int32 or int64 that rise from 0 to N; values are looked at on the CPU only."""
+    """Check for (B + 1,) int32 or int64, nondecreasing from 0 to N; values on the CPU only."""
     if not isinstance(cu_seqlens, torch.Tensor):
         raise ValueError(f"cu_seqlens must be a tensor (B + 1,), got {cu_seqlens!r}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.device != device:
@@ -41,7 +57,9 @@ def check_cu_seqlens(cu_seqlens, num_tokens, device):
         raise ValueError(f"cu_seqlens must be int32 or int64 on {device}, got {got}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(device):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != num_tokens or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens must rise from 0 to N = {num_tokens}, got {ends}")
+            raise ValueError(
+                f"cu_seqlens must be nondecreasing from 0 to N = {num_tokens}, got {ends}"
+            )

@@ -1,4 +1,4 @@
-"""The console script `grpo-fused`; what a sub-command needs is imported when it runs."""
+"""The console script `grpo-fused`; a sub-command imports its dependencies when it runs."""
 
 import argparse
 import math
@@ -12,9 +12,9 @@ TRAIN_EXTRA = ("accelerate", "datasets", "matplotlib", "tqdm", "transformers", "
 TRAIN_USAGE = """usage: grpo-fused train CONFIG.yaml [--name value ...]
 
 Trains a causal language model by GRPO or another loss of the family; README.md has an example.
-CONFIG.yaml holds `name: value` lines; options on the command line replace them, and without
-CONFIG.yaml they are all there is. `--objective.epsilon_low 0.1` is one entry of a mapping.
-GRPO_FUSED_TRACEBACK=1 in the environment shows where an error came from.
+CONFIG.yaml contains `name: value` lines; options on the command line take precedence. Without
+CONFIG.yaml all options come from the command line. `--objective.epsilon_low 0.1` sets one entry of
+a mapping. Set GRPO_FUSED_TRACEBACK=1 in the environment to see the traceback of an error.
 
 options:
 """
@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="grpo-fused", description="Losses of the GRPO family.")
     commands = parser.add_subparsers(metavar="command", required=True)
     add_demo(commands)
-    commands.add_parser("train", help="train a language model as a config file says")
+    commands.add_parser("train", help="train a language model with the settings of a config file")
     try:
-        if argv[:1] == ["train"]:  # its options are the fields of a class that is not imported yet
+        if argv[:1] == ["train"]:  # its options are dataclass fields, imported by `train`
             return train(argv[1:])
         options = vars(parser.parse_args(argv))
         run = options.pop("run")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite int or float within bounds."""
+    """Returns an argparse type: a finite int or float within bounds."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -48,7 +48,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
             raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse builds "invalid int value: 'x'" from it
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value: 'x'"
     return parse
 
 
@@ -64,21 +64,26 @@ def add_demo(commands) -> None:
     def add(name: str, kind: Callable, default, text: str) -> None:
         parser.add_argument(name, type=kind, default=default, help=text)
 
-    add("--output-dir", Path, Path("runs/demo"), "made if missing; an earlier run is replaced")
+    add("--output-dir", Path, Path("runs/demo"), "created if missing; replaces an earlier run")
     add("--steps", number(int, 1), 250, "rollouts, each followed by its updates")
-    add("--seed", number(int, 0, 2**32 - 1), 0, "of weights, prompts and samples")
+    add("--seed", number(int, 0, 2**32 - 1), 0, "seed of weights, prompt order and sampling")
     add("--prompts-per-step", number(int, 1), 16, "prompts in one rollout")
-    add("--num-generations", number(int, 2), 16, "completions per prompt: the group")
-    add("--loss-type", str, "dapo", "a name in grpo_fused.LOSSES")
+    add("--num-generations", number(int, 2), 16, "completions per prompt: the group size")
+    add("--loss-type", str, "dapo", "a key of grpo_fused.LOSSES")
     add(
         "--beta",
         number(float, 0),
         0.04,
-        "weight of the KL penalty to the initial model; 0: none",
+        "weight of the KL penalty to the initial model; 0: off",
     )
-    add("--learning-rate", number(float, 0), 1e-3, "of AdamW at the start; falls linearly to 0")
+    add(
+        "--learning-rate",
+        number(float, 0),
+        1e-3,
+        "of AdamW, falling linearly to 0",
+    )
     add("--num-iterations", number(int, 1), 2, "updates per rollout")
-    # A second thread gains nothing at this size, and loses much where cores are shared.
+    # A second thread gains nothing at this size, and is much slower if cores are shared.
     add("--threads", number(int, 1), 1, "CPU threads")
     parser.set_defaults(run=lambda **options: demo(parser, **options))
 
@@ -99,11 +104,16 @@ def demo(parser: argparse.ArgumentParser, **options) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """`grpo-fused train`: 0, 1 for what fails on the way, 2 for a bad config, 128 + a signal."""
+    """Runs `grpo-fused train`.
+
+    Returns:
+        0; 1 for an error during training; 2 for an invalid config; 128 + the signal that stopped
+        training.
+    """
     if lacks_extra("train"):
         return 1
-    from grpo_fused.trainer.config import TrainConfig
-    from grpo_fused.trainer.options import format_options, load_options
+    from grpo_fused.trainer.run.config import TrainConfig
+    from grpo_fused.trainer.run.options import format_options, load_options
 
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(TRAIN_USAGE + format_options(TrainConfig))
@@ -114,8 +124,8 @@ def train(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"grpo-fused train: {error}", file=sys.stderr)
         return 2
-    from grpo_fused.trainer.command import train
-    from grpo_fused.trainer.errors import TrainingError
+    from grpo_fused.trainer.run.command import train
+    from grpo_fused.trainer.run.errors import TrainingError
 
     try:
         result = train(config)
@@ -128,7 +138,7 @@ def train(arguments: list[str]) -> int:
 
 
 def lacks_extra(command: str) -> bool:
-    """Says which modules that a command needs are not installed."""
+    """Returns whether modules that a command needs are missing, and prints their names."""
     missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
     if missing:
         names = ", ".join(missing)

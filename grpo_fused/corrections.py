@@ -1,69 +1,71 @@
-"""Corrections for a policy that is not the one that sampled, and masks that choose what trains.
+"""Importance weights for rollouts of another policy, and masks that select training tokens.
 
-Nothing here has a gradient or waits for a device (values are checked on CPU tensors only). Results
-are arguments of the losses: `importance_sampling_ratio` (rollout_weights) and `policy_mask`.
+These functions track no gradient and never synchronise with the device: values are validated on
+CPU tensors only. Their results are arguments of the losses: `importance_sampling_ratio`
+(rollout_weights) and `policy_mask`.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from grpo_fused.checks import check_choice, check_cu_seqlens, check_tensor
+from grpo_fused.checks import active_tokens, check_choice, check_cu_seqlens, check_tensor
 from grpo_fused.sequences import Packed, Padded
 
-# Arguments of exp are kept within +-80, as everywhere in the package.
-LIMIT = 80.0
+LIMIT = 80.0  # exponents are clamped to +-80, as everywhere in the package
 LEVELS = ("token", "sequence")
 MODES = ("truncate", "mask")
 
 
 @torch.no_grad()
 def rollout_weights(
-    old_logps,
-    sampling_logps,
-    mask=None,
+    old_logps: Tensor,
+    sampling_logps: Tensor,
+    mask: Tensor | None = None,
     *,
-    level="token",
-    mode="truncate",
-    cap=3.0,
-    floor=None,
-    cu_seqlens=None,
-):
-    """Importance weights between the training engine's old policy and the one that sampled.
+    level: str = "token",
+    mode: str = "truncate",
+    cap: float | None = 3.0,
+    floor: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Importance weights of the old policy in the training engine relative to the sampling policy.
 
         d_t = old_logps_t - sampling_logps_t
         w = exp(d_t)                    (level "token")
           | exp(sum over active t d_t)  (level "sequence")
-        truncate: min(max(w, floor), cap)
-        mask: w within [floor, cap], else 0
+        min(max(w, floor), cap)               (mode "truncate")
+        w if floor <= w <= cap else 0         (mode "mask")
 
-    A NaN in sampling_logps (a token the sampler could not score) counts as d = 0. The argument of
-    exp is clamped to +-80.
+    Tokens with a NaN in sampling_logps count as d = 0. The argument of exp is clamped to +-80.
 
     Args:
-        old_logps: (B, T) float, or (N,) packed; anything under the mask.
-        sampling_logps: the same shape: what the sampler (vLLM, SGLang) reported.
-        mask: the same shape, nonzero = active; None = all active.
+        old_logps: (B, T) float, or packed (N,); ignored where masked.
+        sampling_logps: of the shape of old_logps, log-probabilities reported by the sampler (vLLM,
+            SGLang); NaN = unknown.
+        mask: of the shape of old_logps, nonzero = active; None = all active.
         level: "token" or "sequence".
         mode: "truncate" or "mask".
-        cap: largest weight, positive; None = no bound. 3 is TRL 1.16's default.
-        floor: smallest weight, not negative, below cap; None = no bound.
-        cu_seqlens: (B+1,) int32 or int64 where the input is packed: 0, the ends of the sequences
-            (sequences may be empty), N.
+        cap: upper bound > 0; None = unbounded. The default is that of TRL 1.16.
+        floor: lower bound in [0, cap); None = unbounded.
+        cu_seqlens: (B + 1,) int32 or int64, for packed sequences: 0 and the end of each sequence;
+            sequences may be empty.
 
     Returns:
-        float32, for `importance_sampling_ratio`. Level "token": the shape of old_logps, 1 under the
-        mask. Level "sequence": (B, 1), packed (B,).
+        float32, for `importance_sampling_ratio`. Level "token": the shape of old_logps, 1 where
+        masked. Level "sequence": (B, 1), packed (B,).
 
     Raises:
-        ValueError: shapes or devices that do not agree; unknown level or mode; bounds that are not
-            0 <= floor < cap; cu_seqlens that do not rise from 0 to N (values on the CPU only).
+        ValueError: mismatched shapes or devices; unknown level or mode; bounds that violate
+            0 <= floor < cap; cu_seqlens that decrease or do not span 0 to N (on the CPU).
 
     References:
-        Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (truncated),
+        Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (mode "truncate"),
         https://fengyao.notion.site/off-policy-rl.
-        When Speed Kills Stability (sequence level, masked), https://richardli.xyz/rl-collapse.
+        When Speed Kills Stability (level "sequence", mode "mask"),
+        https://richardli.xyz/rl-collapse.
     """
     check_choice("level", level, LEVELS)
     check_choice("mode", mode, MODES)
@@ -88,30 +90,39 @@ def rollout_weights(
 
 
 @torch.no_grad()
-def off_policy_mask(advantages, logps, sampling_logps, mask=None, *, threshold, cu_seqlens=None):
-    """Drops sequences that did badly and that the policy has moved away from.
+def off_policy_mask(
+    advantages: Tensor,
+    logps: Tensor,
+    sampling_logps: Tensor,
+    mask: Tensor | None = None,
+    *,
+    threshold: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Mask that drops off-policy sequences with a negative advantage.
 
         keep = not (A < 0 and mean over active t (sampling_logps_t - logps_t) > threshold)
 
-    A NaN in sampling_logps (a token the sampler could not score) is no evidence: it counts as a
-    difference of 0, in the mean's denominator too, as in TRL.
+    Tokens with a NaN in sampling_logps count as a difference of 0 and are included in the mean, as
+    in TRL.
 
     Args:
-        advantages: (B,), or one per token, the shape of logps. Packed: (B,) or (N,), read as (B,)
-            where B = N.
-        logps: (B, T) float, or (N,) packed: log-probabilities under the policy of now.
-        sampling_logps: the same shape: under the policy that sampled.
-        mask: the same shape, nonzero = active; None = all active.
-        threshold: number, not negative.
+        advantages: (B,), or the shape of logps. With cu_seqlens (B,) or (N,); if B = N, they are
+            per sequence.
+        logps: (B, T) float, or packed (N,), log-probabilities under the current policy.
+        sampling_logps: of the shape of logps, log-probabilities under the sampling policy; NaN =
+            unknown.
+        mask: of the shape of logps, nonzero = active; None = all active.
+        threshold: number >= 0.
         cu_seqlens: as in rollout_weights.
 
     Returns:
         bool, for `policy_mask`, True = keep: (B, 1) for advantages (B,), packed (B,); the shape of
-        logps for advantages per token, True under the mask.
+        logps for advantages per token, True where masked.
 
     Raises:
-        ValueError: shapes or devices that do not agree; a negative threshold; cu_seqlens that do
-            not rise from 0 to N (values on the CPU only).
+        ValueError: mismatched shapes or devices; a negative threshold; cu_seqlens that decrease or
+            do not span 0 to N (on the CPU).
 
     References:
         DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, eq. 9.
@@ -138,28 +149,35 @@ def off_policy_mask(advantages, logps, sampling_logps, mask=None, *, threshold, 
 
 
 @torch.no_grad()
-def entropy_quantile_mask(entropies, mask=None, *, share, process_group=None):
-    """Keeps the share of active tokens with the highest entropy: where the policy decides.
+def entropy_quantile_mask(
+    entropies: Tensor,
+    mask: Tensor | None = None,
+    *,
+    share: float,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor:
+    """Mask that keeps the active tokens with the highest entropies.
 
         keep = active and H >= quantile(H of the active tokens, 1 - share)
 
-    with torch.quantile's linear interpolation, for any number of tokens. The order statistics are
-    found by bisection over the bits of a float32: 32 counts, exact, without a sort. Ranks exchange
-    nothing but counts, and may hold any number of tokens.
+    with the linear interpolation of torch.quantile and no limit on the number of tokens. Bisection
+    over the bits of a float32 finds the exact order statistics in 32 counts, without sorting. Ranks
+    exchange counts alone and may hold different numbers of tokens.
 
     Args:
-        entropies: (B, T) or (N,) float; under the mask anything, NaN included.
-        mask: the same shape, nonzero = active; None = all active.
-        share: number in [0, 1]: 0.2 keeps a fifth; 1 keeps all; 0 keeps the highest alone.
-        process_group: a torch.distributed group (`torch.distributed.group.WORLD`) whose ranks all
-            call this and share one quantile, in 35 all-reduces of a number; None = this tensor's.
+        entropies: (B, T) or (N,) float; ignored, NaN included, where masked.
+        mask: of the shape of entropies, nonzero = active; None = all active.
+        share: kept fraction in [0, 1]; 0 keeps the highest entropy alone.
+        process_group: a torch.distributed group, e.g. `torch.distributed.group.WORLD`, for a
+            quantile over all of its ranks, each of which must call this function: 35 all-reduces
+            of one number. None = the quantile of this tensor.
 
     Returns:
-        bool, for `policy_mask`, the shape of `entropies`, False under the mask. An active NaN
-        ranks highest and is not kept.
+        bool, for `policy_mask`, of the shape of `entropies`, False where masked. An active NaN
+        ranks highest and is dropped.
 
     Raises:
-        ValueError: shapes or devices that do not agree; share outside [0, 1]; not a process group.
+        ValueError: mismatched shapes or devices; share outside [0, 1]; an invalid process group.
 
     References:
         Beyond the 80/20 Rule, https://arxiv.org/abs/2506.01939 (share 0.2).
@@ -167,12 +185,9 @@ def entropy_quantile_mask(entropies, mask=None, *, share, process_group=None):
     if not _is_number(share) or not 0 <= share <= 1:
         raise ValueError(f"share must be a number in [0, 1], got {share!r}")
     if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
-        raise ValueError(f"process_group must be a group of this process, got {process_group!r}")
+        raise ValueError(f"process_group must be a ProcessGroup or None, got {process_group!r}")
     check_tensor("entropies", entropies)
-    active = torch.ones_like(entropies, dtype=torch.bool)
-    if mask is not None:
-        check_tensor("mask", mask, tuple(entropies.shape), entropies.device)
-        active = mask != 0
+    active = active_tokens(mask, entropies)
 
     def over_ranks(number, op="SUM"):
         if process_group is not None:
@@ -181,7 +196,7 @@ def entropy_quantile_mask(entropies, mask=None, *, share, process_group=None):
         return number
 
     entropies = entropies.float()
-    # Floats as integers in the same order; what is not active, and one more, comes last.
+    # Integers in the order of the floats; masked tokens, NaN and one padding key come last.
     last = torch.iinfo(torch.int32).max
     keys = _swap_order(entropies.contiguous().view(torch.int32))
     keys = F.pad(keys.masked_fill(~active | entropies.isnan(), last).flatten(), (0, 1), value=last)
@@ -191,7 +206,7 @@ def entropy_quantile_mask(entropies, mask=None, *, share, process_group=None):
 
     rank = (over_ranks(active.sum()).double() - 1).clamp(min=0) * (1.0 - share)
     below, above = rank.floor(), rank.ceil()
-    # The smallest key that more than `below` keys do not exceed, and the smallest one above it.
+    # Smallest key with more than `below` keys up to it, by bisection, then the next larger one.
     key = torch.full_like(rank, -last - 1, dtype=torch.int64)
     high = torch.full_like(key, last)
     for _ in range(32):
@@ -205,12 +220,12 @@ def entropy_quantile_mask(entropies, mask=None, *, share, process_group=None):
 
 
 def _swap_order(bits):
-    """Bits of a float32 as an int32 that sorts as the float does; its own inverse."""
+    """Map the bits of a float32 to an int32 of the same order; its own inverse."""
     return bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)
 
 
 def _tokens(mask, cu_seqlens, **tensors):
-    """(sequences, tensors (B, T)) of checked tensors that lie side by side; packed (1, N)."""
+    """(sequences, tensors) after checks; tensors are (B, T), packed (1, N)."""
     shape = device = None
     for name, tensor in tensors.items():
         check_tensor(name, tensor, shape, device)
@@ -223,20 +238,21 @@ def _tokens(mask, cu_seqlens, **tensors):
         check_tensor("mask", mask, shape, device)
     if cu_seqlens is None:
         tensors = list(tensors.values())
-        return Padded(tensors[0], mask), tensors
+        return Padded(tensors[0].shape, mask, tensors[0].device), tensors
     check_cu_seqlens(cu_seqlens, shape[0], device)
     tensors = [tensor[None] for tensor in tensors.values()]
-    return Packed(tensors[0], None if mask is None else mask[None], cu_seqlens), tensors
+    mask = None if mask is None else mask[None]
+    return Packed(tensors[0].shape, mask, cu_seqlens), tensors
 
 
 def _difference(logps, sampling_logps):
-    """logps - sampling_logps in float64, 0 for a token that the sampler could not score."""
+    """logps - sampling_logps in float64, 0 where sampling_logps is NaN."""
     difference = logps.double() - sampling_logps.double()
     return torch.where(sampling_logps.isnan(), 0.0, difference)
 
 
 def _as_given(values, cu_seqlens):
-    """Values of tokens as they came; of sequences as (B, 1), packed (B,)."""
+    """Per-token values in the shape of the input; per-sequence values as (B, 1), packed (B,)."""
     if cu_seqlens is not None:
         return values.flatten()
     return values[:, None] if values.dim() == 1 else values

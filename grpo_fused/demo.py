@@ -1,4 +1,4 @@
-"""The demo: a tiny language model learns from its own samples which of two digits is larger."""
+"""The demo task: a tiny language model learns by GRPO to name the larger of two digits."""
 
 import random
 from pathlib import Path
@@ -11,14 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from grpo_fused.trainer import GRPOTrainer, GRPOTrainerConfig
-from grpo_fused.trainer.checkpoint import checkpoints, remove
-from grpo_fused.trainer.tracking import RunLog
+from grpo_fused.trainer.run.checkpoint import delete_checkpoint, list_checkpoints
+from grpo_fused.trainer.run.log import RunLog
 
 ANSWER_LENGTH = 2  # a digit and the end token
 
 
 class DemoOptions(NamedTuple):
-    """The options of `grpo-fused demo`, which explains them and holds their defaults."""
+    """Options of `grpo-fused demo`; the command line documents them and sets their defaults."""
 
     output_dir: Path
     steps: int
@@ -33,19 +33,19 @@ class DemoOptions(NamedTuple):
 
 
 def make_problems() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """All 100 pairs of prompt and answer, as ("7?3=", "7"): 80 to train on and 20 held out."""
+    """Returns all 100 pairs of prompt and answer, as ("7?3=", "7"): 80 to train on, 20 held out."""
     problems = [(f"{a}?{b}=", str(max(a, b))) for a in range(10) for b in range(10)]
-    random.Random(0).shuffle(problems)  # the same cut for every seed
+    random.Random(0).shuffle(problems)  # the same split for every seed
     return problems[20:], problems[:20]
 
 
 def reward_of(text: str, answer: str) -> float:
-    """1 if the completion is the answer and then ends, else 0. Behind the end there is padding."""
+    """Returns 1 if a completion is the answer and the end token, perhaps padded; else 0."""
     return float(text.partition("<eos>")[:2] == (answer, "<eos>"))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, 14 in all."""
+    """Returns a tokenizer with one token per character, 14 in total."""
     vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789?="])}
     characters = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -56,7 +56,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A causal language model of 76,000 random weights that samples from its own distribution."""
+    """Returns a causal language model with 76,000 random weights."""
     config = transformers.Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -72,7 +72,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     model.generation_config = transformers.GenerationConfig(
         max_new_tokens=ANSWER_LENGTH,
         do_sample=True,
-        top_k=0,  # the default, 50, would cut what the loss takes for the policy's distribution
+        top_k=0,  # the default, 50, would sample from another distribution than that of the loss
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -80,7 +80,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 def make_trainer(options: DemoOptions) -> GRPOTrainer:
-    """The trainer of a new model, on the problems."""
+    """Returns the trainer of a new model on the demo task."""
     set_seed(options.seed)
     tokenizer = make_tokenizer()
 
@@ -122,16 +122,16 @@ def make_trainer(options: DemoOptions) -> GRPOTrainer:
 
 
 def run_demo(options: DemoOptions) -> int:
-    """Trains; writes metrics.jsonl as it goes, then reward.png and model/.
+    """Trains a new model; writes metrics.jsonl during training, then reward.png and model/.
 
     Returns:
-        The exit code: 0, or 130 if Ctrl-C ended the training (then all is saved as it stood).
+        The exit code: 0, or 128 + the signal that stopped training (130 for Ctrl-C).
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
-    for checkpoint in checkpoints(options.output_dir):  # of a run that was interrupted
-        remove(checkpoint)
+    for checkpoint in list_checkpoints(options.output_dir):  # left by an interrupted run
+        delete_checkpoint(checkpoint)
     trainer = make_trainer(options)
     weights = f"{trainer.unwrapped.num_parameters():,} weights on {trainer.accelerator.device}"
     print(f"{weights}, loss {options.loss_type}")

@@ -1,114 +1,224 @@
-"""Arguments of the public functions, checked and brought into the shapes that launchers take."""
+"""Inputs of a loss: logits, hidden states with an LM head, or log-probabilities.
+
+All three compute log-probabilities and each kind of loss behind one interface.
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from grpo_fused import validation
-from grpo_fused.autograd import LAUNCHERS, Scales, Tokens, Weights
-from grpo_fused.sequences import Packed, Padded
-from grpo_fused.weights import divisors
+from grpo_fused.autograd.head import LinearLogProb, LinearLoss, run_linear_logprob
+from grpo_fused.autograd.head_losses import SequenceLosses, TokenLosses
+from grpo_fused.autograd.logits import FusedLoss, LogProb, run_fused_loss, run_logprob
+from grpo_fused.bundles import Chunking, Gradients, Head, LossResults
+from grpo_fused.head.chunks import chunk_limit, logits_bytes
+from grpo_fused.head.order import (
+    group_sequences,
+    order_sequences,
+    order_tokens,
+    tokens_with_gradient,
+)
+from grpo_fused.losses.on_logps import loss_on_logps
+
+# Logits of a chunk. On a GPU long enough for its matmuls to be bound by arithmetic and for few
+# updates of dW; on a CPU about the size of its caches, but no fewer rows than a fast matmul needs.
+CHUNK_BYTES = 1 << 30
+CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 32 << 20, 240
 
 
-def prepare_tokens(
-    source,
-    ids,
-    mask,
-    cu_seqlens,
-    implementation="torch",
-    ids_name="completion_ids",
-    mask_name="mask",
-    **values,
-):
-    """(Tokens, sequences, shape of ids): a packed batch (N, ...) becomes one row (1, N, ...).
+def default_chunk_bytes(device, V, dtype):
+    """Budget for the logits (n, V) of a chunk; it does not depend on how much memory is free."""
+    if device.type != "cpu":
+        return CHUNK_BYTES
+    return max(CPU_CHUNK_BYTES, CPU_CHUNK_ROWS * logits_bytes(1, V, dtype))
 
-    Args:
-        source: `sources.Logits` or `sources.Hidden`; checked, and given the dimension of sequences.
-        ids, mask, cu_seqlens: as `grpo_loss`.
-        implementation: "triton" or "torch": which finds packed sequences.
-        ids_name, mask_name: how messages call them.
-        values: by the names of `grpo_loss`; those that are missing are None.
+
+@dataclass(frozen=True)
+class LogitsInput:
+    """Logits (B, L, V) or, before `with_rows`, (N, V).
+
+    Attributes:
+        fuses: whether a token-level loss is computed in the pass that reads the logits.
     """
-    shape = validation.check_layout(source, ids, ids_name, cu_seqlens)
-    number = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    validation.check_tokens(source, shape, number, {ids_name: ids, mask_name: mask, **values})
 
-    def per_token(value):
-        """(B, T) of what has the shape of ids."""
-        if value is None:
-            return None
-        return value.detach()[None] if len(shape) == 1 else value.detach()
+    tensor: Tensor
+    ids: Tensor
+    ids_name: str = "completion_ids"
+    inplace: bool = False
+    name, columns, fuses = "logits", "V", True
 
-    def argument(name):
-        """Values per sequence as (B,), others as tokens; where N = B they are per sequence."""
-        value = values.get(name)
-        if value is None or (tuple(value.shape) == shape and value.shape != (number,)):
-            value = per_token(value)
+    def __post_init__(self):
+        validation.check_floats(self.name, self.tensor)
+
+    @property
+    def vocabulary(self):
+        return self.tensor.shape[-1]
+
+    @property
+    def dtype(self):
+        return self.tensor.dtype
+
+    def with_rows(self):
+        """The same with a dimension of sequences: (1, N, V)."""
+        return replace(self, tensor=self.tensor[None], ids=self.ids[None])
+
+    def check(self):
+        validation.check_logits(self.tensor, self.inplace)
+
+    def wants_gradient(self):
+        return torch.is_grad_enabled() and self.tensor.requires_grad
+
+    def log_probabilities(self, tokens, scales, entropy, backend):
+        """(logps, entropies) (B, T), differentiable; entropies is None without `entropy`."""
+        arguments = (self.tensor, tokens.of_softmax(), scales, entropy, backend)
+        if self.wants_gradient():
+            return LogProb.apply(*arguments, self.inplace)
+        return tuple(run_logprob(*arguments)[:2])
+
+    def token_loss(self, tokens, scales, formula, entropy, backend, sequences):
+        """LossResults of a token-level loss."""
+        arguments = (self.tensor, tokens, scales, formula, entropy, backend)
+        if self.wants_gradient():
+            return FusedLoss.apply(*arguments, self.inplace)
+        return run_fused_loss(*arguments)
+
+    def logps_loss(self, tokens, scales, formula, entropy, backend, sequences, grad_scale):
+        """LossResults of a loss on log-probabilities."""
+        logps, entropies = self.log_probabilities(tokens, scales, entropy, backend)
+        results = loss_on_logps(logps, entropies, tokens, formula, sequences)
+        return LossResults(*results, logps, entropies)
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """Hidden states (B, L, H) or, before `with_rows`, (N, H), and the LM head (V, H)."""
+
+    tensor: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ids: Tensor
+    ids_name: str = "completion_ids"
+    chunk_bytes: int | None = None
+    upcast: bool = False
+    main_grad: Tensor | None = None
+    save_logits: bool = False
+    name, columns, fuses = "hidden", "H", True
+
+    def __post_init__(self):
+        validation.check_floats(self.name, self.tensor)
+
+    @property
+    def vocabulary(self):
+        return len(self.weight)
+
+    @property
+    def converts(self):
+        """Whether hidden states and weight may differ in dtype."""
+        return self.upcast or torch.is_autocast_enabled(self.tensor.device.type)
+
+    @property
+    def dtype(self):
+        """Of the logits."""
+        device = self.tensor.device.type
+        if self.upcast:
+            return torch.float32
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.tensor.dtype
+
+    def with_rows(self):
+        """The same with a dimension of sequences: (1, N, H)."""
+        return replace(self, tensor=self.tensor[None], ids=self.ids[None])
+
+    def check(self):
+        validation.check_head(self)
+
+    def wants_gradient(self):
+        parameters = (self.tensor, self.weight, self.bias)
+        wanted = any(t is not None and t.requires_grad for t in parameters)
+        return torch.is_grad_enabled() and wanted
+
+    def log_probabilities(self, tokens, scales, entropy, backend, order):
+        """(logps, entropies) (B, T), differentiable; entropies is None without `entropy`."""
+        chunking = self._chunking(order)
+        arguments = (tokens.of_softmax(), scales, chunking, entropy, backend, self.save_logits)
+        if self.wants_gradient():
+            inputs = (self.tensor, self.weight, self.bias, self.main_grad)
+            return LinearLogProb.apply(*inputs, *arguments)
+        return tuple(run_linear_logprob(self._head(), *arguments)[0][:2])
+
+    def token_loss(self, tokens, scales, formula, entropy, backend, sequences):
+        """LossResults of a token-level loss."""
+        chunking = self._chunking(order_tokens(sequences, tokens_with_gradient(tokens, sequences)))
+        return self._run(TokenLosses(tokens, scales, formula, entropy, backend, chunking))
+
+    def logps_loss(self, tokens, scales, formula, entropy, backend, sequences, grad_scale):
+        """LossResults of a loss on log-probabilities.
+
+        Where the longest sequence fits a chunk, the gradient is computed with the loss. Otherwise,
+        or if the upstream gradient is not known, the logits are computed twice.
+        """
+        wanted = tokens_with_gradient(tokens, sequences, formula.couples_tokens)
+        known = formula.reduction == "sum" and grad_scale is not None
+        if known and not torch.compiler.is_compiling():  # autograd does not run inside of an op
+            order, by_sequence = order_sequences(sequences, wanted)
+            chunking = self._chunking(order)
+            limit = chunk_limit(self.vocabulary, self.dtype, chunking.chunk_bytes)
+            groups = group_sequences(by_sequence.on_host, limit)
+            rows = tokens.ids.numel() if order.counts is None else int(order.counts[1])
+            # On a device wrong cu_seqlens may end before the tokens do: see `sequences.Packed`.
+            complete = sum(by_sequence.on_host) == rows
+            if groups is not None and complete:
+                arguments = (tokens, scales, formula, entropy, backend, chunking)
+                how = (sequences, grad_scale, by_sequence, groups)
+                return self._run(SequenceLosses(*arguments, *how))
         else:
-            value = value.detach().flatten()
-        return None if value is None else value.contiguous()
+            order = order_tokens(sequences, wanted)
+        logps, entropies = self.log_probabilities(tokens, scales, entropy, backend, order)
+        results = loss_on_logps(logps, entropies, tokens, formula, sequences)
+        return LossResults(*results, logps, entropies)
 
-    def floats(value):
-        return None if value is None else value.float()
+    def _chunking(self, order):
+        chunk_bytes = self.chunk_bytes
+        if chunk_bytes is None:
+            chunk_bytes = default_chunk_bytes(self.tensor.device, self.vocabulary, self.dtype)
+        return Chunking(self.dtype, *order, chunk_bytes)
 
-    def log_probabilities(name):
-        """float32: the kernels take them as they are."""
-        value = floats(per_token(values.get(name)))
-        return None if value is None else value.contiguous()
+    def _head(self):
+        return Head(self.tensor, self.weight, self.bias)
 
-    ids, mask = per_token(ids), per_token(mask)
-    if len(shape) == 1:
-        source.tensor = source.tensor[None]
-    validation.check_rows(source, ids, ids_name)
-    source.check()
-    validation.check_ids(source, ids, ids_name, mask)
-    if cu_seqlens is None:
-        sequences = Padded(ids, mask)
-    else:
-        locate = LAUNCHERS["triton"].locate if implementation == "triton" else None
-        sequences = Packed(ids, mask, cu_seqlens, locate)
-    tokens = Tokens(
-        ids.contiguous(),
-        sequences.active,
-        argument("advantages"),
-        log_probabilities("old_logps"),
-        log_probabilities("ref_logps"),
-        floats(argument("importance_sampling_ratio")),
-        argument("policy_mask"),
-    )
-    return tokens, sequences, shape
+    def _run(self, losses):
+        if self.wants_gradient():
+            return LinearLoss.apply(*self._head(), self.main_grad, losses)
+        return losses.run(self._head(), Gradients())
 
 
-def for_launch(inputs, sequences):
-    """Tokens or Weights whose values per sequence (B,) are what launchers take instead."""
-    if not isinstance(sequences, Packed):
-        return inputs  # launchers take (B,) for padded tokens
-    made = {}
-    for name, value in inputs._asdict().items():
-        if isinstance(value, torch.Tensor) and value.dim() == 1:
-            same = [other for other in made if getattr(inputs, other) is value]
-            made[name] = made[same[0]] if same else sequences.argument(value)
-    return inputs._replace(**made)
+@dataclass(frozen=True)
+class LogpsInput:
+    """Log-probabilities (B, T) or (N,), and entropies or None."""
 
+    tensor: Tensor
+    entropies: Tensor | None = None
+    ids, ids_name = None, None
+    name, fuses, dtype = "logps", False, torch.float32
 
-def prepare_scales(source, shape, sequences, temperature, logit_scale, logit_softcap):
-    """Scales; `shape` is that of ids as the caller gave them."""
-    temperature = validation.check_temperature(temperature, source, shape, sequences)
-    if isinstance(temperature, torch.Tensor) and temperature.dim():
-        if len(shape) == 1 and temperature.shape != (sequences.number,):
-            temperature = temperature[None]
-        temperature = sequences.argument(temperature.float()).contiguous()
-    if logit_softcap is not None:
-        logit_softcap = validation.check_scale("logit_softcap", logit_softcap, source, True)
-    logit_scale = validation.check_scale("logit_scale", logit_scale, source, positive=True)
-    return Scales(temperature, logit_scale, logit_softcap)
+    def with_rows(self):
+        """The same with a dimension of sequences: (1, N)."""
+        entropies = None if self.entropies is None else self.entropies[None]
+        return replace(self, tensor=self.tensor[None], entropies=entropies)
 
+    def check(self):
+        pass
 
-def prepare_weights(sequences, normalizer, kl_normalizer, entropy_coef, **given):
-    """Weights of the three terms; a KL rule of None is the normalizer, a coefficient of 0 none."""
-    items, divisor = divisors(sequences, normalizer, **given)
-    kl = (items, divisor)
-    if kl_normalizer not in (None, normalizer):
-        kl = divisors(sequences, kl_normalizer, **given)
-    bonus = (None, None)
-    if isinstance(entropy_coef, torch.Tensor) or entropy_coef != 0:
-        bonus = (sequences.total, entropy_coef)
-    return Weights(items, divisor, *kl, *bonus)
+    def wants_gradient(self):
+        return torch.is_grad_enabled() and self.tensor.requires_grad
+
+    def logps_loss(self, tokens, scales, formula, entropy, backend, sequences, grad_scale):
+        """LossResults of a loss on log-probabilities."""
+        # Selected at once: masked values may be NaN, and come back as 0.
+        logps = sequences.select(self.tensor.float())
+        entropies = None if self.entropies is None else sequences.select(self.entropies.float())
+        results = loss_on_logps(logps, entropies, tokens, formula, sequences)
+        return LossResults(*results, logps, entropies)

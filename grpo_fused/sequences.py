@@ -1,15 +1,14 @@
-"""Which tokens make a sequence: rows of a padded batch, or stretches of a packed one.
+"""Sequences of a padded or packed batch, behind one interface for sequence-level losses.
 
-Both answer the same questions, so a loss that couples the tokens of a sequence is written once.
-Tokens are always (B, T) tensors; a packed batch of N tokens is one row, (1, N). What is not active
-is selected away, never multiplied by 0.
+Per-token tensors are (B, T), or (1, N) for a packed batch of N tokens. Masked values are replaced
+by torch.where, never multiplied by 0, which would turn inf into NaN.
 """
 
 import torch
 
 
 class once:
-    """A property computed once. That of functools takes a lock, which Dynamo cannot trace."""
+    """A cached property. functools.cached_property takes a lock, which Dynamo cannot trace."""
 
     def __init__(self, compute):
         self.compute, self.name = compute, compute.__name__
@@ -21,20 +20,27 @@ class once:
 
 
 class Padded:
-    """One sequence a row: tokens (B, T).
+    """One sequence per row: tokens (B, T).
+
+    Args:
+        shape: (B, T).
+        mask: (B, T), nonzero = active; None = all active.
+        device: of the tokens; None = that of the mask.
 
     Attributes:
-        active: (B, T) bool, or None: all are.
-        number: B. length: T. tokens: B T.
-        counts: active tokens of every sequence: (B,), or a number that all of them share.
-        total: active tokens of the batch: a 0-d tensor or a number.
+        active: (B, T) bool, or None if all tokens are active.
+        number: B, number of sequences.
+        length: T.
+        tokens: B T, active or not.
+        counts: number of active tokens per sequence: (B,), or a float if all tokens are active.
+        total: number of active tokens: a 0-d tensor, or a float if all tokens are active.
     """
 
-    def __init__(self, ids, mask):
+    def __init__(self, shape, mask, device=None):
         self.active = None if mask is None else _as_bool(mask)
-        self.number, self.length = ids.shape
-        self.tokens = ids.numel()
-        self.device = ids.device
+        self.shape = self.number, self.length = tuple(shape)
+        self.tokens = self.number * self.length
+        self.device = mask.device if device is None else device
 
     @once
     def counts(self):
@@ -45,55 +51,55 @@ class Padded:
         return float(self.tokens) if self.active is None else self.active.sum()
 
     def select(self, values):
-        """Values of tokens, 0 where masked."""
+        """Per-token values, 0 where masked."""
         return values if self.active is None else torch.where(self.active, values, 0.0)
 
     def spread(self, values):
-        """Values per sequence (B,) so that they broadcast against tokens; others as they are."""
+        """Per-sequence values (B,), expanded to broadcast against tokens; others unchanged."""
         return values[:, None] if values.dim() == 1 else values
 
-    def argument(self, values):
-        """Values as launchers take them: per sequence (B,), or per token (B, T) contiguous."""
-        return values
+    def broadcast(self, values):
+        """Values per sequence (B,), or broadcastable to tokens, as a contiguous (B, T) tensor."""
+        return self.spread(values).expand(*self.shape).contiguous()
 
     def padded_length(self):
-        """Tokens a sequence has room for."""
+        """T, the common length of padded sequences."""
         return float(self.length)
 
     def sum(self, values):
-        """Sums (B,) over the active tokens of every sequence."""
+        """Sums (B,) over the active tokens of each sequence."""
         return self.select(values).sum(1)
 
     def mean(self, values):
-        """Means (B,) over the active tokens of every sequence, 0 without any."""
+        """Means (B,) over the active tokens of each sequence; 0 without active tokens."""
         counts = self.counts
         least = counts.clamp(min=1) if isinstance(counts, torch.Tensor) else max(counts, 1.0)
         return self.sum(values) / least
 
 
 class Packed(Padded):
-    """Sequences one behind the other: tokens (1, N), cu_seqlens (B + 1,) their first tokens and N.
+    """Concatenated sequences: tokens (1, N), cu_seqlens (B + 1,) from 0 to N.
 
-    Sequences may be empty. A token's sequence is found without waiting for the device; a device
-    cannot be asked about wrong cu_seqlens, so they are cut to what lies inside of the tokens.
+    Sequences may be empty. To avoid synchronising with a device, invalid cu_seqlens there are
+    clamped to [0, N] instead of raising an error.
 
     Args:
-        locate: a launcher that finds index and counts in one launch; None: torch does, in several.
+        locate: launcher that computes index and counts in one kernel; None = several torch calls.
     """
 
-    def __init__(self, ids, mask, cu_seqlens, locate=None):
-        super().__init__(ids, mask)
+    def __init__(self, shape, mask, cu_seqlens, device=None, locate=None):
+        super().__init__(shape, mask, cu_seqlens.device if device is None else device)
         self.number = len(cu_seqlens) - 1
         self.cu_seqlens, self.locate = cu_seqlens, locate if self.number else None
 
     @once
     def offsets(self):
-        """(B + 1,) cu_seqlens that rise from 0 to N at most."""
+        """(B + 1,) cu_seqlens, clamped to be nondecreasing within [0, N]."""
         return self.cu_seqlens.long().clamp(0, self.length).cummax(0).values
 
     @once
     def located(self):
-        """(index, counts) of a launcher."""
+        """(index, counts) from the launcher."""
         index = torch.empty(self.length, dtype=torch.int64, device=self.device)
         counts = torch.empty(self.number, dtype=torch.float32, device=self.device)
         self.locate(self.cu_seqlens.contiguous(), self.active, index, counts)
@@ -101,7 +107,7 @@ class Packed(Padded):
 
     @once
     def index(self):
-        """(N,) number of the sequence of every token."""
+        """(N,) index of each token's sequence."""
         if self.locate is not None:
             return self.located[0]
         position = torch.arange(self.length, device=self.device)
@@ -119,13 +125,10 @@ class Packed(Padded):
     def spread(self, values):
         return values[self.index][None] if values.dim() == 1 else values
 
-    def argument(self, values):
-        return self.spread(values).contiguous()
-
     def padded_length(self):
         raise ValueError(
-            "max_completion_length is needed with cu_seqlens for seq-mean-token-sum-norm: packed "
-            "sequences have no common length, got None"
+            "max_completion_length is required with cu_seqlens and seq-mean-token-sum-norm: "
+            "packed sequences have no common length, got None"
         )
 
     def sum(self, values):

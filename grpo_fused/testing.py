@@ -1,53 +1,64 @@
-"""For those who write an objective: is its derivative right, and are its two spellings one?"""
+"""`check_objective`: tests of user-defined objectives."""
 
 import itertools
 
 import torch
+from torch import Tensor
 
-from grpo_fused.kernels.objective import HAS_TRITON, OBJECTIVES
-from grpo_fused.objectives import Objective
-from grpo_fused.sequence_objectives import SequenceObjective
+from grpo_fused.kernels.objective import OBJECTIVES
+from grpo_fused.losses.objectives import Objective
+from grpo_fused.losses.sequence_objectives import SequenceObjective
 from grpo_fused.validation import choose_implementation
 
 RATIOS = (0.05, 0.5, 0.79, 0.81, 0.95, 1.0, 1.05, 1.15, 1.27, 1.35, 1.5, 3.0, 5.5)
-FAR = (-200.0, -79.0, 79.0, 200.0)
+EXTREME_LOG_RATIOS = (-200.0, -79.0, 79.0, 200.0)  # around the clamp of exponents at +-80
 ADVANTAGES = (-1.7, -0.3, 0.0, 0.3, 1.0, 1.7)
 LOGPS = (-9.0, -2.0, -0.1)
 
 
-def regimes(device="cpu"):
-    """(logp, log_ratio, advantage), each (n,) float32: inside and outside of usual bounds and of
-    the clamp of exponentials at +-80, advantages of either sign and 0."""
-    log_ratios = [*torch.tensor(RATIOS).log().tolist(), *FAR]
-    cases = torch.tensor(list(itertools.product(LOGPS, log_ratios, ADVANTAGES)))
-    return [column.contiguous().to(device) for column in cases.unbind(1)]
+def regimes(device: str | torch.device = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Grid of test inputs that covers every branch of the built-in objectives.
 
-
-def check_objective(objective, *, device="cpu", rtol=1e-5):
-    """Hold an objective of your own to what the package needs of it.
-
-    On a grid of log-probabilities, ratios and advantages that reaches far and near: the derivative
-    that `evaluate` returns is what autograd makes of its loss, in float64; nothing is lost or
-    gained at advantage 0; and where the device can run it, `per_token` gives the same numbers.
-
-    Args:
-        objective: an Objective with its knobs.
-        device: of the comparison with `per_token`; a GPU, or the CPU under TRITON_INTERPRET=1.
-        rtol: relative to the size of the value, for the two spellings in float32.
+    It has ratios inside and outside of usual bounds, log-ratios inside and outside of the clamp of
+    exponents at +-80, and positive, negative and zero advantages.
 
     Returns:
-        Names of what was compared: "derivative", and "kernel" if `per_token` ran.
+        (logp, log_ratio, advantage), each (n,) float32 on the device.
+    """
+    log_ratios = [*torch.tensor(RATIOS).log().tolist(), *EXTREME_LOG_RATIOS]
+    cases = torch.tensor(list(itertools.product(LOGPS, log_ratios, ADVANTAGES)))
+    logp, log_ratio, advantage = (column.contiguous().to(device) for column in cases.unbind(1))
+    return logp, log_ratio, advantage
+
+
+def check_objective(
+    objective: Objective, *, device: str | torch.device = "cpu", rtol: float = 1e-5
+) -> list[str]:
+    """Check the implementation of a token-level objective on a grid of inputs (`regimes`).
+
+    Verifies that
+    - the derivative returned by `evaluate` matches autograd of its loss, in float64;
+    - loss, derivative and clipped are 0 at advantage 0;
+    - `per_token` matches `evaluate` in float32, if the device can run it.
+
+    Args:
+        objective: an Objective with its parameters.
+        device: of the comparison with `per_token`: a GPU, or the CPU under TRITON_INTERPRET=1.
+        rtol: relative tolerance of that comparison.
+
+    Returns:
+        Names of the checks that ran: "derivative", and "kernel" if `per_token` ran.
 
     Raises:
-        ValueError: an objective that couples tokens: it has no derivative of its own to check.
-        AssertionError: with the first case that disagrees. Kinks (a ratio exactly on a bound) are
-            nowhere on the grid for usual bounds.
+        ValueError: not an Objective, or a SequenceObjective, whose derivative comes from autograd.
+        AssertionError: a check failed; the message has its first failing case. The grid avoids the
+            kinks of usual bounds, where derivatives are not unique.
 
     Example:
         check_objective(Clip(0.2, 0.28))
     """
     if not isinstance(objective, Objective) or isinstance(objective, SequenceObjective):
-        raise ValueError(f"objective must be an Objective per token, got {objective!r}")
+        raise ValueError(f"objective must be a token-level Objective, got {objective!r}")
     logp, log_ratio, advantage = (column.double() for column in regimes())
     logp.requires_grad_(True)
     log_ratio.requires_grad_(True)
@@ -57,45 +68,45 @@ def check_objective(objective, *, device="cpu", rtol=1e-5):
     )
     columns = (logp, log_ratio, advantage)
     _compare("derivative", derivative, sum(gradients), columns, 1e-9)
-    nothing = advantage == 0
     zero = torch.zeros_like(loss)
     for name, values in (("loss", loss), ("derivative", derivative), ("clipped", clipped)):
-        _compare(f"{name} at advantage 0", torch.where(nothing, values, zero), zero, columns, 0.0)
-    done = ["derivative"]
+        at_zero = torch.where(advantage == 0, values, zero)
+        _compare(f"{name} at advantage 0", at_zero, zero, columns, 0.0)
+    checks = ["derivative"]
     if hasattr(objective, "per_token") and can_run_kernels(device):
         columns = regimes(device)
         got, want = run_per_token(objective, *columns), objective.evaluate(*columns)
         for name, a, b in zip(("loss", "derivative", "clipped"), got, want, strict=True):
             _compare(f"{name} of per_token", a, b, columns, rtol)
-        done.append("kernel")
-    return done
+        checks.append("kernel")
+    return checks
 
 
 def can_run_kernels(device):
-    """Whether Triton runs on the device, by its driver or by the interpreter."""
+    """Whether Triton runs on the device, natively or in its interpreter."""
     try:
-        return HAS_TRITON and choose_implementation("triton", torch.device(device))
+        return choose_implementation("triton", torch.device(device)) == "triton"
     except ValueError:
         return False
 
 
 def run_per_token(objective, logp, log_ratio, advantage):
-    """(loss, derivative, clipped) (n,) of an objective's `per_token`, computed by Triton."""
+    """(loss, derivative, clipped), each (n,), of an objective's `per_token`, run by Triton."""
     from grpo_fused.kernels.evaluate import evaluate
 
     out = torch.empty(3, len(logp), device=logp.device)
-    evaluate(OBJECTIVES[objective.name()], objective.knobs(), logp, log_ratio, advantage, out)
+    evaluate(OBJECTIVES[objective.name()], objective.params(), logp, log_ratio, advantage, out)
     return out.unbind()
 
 
-def _compare(what, got, want, columns, rtol):
+def _compare(name, got, want, columns, rtol):
     got, want = got.detach().double(), want.detach().double()
     wrong = ~((got - want).abs() <= rtol * (want.abs() + 1e-6))
     if wrong.any():
         first = wrong.nonzero()[0, 0]
         case = ", ".join(
-            f"{name} {column[first].item():.6g}"
-            for name, column in zip(("logp", "log_ratio", "advantage"), columns, strict=True)
+            f"{column} {values[first].item():.6g}"
+            for column, values in zip(("logp", "log_ratio", "advantage"), columns, strict=True)
         )
-        found = f"{got[first].item():.9g}, want {want[first].item():.9g}"
-        raise AssertionError(f"{what} is {found} at {case} ({int(wrong.sum())} cases)")
+        found = f"{got[first].item():.9g}, expected {want[first].item():.9g}"
+        raise AssertionError(f"{name} is {found} at {case} ({int(wrong.sum())} cases)")

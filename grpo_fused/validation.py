@@ -1,7 +1,7 @@
-"""Argument checks: a ValueError that names the argument, what came and what is wanted.
+"""Argument checks of the public functions.
 
-Nothing here reads a value on an accelerator: shapes, dtypes, devices and Python numbers are checked
-everywhere, ids and 0-d tensors on the CPU only.
+Shapes, dtypes, devices and Python numbers are checked everywhere; ids and 0-d tensors on the CPU
+only, because reading them would synchronise with other devices.
 """
 
 import functools
@@ -10,11 +10,12 @@ from numbers import Integral
 
 import torch
 
+from grpo_fused import checks
 from grpo_fused.checks import NUMBERS, check_choice, check_cu_seqlens
-from grpo_fused.divergences import DIVERGENCES
 from grpo_fused.kernels.objective import HAS_TRITON
-from grpo_fused.objectives import LEVELS, Objective
-from grpo_fused.weights import RULES
+from grpo_fused.losses.kl import KL_ESTIMATORS
+from grpo_fused.losses.objectives import LEVELS, Objective
+from grpo_fused.losses.weights import RULES
 
 if HAS_TRITON:
     import grpo_fused.kernels.launch as launch
@@ -26,37 +27,50 @@ REDUCTIONS = ("sum", "none")
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 
-def check_layout(source, ids, ids_name, cu_seqlens):
-    """The shape of ids, (B, T) or (N,), after a look at what decides between the two."""
-    if not isinstance(ids, torch.Tensor):
-        raise ValueError(f"{ids_name} must be a tensor, got {type(ids).__name__}")
-    shape, found = tuple(ids.shape), tuple(source.tensor.shape)
-    if cu_seqlens is None and ids_name != "ids" and len(found) == 2:
-        raise ValueError(f"{source.name} {found}, packed, need cu_seqlens, got None")
-    if cu_seqlens is None and len(found) != 2:
-        if len(shape) != 2:
-            raise ValueError(f"{ids_name} must be (B, T), got {shape}")
-        return shape
-    if len(found) != 2 or ids.dim() != 1 or found[0] != shape[0]:
-        wanted = f"{source.name} (N, {source.columns}) need {ids_name} (N,)"
-        raise ValueError(f"{wanted}, got {source.name} {found} and {ids_name} {shape}")
+def check_layout(source, cu_seqlens):
+    """Check the shape of the input and its ids; return the shape of the tokens, (B, T) or (N,)."""
+    name, ids_name, found = source.name, source.ids_name, tuple(source.tensor.shape)
+    if source.ids is None:
+        if len(found) != (2 if cu_seqlens is None else 1):
+            wanted = "(B, T)" if cu_seqlens is None else "(N,) with cu_seqlens"
+            raise ValueError(f"{name} must be {wanted}, got {found}")
+        shape = found
+    else:
+        if not isinstance(source.ids, torch.Tensor):
+            raise ValueError(f"{ids_name} must be a tensor, got {type(source.ids).__name__}")
+        shape = tuple(source.ids.shape)
+        if cu_seqlens is None and ids_name != "ids" and len(found) == 2:
+            raise ValueError(f"cu_seqlens is required with packed {name} {found}, got None")
+        if cu_seqlens is None and len(found) != 2:
+            _check_rows(source)
+            return shape
+        if len(found) != 2 or len(shape) != 1 or found[0] != shape[0] or found[1] == 0:
+            wanted = f"{name} must be (N, {source.columns}) for {ids_name} (N,)"
+            raise ValueError(f"{wanted}, got {name} {found} and {ids_name} {shape}")
+        _check_integers(source)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, shape[0], source.tensor.device)
     return shape
 
 
-def check_rows(source, ids, ids_name):
-    """Shapes and dtypes of rows (B, T, ...) or (B, T + 1, ...) and ids (B, T)."""
-    rows, name, columns = source.tensor, source.name, source.columns
-    check_floats(name, rows)
+def _check_integers(source):
+    ids = source.ids
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{ids_name} must be integers, got {ids.dtype}")
-    shape, wanted = tuple(rows.shape), tuple(ids.shape)
-    fits = rows.dim() == 3 and ids.dim() == 2 and shape[0] == wanted[0]
+        raise ValueError(f"{source.ids_name} must be integers, got {ids.dtype}")
+
+
+def _check_rows(source):
+    """Check padded inputs: (B, T, ...) or (B, T + 1, ...), with ids (B, T)."""
+    _check_integers(source)
+    shape, wanted = tuple(source.tensor.shape), tuple(source.ids.shape)
+    if len(wanted) != 2:
+        raise ValueError(f"{source.ids_name} must be (B, T), got {wanted}")
+    fits = len(shape) == 3 and shape[0] == wanted[0]
     if not (fits and shape[1] in (wanted[1], wanted[1] + 1) and shape[2] > 0):
+        name, columns = source.name, source.columns
         raise ValueError(
-            f"{name} must be (B, T, {columns}) or (B, T + 1, {columns}) for {ids_name} (B, T), "
-            f"got {name} {shape} and {ids_name} {wanted}"
+            f"{name} must be (B, T, {columns}) or (B, T + 1, {columns}) for {source.ids_name} "
+            f"(B, T), got {name} {shape} and {source.ids_name} {wanted}"
         )
 
 
@@ -68,31 +82,31 @@ def check_floats(name, tensor):
 
 
 def check_logits(logits, inplace):
-    """What kernels need of logits, and who may lose their values."""
+    """Check the strides of logits and, for inplace, that they may be overwritten."""
     if logits.stride(2) != 1 and logits.shape[2] > 1:
         raise ValueError(
             f"logits must be contiguous in the last dimension, got strides {logits.stride()}"
         )
     if inplace and logits.requires_grad and holds_values_of_a_leaf(logits):
         raise ValueError(
-            "inplace=True on logits that are a leaf or a view of one: its values would be lost; "
-            "pass the output of an operation, or inplace=False"
+            "inplace=True would overwrite the values of a leaf or of a view of one: logits must be "
+            "the output of an operation, or inplace False"
         )
     if inplace and any(
         n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)
     ):
-        raise ValueError("inplace=True on expanded logits: several rows share the same memory")
+        raise ValueError("inplace=True requires logits without expanded dimensions")
 
 
 def holds_values_of_a_leaf(logits):
-    """Whether values of a parameter, or of another leaf, would be lost with those of logits."""
+    """Whether the logits are a leaf of autograd, such as a parameter, or a view of one."""
     if logits.is_leaf or torch.compiler.is_compiling():
         return logits.is_leaf
     return logits._base is not None and logits._base.is_leaf
 
 
 def check_head(source):
-    """What a head needs of its weight, bias and main_grad: `sources.Hidden`."""
+    """Check shapes, dtypes and devices of the weight, bias and main_grad of a `HeadInput`."""
     weight, bias, main_grad = source.weight, source.bias, source.main_grad
     check_floats("weight", weight)
     _check_not_sharded("weight", weight)
@@ -112,20 +126,21 @@ def check_head(source):
         check_floats(name, tensor)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
-        check_device(name, tensor, source)
+        check_device(source, name, tensor)
         if name != "main_grad" and not source.converts and tensor.dtype != source.dtype:
             raise ValueError(
-                f"{name} is {tensor.dtype}, hidden is {source.dtype}: convert one, use autocast, "
-                "or upcast=True for logits in float32"
+                f"{name} is {tensor.dtype}, hidden is {source.dtype}: convert one of them, use "
+                "autocast, or pass upcast=True for float32 logits"
             )
     if main_grad is None:
         return
     if main_grad.dtype != torch.float32 or main_grad.requires_grad:
         raise ValueError(
-            f"main_grad must be float32 that requires no gradient, got {main_grad.dtype}"
+            f"main_grad must be float32 and not require a gradient, got {main_grad.dtype} with "
+            f"requires_grad={main_grad.requires_grad}"
         )
     if torch.is_grad_enabled() and not weight.requires_grad:
-        raise ValueError("main_grad is given, but weight requires no gradient to add to it")
+        raise ValueError("main_grad requires a weight with requires_grad=True")
 
 
 def _check_not_sharded(name, tensor):
@@ -135,14 +150,15 @@ def _check_not_sharded(name, tensor):
 
     if isinstance(tensor, DTensor):
         raise ValueError(
-            f"{name} is a DTensor, sharded over ranks: call the function inside of the forward of "
-            "the module that owns it, where FSDP has gathered it, or pass full_tensor() with "
+            f"{name} is a DTensor sharded over ranks: call the function within the forward of the "
+            "module that owns it, where FSDP has gathered it, or pass full_tensor() with "
             'grad_placements=[Partial("avg")]'
         )
 
 
-def check_tokens(source, shape, number, tensors):
-    """Tensors that go with ids of a shape, (B, T) or (N,), in a number of sequences."""
+def check_tokens(source, layout, tensors):
+    """Check tensors, given by name, with one value per token or, for some, per sequence."""
+    shape, number = layout.shape, layout.num_sequences
     for name, tensor in tensors.items():
         if tensor is None and name != "advantages":
             continue
@@ -158,24 +174,30 @@ def check_tokens(source, shape, number, tensors):
             raise ValueError(f"{name} must have shape {choice} for ids {shape}, got {found}")
         if name in FLOATING and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-        check_device(name, tensor, source)
+        check_device(source, name, tensor)
 
 
-def check_device(name, tensor, source):
-    """A tensor is where the logits, or what makes them, are."""
+def check_device(source, name, tensor):
+    """Check that a tensor is on the device of the input."""
     device = source.tensor.device
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, {source.name} are on {device}")
 
 
-def check_ids(source, ids, ids_name, mask):
-    """Active ids lie in the vocabulary; checked on the CPU only, where reading them is free."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+def check_ids(source, mask):
+    """Check that active ids are in the vocabulary, on the CPU only.
+
+    Args:
+        source: an input with ids (B, T), or None.
+        mask: (B, T), or None.
+    """
+    ids = source.ids
+    if ids is None or not checks.is_readable(ids.device):
         return
     V = source.vocabulary
     if ids.numel() == 0:
         return
-    least, most = ids.aminmax()  # of all: as a rule one pass tells that none is outside
+    least, most = ids.aminmax()  # usually enough: one pass over all ids, masked or not
     if least.item() >= 0 and most.item() < V:
         return
     outside = (ids < 0) | (ids >= V)
@@ -183,17 +205,19 @@ def check_ids(source, ids, ids_name, mask):
         outside &= mask != 0
     if outside.any():
         found = ids[outside][0].item()
-        raise ValueError(f"{ids_name} must lie in [0, {V}) where the mask is nonzero, got {found}")
+        raise ValueError(
+            f"{source.ids_name} must lie in [0, {V}) where the mask is nonzero, got {found}"
+        )
 
 
-def check_scale(name, value, source, positive=False, nonzero=False):
-    """A number, returned as a float, or a 0-d tensor on the device of the logits."""
+def check_scale(source, name, value, positive=False, nonzero=False):
+    """Check a scalar; return a float, or a detached 0-d tensor on the device of the input."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got {tuple(value.shape)}")
-        check_device(name, value, source)
+        check_device(source, name, value)
         value = value.detach()
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if not checks.is_readable(value.device):
             return value
     elif not isinstance(value, NUMBERS):
         raise ValueError(f"{name} must be a number or a 0-d tensor, got {value!r}")
@@ -204,51 +228,54 @@ def check_scale(name, value, source, positive=False, nonzero=False):
     return value if isinstance(value, torch.Tensor) else number
 
 
-def check_temperature(temperature, source, shape, sequences):
-    """As `check_scale`, or one temperature per sequence or token; masked ones may be anything."""
+def check_temperature(source, layout, sequences, temperature):
+    """As `check_scale`; also one temperature per sequence or token, ignored where masked."""
     if not isinstance(temperature, torch.Tensor) or temperature.dim() == 0:
-        return check_scale("temperature", temperature, source, positive=True)
-    check_tokens(source, shape, sequences.number, {"temperature": temperature})
+        return check_scale(source, "temperature", temperature, positive=True)
+    check_tokens(source, layout, {"temperature": temperature})
     temperature = temperature.detach()
-    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-        per_sequence = temperature.shape == (sequences.number,)
-        of_tokens = sequences.spread(temperature) if per_sequence else temperature
-        wrong = ~((of_tokens > 0) & (of_tokens < math.inf))
+    if checks.is_readable(temperature.device):
+        per_token = sequences.spread(layout.value(temperature))
+        wrong = ~((per_token > 0) & (per_token < math.inf))
         wrong = wrong if sequences.active is None else wrong & sequences.active
         if wrong.any():
-            found = of_tokens.expand_as(wrong)[wrong][0].item()
+            found = per_token.expand_as(wrong)[wrong][0].item()
             raise ValueError(f"temperature must be finite and > 0 on active tokens, got {found}")
     return temperature
 
 
 def check_objective(objective, level):
-    """An Objective, at a level at which it has a meaning."""
+    """Check an objective and that it supports the importance sampling level."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must be an Objective such as Clip(), got {objective!r}")
     check_choice("importance_sampling_level", level, LEVELS)
     if level not in objective.levels:
         raise ValueError(
-            f"importance_sampling_level {level!r} has no meaning for {type(objective).__name__}: "
-            f"it must be {' or '.join(objective.levels)}"
+            f"importance_sampling_level must be {' or '.join(objective.levels)} for "
+            f"{type(objective).__name__}, got {level!r}"
         )
 
 
-def check_choices(reduction, kl_estimator, normalizer, kl_normalizer):
-    """Arguments that are one of a few words, and those that do not go together."""
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("kl_estimator", kl_estimator, DIVERGENCES)
-    for name, rule in (("normalizer", normalizer), ("kl_normalizer", kl_normalizer)):
+def check_choices(options):
+    """Check keywords with a fixed set of values, and combinations of them."""
+    check_choice("reduction", options.reduction, REDUCTIONS)
+    check_choice("kl_estimator", options.kl_estimator, KL_ESTIMATORS)
+    for name in ("normalizer", "kl_normalizer"):
+        rule = getattr(options, name)
         if rule is None:
             continue
         check_choice(name, rule, RULES)
-        if reduction == "none":
-            raise ValueError(f'{name}={rule!r} has no meaning with reduction="none": leave it None')
+        if options.reduction == "none":
+            raise ValueError(f'{name} must be None with reduction="none", got {rule!r}')
 
 
-@torch.compiler.assume_constant_result
 def triton_serves(device_type):
     """Whether Triton has a driver for devices of this type."""
     return _has_driver(device_type)
+
+
+# The effect of `torch.compiler.assume_constant_result`, without importing the compiler.
+triton_serves._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -264,17 +291,17 @@ def _has_driver(device_type):
 
 
 def choose_implementation(implementation, device):
-    """Resolve "auto"; refuse "triton" where it cannot serve."""
+    """The backend, "triton" or "torch"; raises where "triton" is requested but cannot run."""
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     serves = triton_serves(device.type)
     if implementation == "auto":
         return "triton" if serves else "torch"
     if implementation == "triton" and not serves:
         if not HAS_TRITON:
-            raise ValueError('implementation="triton", but Triton is not installed')
+            raise ValueError('implementation="triton" requires Triton, which is not installed')
         if not launch.INTERPRETED:
             raise ValueError(
-                f'implementation="triton" needs a device with a Triton driver, got logits on '
-                f'{device}; use "torch", or set TRITON_INTERPRET=1 before the first import'
+                f'implementation="triton" requires a device with a Triton driver, got {device}; '
+                'use "torch", or set TRITON_INTERPRET=1 before importing grpo_fused'
             )
     return implementation

@@ -1,1 +1,1 @@
-"""Triton kernels: tensors in, tensors out; no autograd, no word of reinforcement learning."""
+"""Triton kernels of the losses, their device functions and launchers; no autograd."""

@@ -1,4 +1,9 @@
-"""How a kernel is launched: alignment, the grid, and the block sizes of `tiling`."""
+"""Launches: the one call into Triton, block sizes from one table, arguments that never recompile.
+
+Triton compiles a kernel again for every new combination of what it specialises on. Inside a tuple
+these are integers and the 16-byte alignment of pointers, even with `do_not_specialize` (Triton 3.6
+to 3.9). So integers stay outside of bundles, and `arguments` copies misaligned tensors.
+"""
 
 import contextlib
 import functools
@@ -10,26 +15,83 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiling import Device, programs_per_row, tiling
-
 INTERPRETED = triton.knobs.runtime.interpret
-REGISTERS = 65_536  # of an NVIDIA multiprocessor, from sm_80 to sm_100
+REGISTERS = 65_536  # of an NVIDIA multiprocessor, sm_80 to sm_100
+ALIGNMENT = 16  # bytes
+
+
+class Device(NamedTuple):
+    """What block sizes depend on: "sm_90", "gfx942", ... or "interpreter"."""
+
+    architecture: str
+    warp_size: int
+    multiprocessors: int
+
+
+class Choice(NamedTuple):
+    """Block sizes for an architecture with this prefix and rows of at most `row_bytes`."""
+
+    architecture: str
+    row_bytes: float  # V times the size of an element
+    threads: int
+    unroll: int  # 128-bit loads in flight per thread
+    programs: int  # resident per multiprocessor
+    reason: str
+
+
+class Blocks(NamedTuple):
+    """Block sizes, a constexpr of every kernel over rows.
+
+    A block has UNROLL x THREADS x VECTOR columns. VECTOR columns are one load of a thread: 128
+    bits, or fewer if some row of the logits is not aligned to that. Rows of the gradient are
+    aligned to STORE_VECTOR columns, which do not affect the order of additions. V is a multiple of
+    COLUMNS.
+    """
+
+    THREADS: int
+    UNROLL: int
+    VECTOR: int
+    STORE_VECTOR: int
+    COLUMNS: int
+
+
+# "Predicted" choices come from offline compilation (`python -m benchmarks.aot`); no GPU has
+# measured them. The first match is used.
+FOUR_LOADS = "four loads in flight per thread spill nowhere on sm_80, sm_90, sm_100 and gfx942"
+CHOICES = (
+    Choice("interpreter", math.inf, 32, 4, 2, "small blocks, so that short rows iterate"),
+    Choice(
+        "", 128 * 1024, 256, 4, 2, f"predicted: twice as many rows of half the bytes; {FOUR_LOADS}"
+    ),
+    Choice(
+        *("", math.inf, 512, 4, 1),
+        "predicted: the gradient's second read should hit L2 (H200: 60 MB in two partitions), and "
+        f"132 rows of 304 KB are 40 MB; {FOUR_LOADS}",
+    ),
+)
 
 
 def kernel(function):
-    """`triton.jit` for kernels: only constexprs, types and None make a new variant.
+    """`triton.jit` that specialises on constexprs, types and None alone.
 
-    Not the value 1, not a multiple of 16, not the alignment of a pointer: what changes from batch
-    to batch must not compile again.
+    Values of 1, multiples of 16 and the alignment of pointers change from batch to batch and must
+    not compile again.
     """
     parameters = inspect.signature(function).parameters.values()
     values = [p.name for p in parameters if p.annotation is not tl.constexpr]
     return triton.jit(function, do_not_specialize=values, do_not_specialize_on_alignment=values)
 
 
+def launch(function, programs, *args, **options):
+    """Launch a one-dimensional grid. No other function calls Triton: tools that compile offline,
+    count launches or emulate them replace this one.
+    """
+    function[(programs,)](*args, **options)
+
+
 @functools.cache
 def device_of(index):
-    """Facts about the current CUDA or ROCm device, `index` being its number (the cache's key)."""
+    """Facts about the current CUDA or ROCm device; `index`, its number, is the cache's key."""
     if INTERPRETED:
         return Device("interpreter", warp_size=32, multiprocessors=1)
     driver = triton.runtime.driver.active
@@ -39,146 +101,87 @@ def device_of(index):
     return Device(architecture, target.warp_size, properties["multiprocessor_count"])
 
 
-def vector_width(matrix):
-    """Columns per load or store, 128 bits at most, for which every row of a matrix is aligned."""
-    itemsize = matrix.element_size()
-    return math.gcd(16 // itemsize, matrix.data_ptr() // itemsize, *matrix.stride()[:2])
-
-
-def store_width(logits, dlogits):
-    """Columns per store of the gradient: as many as a load of the logits if both are aligned alike.
-
-    Rows that start anywhere are read from their first whole vector on, wherever that is; the
-    gradient, if its rows start as far from whole vectors, is written so too.
-    """
-    if dlogits is None:
-        return 1
-    vector = 16 // logits.element_size()
-    if vector_width(logits) == vector:
-        return vector_width(dlogits)
-    apart = [(dlogits.data_ptr() - logits.data_ptr()) // logits.element_size()]
-    for size, a, b in zip(logits.shape[:2], logits.stride(), dlogits.stride(), strict=False):
-        apart.append(a - b if size > 1 else 0)
-    return vector if all(n % vector == 0 for n in apart) else 1
-
-
-def argument(value):
-    """A number or tensor of (), (B,) or (B, T), as `online_softmax.token_value` reads it."""
-    if not isinstance(value, torch.Tensor):
-        return None if value is None else (float(value),)
-    # A float: the interpreter of Triton 3.7 takes no bool in a tuple, and integers are specialised.
-    return (value, float(value.dim() == 1)) if value.dim() else (value,)
-
-
 def on_device(tensor):
-    """Context in which kernels are launched on the device that holds `tensor`."""
+    """Context that makes the device of `tensor` current."""
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
-class Traffic(NamedTuple):
-    """Bytes of logits and their gradient that a launch moves at most: masked rows are not read."""
-
-    read: int
-    written: int
-
-
-def launch(function, programs, *args, traffic=None, **options):
-    """Launch a one-dimensional grid. The only place that does, so that offline compilation and
-    counting (of launches, and of `traffic`) can stand in for it.
-    """
-    function[(programs,)](*args, **options)
+def choose(V, itemsize, device):
+    """The first row of CHOICES that fits rows of V columns."""
+    for choice in CHOICES:
+        fits = device.architecture.startswith(choice.architecture)
+        if fits and V * itemsize <= choice.row_bytes:
+            return choice
 
 
-def sharing(logits):
-    """How programs share a row: (as many as it has segments, slots for what each finds, lanes of a
-    slot), or None: there are rows enough, every program has some of its own.
-    """
-    sequences, positions, V = logits.shape
-    with on_device(logits):
-        device = device_of(logits.device.index)
-    tile = tiling(V, logits.element_size(), device)
-    vector = 16 // logits.element_size()
-    lanes = tile.warps * device.warp_size
-    segments = math.ceil(V / (tile.segment * tile.unroll * lanes * vector))
-    if programs_per_row(sequences * positions, segments, device, tile) == 1:
-        return None
-    if vector_width(logits) == vector:
-        return segments, segments, lanes
-    return segments, segments + 1, lanes * vector  # see row_statistics.other_columns
+def vector_width(matrix):
+    """Columns, at most 128 bits, to which every row of a matrix (B, L, V) is aligned."""
+    itemsize = matrix.element_size()
+    return math.gcd(16 // itemsize, matrix.data_ptr() // itemsize, *matrix.stride()[:2])
 
 
-def launch_rows(
-    function,
-    logits,
-    *args,
-    writes=False,
-    reads=True,
-    persistent=False,
-    crowd=0,
-    parts=None,
-    **constexprs,
-):
-    """Launch a kernel over rows: one program a row, or a grid that fills the device once.
+def argument(value):
+    """A kernel's argument: a float, None, (0-d tensor,), or an aligned tensor of token values."""
+    if not isinstance(value, torch.Tensor):
+        return None if value is None else float(value)
+    if value.data_ptr() % ALIGNMENT:
+        value = value.clone()
+    return value if value.dim() else (value,)
+
+
+def arguments(bundle):
+    """A bundle of inputs as kernels take it."""
+    return bundle._make(map(argument, bundle))
+
+
+def launch_rows(function, logits, *args, dlogits=None, persistent=False, min_blocks_per_sm=0):
+    """Launch a kernel over the rows of logits: one program per row, or a grid that loops over them.
 
     Args:
-        function: kernel whose parameters are logits_ptr and its strides per sequence and position,
-            rows (B * L), positions (L), V; then `args`; then the constexprs of the blocks.
+        function: kernel with the parameters logits_ptr, stride_sequence, stride_position, rows
+            (B * L), positions (L), V; then `args`; then the constexpr `blocks`.
         logits: (B, L, V).
-        writes: whether it also writes as much; a row's second read hits the caches.
-        reads: whether it reads logits that no launch just before it has read.
-        persistent: whether the kernel loops over rows in steps of the number of programs.
-        crowd: how many times the programs of the table must find registers; 0: not bounded.
-        parts: programs per row, the last of `args`, for a kernel that knows segments.
-        constexprs: the kernel's own flags.
+        dlogits: (B, L, V), contiguous or `logits` itself, that the kernel writes; None if it writes
+            nothing of that size.
+        persistent: whether the kernel loops over rows; the grid then fills the device once.
+        min_blocks_per_sm: bound registers so that this many times the resident programs of CHOICES
+            fit a multiprocessor; 0 leaves it to the compiler.
     """
     sequences, positions, V = logits.shape
-    rows = sequences * positions
+    rows = programs = sequences * positions
     if rows == 0:
         return
+    itemsize = logits.element_size()
     with on_device(logits):
         device = device_of(logits.device.index)
-        tile = tiling(V, logits.element_size(), device)
-        programs = rows
-        if parts is not None:
-            programs *= parts
-            args = (*args, parts)
-            constexprs["SEGMENT"] = tile.segment
+        choice = choose(V, itemsize, device)
         if persistent:
-            programs = min(programs, device.multiprocessors * tile.programs_per_multiprocessor)
-        vector = 16 // logits.element_size()
-        ends = vector_width(logits) < vector
-        tight = ends or (parts or 1) > 1 or logits.element_size() == 2
-        if crowd and tight and device.architecture.startswith("sm_"):
-            # Left alone, ptxas spills a few values to make room for more programs than the grid
-            # has, or takes so many registers that half as many programs fit. float32 fits anyway.
-            resident = tile.warps * device.warp_size * tile.programs_per_multiprocessor
-            constexprs["maxnreg"] = REGISTERS // (resident * (1 if ends else crowd))
+            programs = min(rows, device.multiprocessors * choice.programs)
+        width = vector_width(logits)
+        store = width if dlogits is None else min(width, vector_width(dlogits))
+        unroll = choice.unroll * (16 // itemsize) // width  # as many columns per thread
+        options = {}
+        if min_blocks_per_sm and itemsize == 2 and device.architecture.startswith("sm_"):
+            # ptxas alone spills to fit more programs than the grid has, or takes so many registers
+            # that half as many fit. float32 fits anyway.
+            resident = choice.threads * choice.programs * min_blocks_per_sm
+            options["maxnreg"] = REGISTERS // resident
         launch(
             function,
             programs,
-            *(logits, *logits.stride()[:2]),
-            *(rows, positions, V),
+            *(logits, *logits.stride()[:2], rows, positions, V),
             *args,
-            THREADS=tile.warps * device.warp_size,
-            UNROLL=tile.unroll,
-            VECTOR=vector,
-            COLUMNS=vector if ends else math.gcd(V, vector),
-            ENDS=ends,
-            num_warps=tile.warps,
+            blocks=Blocks(choice.threads, unroll, width, store, math.gcd(V, width)),
+            num_warps=choice.threads // device.warp_size,
             enable_fp_fusion=True,
-            traffic=Traffic(logits.nbytes * reads, logits.nbytes * writes),
-            **constexprs,
+            **options,
         )
 
 
-def gradient_arguments(dlogits):
-    """Pointer and strides of the gradient (B, L, V), or of none."""
-    return (None, 0, 0) if dlogits is None else (dlogits, *dlogits.stride()[:2])
-
-
-def launch_single(function, tensor, *args, **options):
-    """Launch one program on the device of a tensor, for what is too small to share."""
-    with on_device(tensor):
-        launch(function, 1, *args, **options)
+def launch_small(function, programs, tensor, *args, **options):
+    """Launch a kernel over tokens on the device of a tensor."""
+    if programs:
+        with on_device(tensor):
+            launch(function, programs, *args, **options)

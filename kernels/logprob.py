@@ -3,30 +3,34 @@
 import triton
 import triton.language as tl
 
-from .columns import locate, row_pointer
-from .launch import argument, gradient_arguments, kernel, launch_rows, sharing, store_width
-from .library import launcher
-from .online_softmax import (
-    LOG2E,
+from .launch import arguments, kernel, launch_rows
+from .row_gradient import row_gradient
+from .softmax import (
+    is_active,
+    locate,
     log_probability,
+    read_row,
     read_target,
     row_entropy,
-    scalar,
-    sharpness,
+    row_pointer,
+    row_statistics,
     token_value,
 )
-from .partials import partials
-from .row_gradient import row_gradient
-from .row_statistics import row_statistics
 
 
 @triton.jit
-def is_active(active_ptr, token):
-    """Whether the mask, if there is one, lets the token count."""
-    if active_ptr is None:
-        return True
-    else:
-        return tl.load(active_ptr + token) != 0
+def gradient_pointer(dlogits_ptr, x_ptr, logits_ptr, row, V, blocks: tl.constexpr):
+    """Start of a row of the gradient: contiguous or, in place, where the logits are."""
+    ITEMSIZE: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
+    ALIGNED: tl.constexpr = blocks.STORE_VECTOR
+    BYTES: tl.constexpr = ALIGNED * ITEMSIZE
+    inplace = dlogits_ptr.to(tl.int64) == logits_ptr.to(tl.int64)
+    offset = (x_ptr.to(tl.int64) - logits_ptr.to(tl.int64)) // ITEMSIZE
+    # The offset is selected, not the pointer: `multiple_of` has no effect on the result of an
+    # if-statement, and for AMD GPUs Triton 3.9 cannot compile a selected pointer. It forgets the
+    # alignment of the sum there, but not that of the offset.
+    offset = tl.multiple_of(tl.where(inplace, offset, row.to(tl.int64) * V), ALIGNED)
+    return tl.multiple_of(dlogits_ptr + offset, BYTES)
 
 
 @kernel
@@ -37,74 +41,36 @@ def _logprob_fwd_kernel(
     rows: tl.int32,
     positions: tl.int32,
     V: tl.int32,
-    tokens: tl.int32,
-    ids_ptr,
-    active_ptr,
-    temperature,
-    logit_scale,
-    logit_softcap,
-    logps_ptr,
-    entropies_ptr,
-    maxima_ptr,
-    totals_ptr,
-    partials_ptr,
-    slots: tl.int32,
-    targets_ptr,
-    parts: tl.int32,
-    THREADS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    ENDS: tl.constexpr,
+    num_tokens: tl.int32,
+    tokens,
+    scales,
+    statistics,
+    blocks: tl.constexpr,
 ):
-    logit_scale = scalar(logit_scale)
-    softcap = logit_softcap
-    if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
-        softcap = scalar(logit_softcap)
-    row = tl.program_id(0)
-    sequence, position, token = locate(row, positions, tokens)
-    if position < tokens:
-        active = is_active(active_ptr, token)
+    sequence, position, token = locate(tl.program_id(0), positions, num_tokens)
+    if position < num_tokens:
+        active = is_active(tokens.active, token)
         logp = 0.0
         entropy = 0.0
         maximum = 0.0
         total = 1.0
         if active:
             x_ptr = row_pointer(
-                logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR, ENDS
+                logits_ptr, sequence, position, stride_sequence, stride_position, blocks
             )
-            row_temperature = token_value(temperature, sequence, token)
-            scale = sharpness(row_temperature, logit_scale, softcap) * LOG2E
-            _, _, x, _ = read_target(
-                x_ptr, targets_ptr, row, ids_ptr, token, V, active, logit_scale, softcap
-            )
+            row = read_row(x_ptr, V, token_value(tokens.temperature, token), scales)
+            target = read_target(row, tokens.ids, token, active)
             maximum, total, weighted = row_statistics(
-                x_ptr,
-                V,
-                scale,
-                logit_scale,
-                softcap,
-                partials_ptr,
-                row,
-                slots,
-                THREADS,
-                UNROLL,
-                VECTOR,
-                COLUMNS,
-                SEGMENT,
-                ENDS,
-                entropies_ptr is not None,
-                "evict_first",
+                row, statistics.entropies is not None, "evict_first", blocks
             )
-            logp = log_probability(x, scale, maximum, total)
+            logp = log_probability(target.x, row, maximum, total)
             entropy = row_entropy(total, weighted)
-        tl.store(logps_ptr + token, logp)
-        if entropies_ptr is not None:
-            tl.store(entropies_ptr + token, entropy)
-        if maxima_ptr is not None:
-            tl.store(maxima_ptr + token, maximum)
-            tl.store(totals_ptr + token, total)
+        tl.store(statistics.logps + token, logp)
+        if statistics.entropies is not None:
+            tl.store(statistics.entropies + token, entropy)
+        if statistics.maxima is not None:
+            tl.store(statistics.maxima + token, maximum)
+            tl.store(statistics.totals + token, total)
 
 
 @kernel
@@ -115,179 +81,84 @@ def _logprob_bwd_kernel(
     rows: tl.int32,
     positions: tl.int32,
     V: tl.int32,
-    dlogits_ptr,
-    dlogits_stride_sequence: tl.int64,
-    dlogits_stride_position: tl.int64,
-    tokens: tl.int32,
-    ids_ptr,
-    active_ptr,
-    temperature,
-    logit_scale,
-    logit_softcap,
-    logps_ptr,
-    entropies_ptr,
-    maxima_ptr,
-    totals_ptr,
-    dlogps_ptr,
-    dentropies_ptr,
-    parts: tl.int32,
-    SHARED: tl.constexpr,
-    THREADS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DLOGITS_VECTOR: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    ENDS: tl.constexpr,
+    num_tokens: tl.int32,
+    tokens,
+    scales,
+    statistics,
+    derivatives,
+    blocks: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    part = None
-    if SHARED:
-        part = row % parts
-        row = row // parts
-    sequence, position, token = locate(row, positions, tokens)
-    dx_ptr = row_pointer(
-        dlogits_ptr,
-        sequence,
-        position,
-        dlogits_stride_sequence,
-        dlogits_stride_position,
-        DLOGITS_VECTOR,
-        ENDS,
-    )
-    x_ptr = row_pointer(
-        logits_ptr, sequence, position, stride_sequence, stride_position, VECTOR, ENDS
-    )
-    logit_scale = scalar(logit_scale)
-    softcap = logit_softcap
-    if logit_softcap is not None:  # Triton 3.6 cannot hand None to `scalar`
-        softcap = scalar(logit_softcap)
-    row_temperature = 1.0
-    active = position < tokens
+    i = tl.program_id(0)
+    sequence, position, token = locate(i, positions, num_tokens)
+    x_ptr = row_pointer(logits_ptr, sequence, position, stride_sequence, stride_position, blocks)
+    dx_ptr = gradient_pointer(derivatives.dlogits, x_ptr, logits_ptr, i, V, blocks)
+    active = position < num_tokens
     if active:
-        active = is_active(active_ptr, token)
+        active = is_active(tokens.active, token)
+    temperature = 1.0
     if active:
-        row_temperature = token_value(temperature, sequence, token)
-    target, known, _, dtarget = read_target(
-        x_ptr, None, row, ids_ptr, token, V, active, logit_scale, softcap
-    )
-    if softcap is not None:  # in place, a faster thread must not overwrite the logit it came from
+        temperature = token_value(tokens.temperature, token)
+    row = read_row(x_ptr, V, temperature, scales)
+    target = read_target(row, tokens.ids, token, active)
+    if scales.logit_softcap is not None:
+        # In place, a faster warp must not overwrite the logit that the target's slope comes from.
         tl.debug_barrier()
     entropy = 0.0
     dentropy = 0.0
-    if dentropies_ptr is not None:
-        entropy = tl.load(entropies_ptr + token, active, 0.0)
-        dentropy = tl.load(dentropies_ptr + token, active, 0.0)
-    dlogp = tl.load(dlogps_ptr + token, active, 0.0)
+    if derivatives.dentropies is not None:
+        entropy = tl.load(statistics.entropies + token, active, 0.0)
+        dentropy = tl.load(derivatives.dentropies + token, active, 0.0)
+    dlogp = tl.load(derivatives.dlogps + token, active, 0.0)
     row_gradient(
-        x_ptr,
+        row,
         dx_ptr,
-        V,
         target,
-        known,
-        dtarget,
-        row_temperature,
-        logit_scale,
-        softcap,
-        tl.load(maxima_ptr + token, active, 0.0),
-        tl.load(totals_ptr + token, active, 1.0),
-        tl.load(logps_ptr + token, active, 0.0),
+        tl.load(statistics.maxima + token, active, 0.0),
+        tl.load(statistics.totals + token, active, 1.0),
+        tl.load(statistics.logps + token, active, 0.0),
         entropy,
-        tl.where(active & (known == 0), float("nan"), dlogp),
+        tl.where(active & (target.known == 0), float("nan"), dlogp),
         dentropy,
-        part,
-        UNROLL,
-        THREADS,
-        VECTOR,
-        DLOGITS_VECTOR,
-        COLUMNS,
-        SEGMENT,
-        ENDS,
-        dentropies_ptr is not None,
+        derivatives.dentropies is not None,
+        blocks,
     )
 
 
-@launcher
-def logprob_fwd(
-    logits,
-    ids,
-    active,
-    temperature,
-    logit_scale,
-    logit_softcap,
-    logps,
-    entropies,
-    maxima,
-    totals,
-):
-    """Write logps, entropies (B, T) and the statistics (B, T) that the gradient starts from.
+def logprob_fwd(logits, tokens, scales, statistics):
+    """Write log-probabilities, entropies and the statistics that the gradient starts from.
 
     Args:
         logits: (B, L, V) with L = T or T + 1.
-        ids, active: (B, T) contiguous; active of any dtype, nonzero = active, or None.
-        temperature: number or tensor of (), (B,) or (B, T).
-        logit_scale, logit_softcap: number or 0-d tensor; no softcap is None.
-        entropies, maxima, totals: float32 as logps, or None and then not written.
+        tokens, scales, statistics: `grpo_fused.bundles`; of the tokens ids, active and temperature
+            count. Statistics that are None are not written.
     """
-    found = partials(
-        logits, ids, active, temperature, logit_scale, logit_softcap, entropies is not None
-    )
     launch_rows(
         _logprob_fwd_kernel,
         logits,
-        ids.shape[1],
-        ids,
-        active,
-        argument(temperature),
-        logit_scale,
-        logit_softcap,
-        logps,
-        entropies,
-        maxima,
-        totals,
-        *found[:3],
-        parts=1,
-        crowd=2,
-        reads=found[0] is None,
+        tokens.ids.shape[1],
+        arguments(tokens),
+        arguments(scales),
+        statistics,
+        min_blocks_per_sm=2,
     )
 
 
-@launcher
-def logprob_bwd(
-    logits,
-    ids,
-    active,
-    temperature,
-    logit_scale,
-    logit_softcap,
-    logps,
-    entropies,
-    maxima,
-    totals,
-    dlogps,
-    dentropies,
-    dlogits,
-):
-    """Write dlogits (B, L, V), which may be logits itself, from dlogps and dentropies (B, T)."""
-    shared = sharing(logits)
+def logprob_bwd(logits, tokens, scales, statistics, derivatives):
+    """Write the gradient in the logits.
+
+    Args:
+        logits, tokens, scales, statistics: as `logprob_fwd`, which has written the statistics.
+        derivatives: `grpo_fused.bundles`; derivatives.dlogits is contiguous or logits itself.
+    """
+    dlogits = derivatives.dlogits
+    derivatives = arguments(derivatives._replace(dlogits=None))._replace(dlogits=dlogits)
     launch_rows(
         _logprob_bwd_kernel,
         logits,
-        *gradient_arguments(dlogits),
-        ids.shape[1],
-        ids,
-        active,
-        argument(temperature),
-        logit_scale,
-        logit_softcap,
-        logps,
-        entropies,
-        maxima,
-        totals,
-        dlogps,
-        dentropies,
-        parts=1 if shared is None else shared[0],
-        writes=True,
-        SHARED=shared is not None,
-        DLOGITS_VECTOR=store_width(logits, dlogits),
+        tokens.ids.shape[1],
+        arguments(tokens),
+        arguments(scales),
+        arguments(statistics),
+        derivatives,
+        dlogits=dlogits,
     )

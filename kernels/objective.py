@@ -1,10 +1,11 @@
-"""The scalar arithmetic of one token on the device: objectives and divergences kernels can run.
+"""Device arithmetic of one token: exponentials, KL estimators, and the table of objectives.
 
-An objective is a jit function `per_token(logp, log_ratio, advantage, *knobs)` that returns
-(loss, d loss / d logp, clipped), clipped being -1, 0 or +1. A divergence takes d = ref - logp and
-returns (value, derivative in logp, their sum): the sum is the derivative of ratio * value over the
-ratio, whose large terms cancel for k3. A kernel receives them as constexprs; a torch.library op
-cannot carry a function, so ops carry names, which OBJECTIVES and DIVERGENCES resolve.
+An objective is a jit function `per_token(logp, log_ratio, advantage, *params)` that returns
+(loss, d loss / d logp, clipped), clipped being -1, 0 or +1. A KL estimator takes d = ref - logp
+and returns (value, derivative in logp, their sum): the sum is the derivative of ratio * value
+divided by the ratio, whose large terms cancel for k3. Kernels receive these functions as
+constexprs. An op of torch.library cannot carry a function, so launchers take names, which
+OBJECTIVES and KL_ESTIMATORS resolve.
 """
 
 import importlib.util
@@ -14,14 +15,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     import triton.language as tl
     from triton import jit
-else:  # macOS, Windows: objectives can still be declared, the torch implementation runs them
+else:  # macOS, Windows: objectives can be defined, the torch backend runs them
     tl = None
 
     def jit(function):
         return function
 
 
-OBJECTIVES = {}  # name -> jit function per_token, filled as objective classes are defined
+OBJECTIVES = {}  # name -> per_token, filled when objective classes are defined
+# Filled by `grpo_fused.losses.metrics`.
+SUMS = {}  # name -> jit function of the terms of a token
+MEANS = {}  # name -> (numerator, denominator), each the sums whose bits are set
 
 
 @jit
@@ -66,7 +70,7 @@ def k2(difference):
 def k3(difference):
     """Schulman's k3 estimator e^d - d - 1.
 
-    Near 0 the three terms cancel; the series keeps every digit of a small divergence.
+    Near 0 the three terms cancel; the series keeps every digit of a small KL.
     """
     value, derivative = clamped_exp(difference)
     d = difference
@@ -74,10 +78,12 @@ def k3(difference):
     series = 1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7 * series))))
     near = tl.abs(d) < 1.0
     slope_series = 1 + d / 2 * series
+    # Where the exponential is cut, the linear term alone would push logp away from the reference.
+    cut = d > 80.0
     return (
         tl.where(near, d * d / 2 * series, value - d - 1.0),
-        tl.where(near, -d * slope_series, 1.0 - derivative),
-        (value - derivative) - d,
+        tl.where(near, -d * slope_series, tl.where(cut, 0.0, 1.0 - derivative)),
+        (value - derivative) - d - tl.where(cut, 1.0, 0.0),
     )
 
 
@@ -104,7 +110,7 @@ def absolute_straight_through(difference):
     return value, -difference, value - difference
 
 
-DIVERGENCES = {
+KL_ESTIMATORS = {
     "k1": k1,
     "k2": k2,
     "k3": k3,

@@ -1,101 +1,186 @@
-"""The sums of a batch and its metrics, from what every token reported, in one small launch."""
+"""Small kernels: sums and metrics of a batch, the upstream gradient, where packed sequences lie."""
 
+from typing import NamedTuple
+
+import triton
 import triton.language as tl
 
-from .launch import kernel, launch_single
-from .library import launcher
-from .objective import greater
+from .launch import argument, kernel, launch_rows, launch_small
+from .objective import MEANS, SUMS, greater
+from .softmax import row_pointer, scalar, split_columns
 
-BLOCK = 1024
+BLOCK = 512
+
+
+class Terms(NamedTuple):
+    """Terms of the sums, with the fields of `grpo_fused.losses.metrics.Terms`."""
+
+    loss: tl.tensor
+    kl: tl.tensor
+    entropy: tl.tensor
+    token: tl.tensor
+    clipped: tl.tensor
+    ratio: tl.tensor
+    unit: tl.tensor
+
+
+@triton.jit
+def _read_terms(outputs, active_ptr, token, num_tokens):
+    """The `Terms` of tokens."""
+    active = token < num_tokens
+    if active_ptr is not None:
+        active = active & (tl.load(active_ptr + token, active, 0) != 0)
+    counted = active.to(tl.float32)
+    entropy = 0.0 * counted
+    if outputs.entropies is not None:
+        entropy = tl.load(outputs.entropies + token, active, 0.0)
+    return Terms(
+        tl.load(outputs.loss + token, active, 0.0),
+        tl.load(outputs.kl + token, active, 0.0),
+        entropy,
+        counted,
+        tl.load(outputs.clipped + token, active, 0.0),
+        tl.load(outputs.ratio + token, active, 0.0),
+        counted,
+    )
+
+
+@triton.jit
+def _total(values, places, chosen):
+    """Sum of the values at the places whose bits are set in `chosen`."""
+    return tl.sum(tl.where((chosen >> places) & 1 != 0, values, 0.0))
 
 
 @kernel
 def _reduce_kernel(
-    terms_ptr,
-    stride_term: tl.int64,
+    outputs,
     active_ptr,
-    entropies_ptr,
-    tokens: tl.int32,
+    num_tokens: tl.int32,
+    functions,
     loss_ptr,
     sums_ptr,
     metrics_ptr,
+    NUMERATORS: tl.constexpr,
+    DENOMINATORS: tl.constexpr,
+    PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    zeros = tl.zeros((BLOCK,), tl.float32)
-    loss = zeros
-    count = zeros
-    kl = zeros
-    entropy = zeros
-    low = zeros
-    high = zeros
-    ratio = zeros
-    highest = zeros
-    for start in range(0, tokens, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        inside = token < tokens
-        if active_ptr is None:
-            active = inside
-        else:
-            active = tl.load(active_ptr + token, inside, 0) != 0
-        term_ptr = terms_ptr + token
-        loss += tl.load(term_ptr, active, 0.0)
-        count += active.to(tl.float32)
-        kl += tl.load(term_ptr + stride_term, active, 0.0)
-        if entropies_ptr is not None:
-            entropy += tl.load(entropies_ptr + token, active, 0.0)
-        clipped = tl.load(term_ptr + 2 * stride_term, active, 0.0)
-        low += (clipped < 0.0).to(tl.float32)
-        high += (clipped > 0.0).to(tl.float32)
-        ratios = tl.load(term_ptr + 3 * stride_term, active, 0.0)
-        ratio += ratios
-        highest = greater(highest, ratios)
-    total = tl.sum(loss)
-    count = tl.sum(count)
-    kl = tl.sum(kl)
-    entropy = tl.sum(entropy)
-    low = tl.sum(low)
-    high = tl.sum(high)
-    ratio = tl.sum(ratio)
-    tl.store(loss_ptr, total)
-    tl.store(sums_ptr, total)
-    tl.store(sums_ptr + 1, count)
-    tl.store(sums_ptr + 2, kl)
-    tl.store(sums_ptr + 3, entropy)
-    tl.store(sums_ptr + 4, count)
-    tl.store(sums_ptr + 5, low)
-    tl.store(sums_ptr + 6, high)
-    tl.store(sums_ptr + 7, ratio)
-    units = tl.maximum(count, 1.0)
-    tl.store(metrics_ptr, kl / units)
-    tl.store(metrics_ptr + 1, entropy / units)
-    tl.store(metrics_ptr + 2, low / units)
-    tl.store(metrics_ptr + 3, high / units)
-    tl.store(metrics_ptr + 4, (low + high) / units)
-    tl.store(metrics_ptr + 5, ratio / units)
-    tl.store(metrics_ptr + 6, tl.reduce(highest, 0, greater))
+    """One program. A lane adds up one of the sums over one in BLOCK tokens."""
+    lanes = tl.arange(0, PLACES * BLOCK)
+    places = lanes // BLOCK
+    values = tl.zeros((PLACES * BLOCK,), tl.float32)
+    highest = values
+    for start in range(0, num_tokens, BLOCK):
+        terms = _read_terms(outputs, active_ptr, start + lanes % BLOCK, num_tokens)
+        for i in tl.static_range(len(functions)):
+            values += tl.where(places == i, functions[i](terms).to(tl.float32), 0.0)
+        highest = greater(highest, terms.ratio)
+    for i in tl.static_range(len(functions)):
+        tl.store(sums_ptr + i, _total(values, places, 1 << i))
+    tl.store(loss_ptr, _total(values, places, 1))
+    for i in tl.static_range(len(NUMERATORS)):
+        denominator = tl.maximum(_total(values, places, DENOMINATORS[i]), 1.0)
+        tl.store(metrics_ptr + i, _total(values, places, NUMERATORS[i]) / denominator)
+    total = tl.sum(highest)  # NaN if one of them is, which tl.max would drop
+    tl.store(metrics_ptr + len(NUMERATORS), tl.where(total == total, tl.max(highest), total))
 
 
-@launcher
-def reduce(terms, active, entropies, loss, sums, metrics):
-    """Write the sums of `grpo_fused.metrics` and the means and the maximum that they give.
+def reduce(outputs, active, loss, sums, metrics):
+    """Write the sums of `grpo_fused.losses.metrics`, their means, and the greatest ratio.
 
     Args:
-        terms: (4, B, T) float32: loss, KL, clipped, ratio, as `fused_loss` writes them.
+        outputs: what `fused_loss` has written; dlogits is not read.
         active: (B, T) contiguous, nonzero = active, or None: all are.
-        entropies: (B, T) float32 or None.
-        loss, sums, metrics: (), (8,), (7,) float32.
+        loss, sums, metrics: (), (8,), (7,) float32; the first of the sums is the loss.
     """
-    launch_single(
-        _reduce_kernel,
-        terms,
-        terms,
-        terms.stride(0),
-        active,
-        entropies,
-        terms.numel() // 4,
-        loss,
-        sums,
-        metrics,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+    num_tokens, outputs = outputs.loss.numel(), outputs._replace(dlogits=None)
+    args = (outputs, active, num_tokens, tuple(SUMS.values()), loss, sums, metrics)
+    numerators, denominators = zip(*MEANS.values(), strict=True)
+    constexprs = {"NUMERATORS": numerators, "DENOMINATORS": denominators}
+    constexprs |= {"PLACES": triton.next_power_of_2(len(SUMS)), "BLOCK": BLOCK}
+    launch_small(_reduce_kernel, 1, loss, *args, **constexprs, num_warps=8)
+
+
+@kernel
+def _rescale_kernel(
+    dlogits_ptr,
+    stride_sequence: tl.int64,
+    stride_position: tl.int64,
+    rows: tl.int32,
+    positions: tl.int32,
+    V: tl.int32,
+    grad_output,
+    grad_scale,
+    blocks: tl.constexpr,
+):
+    """Multiply by grad_output / grad_scale; programs that find them equal return at once."""
+    grad_output = scalar(grad_output)
+    grad_scale = scalar(grad_scale)
+    if grad_output != grad_scale:
+        WIDTH: tl.constexpr = blocks.UNROLL * blocks.THREADS * blocks.VECTOR
+        dtype: tl.constexpr = dlogits_ptr.dtype.element_ty
+        factor = grad_output / grad_scale
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            sequence = row // positions
+            position = row % positions
+            x_ptr = row_pointer(
+                dlogits_ptr, sequence, position, stride_sequence, stride_position, blocks
+            )
+            whole, remaining = split_columns(V, blocks)
+            columns = tl.arange(0, WIDTH)
+            for _ in range(whole):
+                x = tl.load(x_ptr + columns).to(tl.float32) * factor
+                tl.store(x_ptr + columns, x.to(dtype))
+                x_ptr += WIDTH
+            if remaining > 0:
+                x = tl.load(x_ptr + columns, columns < remaining, 0.0).to(tl.float32) * factor
+                tl.store(x_ptr + columns, x.to(dtype), columns < remaining)
+
+
+def rescale(dlogits, grad_output, grad_scale):
+    """Turn dlogits (B, L, V), made for the upstream gradient grad_scale, into grad_output's."""
+    scales = (argument(grad_output), argument(grad_scale))
+    launch_rows(_rescale_kernel, dlogits, *scales, persistent=True)
+
+
+@kernel
+def _locate_kernel(
+    cu_seqlens_ptr,
+    num_sequences: tl.int32,
+    num_tokens: tl.int32,
+    active_ptr,
+    index_ptr,
+    counts_ptr,
+    BLOCK: tl.constexpr,
+):
+    """One program per sequence. It counts those of its tokens that exist. The first and the last
+    sequence also own the tokens outside of all, so that every token gets an index.
+    """
+    sequence = tl.program_id(0)
+    start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0).to(tl.int32)
+    stop = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_tokens).to(tl.int32)
+    first = tl.where(sequence == 0, 0, start)
+    last = tl.where(sequence == num_sequences - 1, num_tokens, stop)
+    count = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(first, last, BLOCK):
+        token = begin + tl.arange(0, BLOCK)
+        tl.store(index_ptr + token, sequence.to(tl.int64), token < last)
+        counted = (token >= start) & (token < stop)
+        if active_ptr is not None:
+            counted = counted & (tl.load(active_ptr + token, counted, 0) != 0)
+        count += counted.to(tl.float32)
+    tl.store(counts_ptr + sequence, tl.sum(count))
+
+
+def locate(cu_seqlens, active, index, counts):
+    """Write which sequence every token belongs to, and how many active tokens each has.
+
+    Args:
+        cu_seqlens: (B + 1,) int32 or int64, contiguous, B > 0; clamped to [0, N].
+        active: (1, N) contiguous, nonzero = active, or None: all are.
+        index: (N,) int64.
+        counts: (B,) float32.
+    """
+    num_sequences = len(counts)
+    args = (cu_seqlens, num_sequences, len(index), active, index, counts)
+    launch_small(_locate_kernel, num_sequences, index, *args, BLOCK=BLOCK, num_warps=4)

@@ -1,96 +1,61 @@
-"""Device functions for the loss of one token, made from its log-probability and entropy."""
+"""Device function: the loss of one token from its log-probability and entropy."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .objective import clamped_exp
-from .online_softmax import scalar, token_value
+from .softmax import scalar, token_value
+
+
+class TokenLoss(NamedTuple):
+    """The weighted loss of a token, its derivatives times grad_scale, and terms of the metrics."""
+
+    loss: tl.tensor
+    dlogp: tl.tensor
+    dentropy: tl.tensor
+    kl: tl.tensor
+    clipped: tl.tensor  # -1, 0 or +1
+    ratio: tl.tensor
 
 
 @triton.jit
-def _policy(
-    logp, log_ratio, advantage, ratios, policy_mask, knobs, sequence, token, OBJECTIVE: tl.constexpr
-):
-    """(loss, derivative in logp, clipped) of the policy term: objective, correction, mask."""
-    loss, dlogp, clipped = OBJECTIVE(logp, log_ratio, advantage, *knobs)
-    if ratios is not None:
-        correction = token_value(ratios, sequence, token)
-        loss *= correction
-        dlogp *= correction
-    if policy_mask is not None:
-        on = token_value(policy_mask, sequence, token) != 0.0
-        loss = tl.where(on, loss, 0.0)
-        dlogp = tl.where(on, dlogp, 0.0)
-    return loss, dlogp, clipped
+def weighted(weight, value):
+    """weight * value; a weight of 0 drops the value, because 0 * inf is NaN."""
+    return tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit
-def _weight(items, divisor, sequence, token):
-    return 1.0 / (tl.maximum(token_value(items, sequence, token), 1.0) * scalar(divisor))
+def token_loss(logp, entropy, known, token, tokens, formula):
+    """The `TokenLoss` w_policy objective + w_kl KL - w_entropy H of an active token.
 
-
-@triton.jit
-def token_loss(
-    logp,
-    entropy,
-    known,
-    sequence,
-    token,
-    advantages,
-    old_logps_ptr,
-    ref_logps_ptr,
-    ratios,
-    policy_mask,
-    items,
-    divisor,
-    kl_items,
-    kl_divisor,
-    entropy_items,
-    entropy_coef,
-    beta,
-    grad_scale,
-    knobs,
-    OBJECTIVE: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    BIAS_CORRECTION: tl.constexpr,
-):
-    """(loss, its derivatives in logp and entropy times grad_scale, KL, clipped, ratio).
-
-    The loss is weighted; it and its derivative are NaN if the target is not known. Arguments are
-    those of `fused_loss.fused_loss`.
+    Loss and derivative are NaN if the target is not `known` to lie in the vocabulary.
     """
     log_ratio = tl.where(logp == logp, 0.0, logp)
-    if old_logps_ptr is not None:
-        log_ratio = logp - tl.load(old_logps_ptr + token)
+    if tokens.old_logps is not None:
+        log_ratio = logp - tl.load(tokens.old_logps + token)
     ratio, dratio = clamped_exp(log_ratio)
-    loss, dlogp, clipped = _policy(
-        logp,
-        log_ratio,
-        token_value(advantages, sequence, token),
-        ratios,
-        policy_mask,
-        knobs,
-        sequence,
-        token,
-        OBJECTIVE,
-    )
-    weight = _weight(items, divisor, sequence, token)
-    loss *= weight
-    dlogp *= weight
+    advantage = token_value(tokens.advantages, token)
+    loss, dlogp, clipped = formula.objective(logp, log_ratio, advantage, *formula.params)
+    w_policy = token_value(tokens.w_policy, token)
+    loss = weighted(w_policy, loss)
+    dlogp = weighted(w_policy, dlogp)
     kl = 0.0
-    if ref_logps_ptr is not None:
-        kl, dkl, both = DIVERGENCE(tl.load(ref_logps_ptr + token) - logp)
-        if BIAS_CORRECTION:
-            dkl = ratio * tl.where(dratio == ratio, both, dkl)
+    if tokens.ref_logps is not None:
+        kl, dkl, dcorrected = formula.kl_estimator(tl.load(tokens.ref_logps + token) - logp)
+        if formula.bias_correction:
+            dkl = ratio * tl.where(dratio == ratio, dcorrected, dkl)
             kl *= ratio
-        penalty = scalar(beta) * _weight(kl_items, kl_divisor, sequence, token)
-        loss += tl.where(penalty == 0.0, 0.0, penalty * kl)  # 0 * inf is no loss
-        dlogp += tl.where(penalty == 0.0, 0.0, penalty * dkl)
+        w_kl = token_value(tokens.w_kl, token)
+        loss += weighted(w_kl, kl)
+        dlogp += weighted(w_kl, dkl)
+    grad_scale = scalar(formula.grad_scale)
     dentropy = 0.0
-    if entropy_coef is not None:
-        bonus = scalar(entropy_coef) * _weight(entropy_items, 1.0, sequence, token)
-        loss -= bonus * entropy
-        dentropy = -bonus * scalar(grad_scale)
+    if tokens.w_entropy is not None:
+        w_entropy = token_value(tokens.w_entropy, token)
+        loss -= weighted(w_entropy, entropy)
+        dentropy = -w_entropy * grad_scale
     loss = tl.where(known, loss, float("nan"))
-    dlogp = tl.where(loss == loss, dlogp * scalar(grad_scale), float("nan"))
-    return loss, dlogp, dentropy, kl, clipped, ratio
+    dlogp = tl.where(loss == loss, dlogp * grad_scale, float("nan"))
+    return TokenLoss(loss, dlogp, dentropy, kl, clipped, ratio)

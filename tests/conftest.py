@@ -1,5 +1,6 @@
 """One suite for both kinds of machine: kernels run on the GPU, or in Triton's interpreter."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -19,11 +20,14 @@ if not torch.cuda.is_available():
 
 import pytest  # noqa: E402
 
-import grpo_fused.autograd  # noqa: E402
-import grpo_fused.kernels.partials  # noqa: E402
+import grpo_fused.arguments  # noqa: E402
+import grpo_fused.autograd.common  # noqa: E402
+import grpo_fused.autograd.head  # noqa: E402
+import grpo_fused.autograd.logits  # noqa: E402
+import grpo_fused.head.chunks  # noqa: E402
 import grpo_fused.kernels.reduce  # noqa: E402
-import grpo_fused.linear_autograd  # noqa: E402
-import grpo_fused.rows  # noqa: E402
+import grpo_fused.kernels.token_weights  # noqa: E402
+import grpo_fused.torch_backend.rows  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton patches its language again for every call of a device function, 60 % of the time of a
@@ -50,14 +54,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         interpreter.InterpreterBuilder.create_fma = fma
     # The interpreter calls a reduction's function once an element.
     grpo_fused.kernels.reduce.BLOCK = 32
+    grpo_fused.kernels.token_weights.BLOCK = 32
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores: threads of threads only wait for each other
 
 # Where outputs, and what stands for them on the way, are allocated.
 POISONED = (
-    *(grpo_fused.autograd, grpo_fused.linear_autograd, grpo_fused.rows),
-    *(grpo_fused.kernels.linear, grpo_fused.kernels.partials),
+    *(grpo_fused.arguments, grpo_fused.autograd.common, grpo_fused.autograd.head),
+    *(grpo_fused.autograd.logits, grpo_fused.head.chunks, grpo_fused.torch_backend.rows),
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -73,7 +78,15 @@ def is_represented(item):
     return params.get("implementation") == "triton" and params.get("loss_type") in REPRESENTED
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     if DEVICE == "cuda":
         return
     for item in items:
@@ -82,6 +95,14 @@ def pytest_collection_modifyitems(config, items):
     represented = [item for item in items if is_represented(item)]
     config.hook.pytest_deselected(items=represented)
     items[:] = [item for item in items if not is_represented(item)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports():
+    """Exempt imported modules from garbage collection, which trainers trigger after each run."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Drop-ins for trainers that people already use; each imports its framework when it is imported."""
+"""Drop-in replacements for transformers, TRL and verl; each module imports its framework itself."""

@@ -1,108 +1,134 @@
-"""TRL's metrics of a loss, from a few sums per rank: one gather instead of one or two a metric."""
+"""TRL's loss metrics, computed from a few sums per rank that one collective call gathers."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 
+from grpo_fused import Clip, Vespo
 from grpo_fused.sequences import Padded
 
 
-class Ranks:
-    """Sums of every rank, on the host, as means.
+class RankSums:
+    """Sums of every rank, on the host, and the means that TRL logs.
 
     Args:
-        names: n of them: of `grpo_fused.metrics.SUMS`, "with_bonus", the loss with its entropy
-            bonus, and those of `extremes` or `sequence_weights`.
-        gathered: (ranks, n), a list of lists.
-        means_of_ranks: average the ranks' means, as TRL did before 1.12, not all of their tokens;
-            its extremes then are those of the ranks' means, not of the sequences'.
+        names: names of the n sums: those of `grpo_fused.losses.metrics.SUMS`, "total_loss" (with
+            the entropy bonus), and the keys of `clip_ratio_extremes` or `vespo_weights`.
+        gathered: (ranks, n) as a list of lists.
+        average_ranks: average the means of ranks, as TRL does before 1.12, instead of dividing the
+            total of all ranks by their count. Extremes are then those of the ranks' means instead
+            of those of sequences.
     """
 
-    def __init__(self, names, gathered, means_of_ranks):
+    def __init__(self, names: Iterable[str], gathered: list[list[float]], average_ranks: bool):
         columns = torch.tensor(gathered, dtype=torch.float64).unbind(1)
         self.columns = dict(zip(names, columns, strict=True))
-        self.means_of_ranks = means_of_ranks
+        self.average_ranks = average_ranks
 
-    def mean(self, *names, count):
-        """Mean of a sum, or of several together, over what `count` counts."""
+    def mean(self, *names: str, count: str) -> float:
+        """Divide a sum, or the sum of several sums, by the count of that name."""
         total = sum(self.columns[name] for name in names)
-        if self.means_of_ranks:
+        if self.average_ranks:
             return (total / self.columns[count].clamp(min=1)).mean().item()
         return (total.sum() / self.columns[count].sum().clamp(min=1)).item()
 
-    def policy_loss(self, entropy_coef, scale):
-        """Mean over ranks of the loss without its entropy bonus, times `scale`."""
+    def policy_loss(self, entropy_coef: float, scale: float) -> float:
+        """Average over ranks the loss without its entropy bonus, times `scale`."""
         entropy = self.columns["entropy"] / self.columns["tokens"].clamp(min=1)
-        return ((self.columns["with_bonus"] + entropy_coef * entropy) * scale).nanmean().item()
+        return ((self.columns["total_loss"] + entropy_coef * entropy) * scale).nanmean().item()
 
-    def clip_ratios(self):
-        """{name behind "clip_ratio/": value}."""
+    def clip_ratios(self) -> dict[str, float]:
+        """Return TRL's metrics "clip_ratio/*", keyed by the part behind the slash."""
         means = {
             "low_mean": self.mean("clipped_low", count="ratios"),
             "high_mean": self.mean("clipped_high", count="ratios"),
             "region_mean": self.mean("clipped_low", "clipped_high", count="ratios"),
         }
-        if self.means_of_ranks:
+        if self.average_ranks:
             ratios = self.columns["ratios"].clamp(min=1)
             lowest, highest = (self.columns[f"clipped_{side}"] / ratios for side in ("low", "high"))
         else:
             lowest, highest = (self.columns[name] for name in ("low_min", "high_max"))
-        return means | {"low_min": _known(lowest, min), "high_max": _known(highest, max)}
+        return means | {"low_min": _ignore_nan(min, lowest), "high_max": _ignore_nan(max, highest)}
 
 
-def extremes(objective, logps, old_logps, advantages, mask, *, sequence_level):
-    """Of shares of ratios clipped in a sequence, the least below and the greatest above.
+def clip_ratio_extremes(
+    objective: Clip,
+    logps: torch.Tensor,
+    old_logps: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    sequence_level: bool,
+) -> dict[str, torch.Tensor]:
+    """Reduce the share of clipped ratios in each sequence to its extremes over the batch.
 
     Args:
-        objective: `Clip`.
-        logps, old_logps, mask: (B, T); old_logps None: on policy.
+        objective: supplies the bounds.
+        logps: (B, T) float32.
+        old_logps: (B, T) float32; None on policy.
         advantages: (B,) or (B, T).
+        mask: (B, T), nonzero = active.
+        sequence_level: ratios of sequences instead of tokens.
 
     Returns:
-        {"low_min", "high_max"}: () tensors, NaN where no sequence has an active token.
+        {"low_min": the smallest share clipped below, "high_max": the largest share clipped above},
+        () tensors; NaN if no sequence has an active token.
     """
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    active, tokens = mask != 0, mask.sum(-1, keepdim=True)
+    active, lengths = mask != 0, mask.sum(-1, keepdim=True)
     log_ratio = _log_ratio(logps, old_logps, active)
     if sequence_level:
-        log_ratio = log_ratio.sum(-1, keepdim=True) / tokens.clamp(min=1)
+        log_ratio = log_ratio.sum(-1, keepdim=True) / lengths.clamp(min=1)
     clipped = objective.evaluate(log_ratio, log_ratio, advantages)[2]
 
-    def shares(hit):
-        return hit.float() if hit.shape[1] == 1 else (hit & active).sum(-1) / tokens[:, 0]
+    def share(hits):  # (B, 1) or (B, T) -> (B,) or (B, 1)
+        return hits.float() if hits.shape[1] == 1 else (hits & active).sum(-1) / lengths[:, 0]
 
-    lowest, highest = shares(clipped < 0), shares(clipped > 0)
-    lowest = torch.where(lowest.isnan(), math.inf, lowest).amin()
-    highest = torch.where(highest.isnan(), -math.inf, highest).amax()
-    of_batch = {"low_min": lowest, "high_max": highest}
-    return {name: torch.where(x.isinf(), math.nan, x) for name, x in of_batch.items()}
+    low, high = share(clipped < 0), share(clipped > 0)
+    low_min = torch.where(low.isnan(), math.inf, low).amin()
+    high_max = torch.where(high.isnan(), -math.inf, high).amax()
+    extremes = {"low_min": low_min, "high_max": high_max}
+    return {name: torch.where(x.isinf(), math.nan, x) for name, x in extremes.items()}
 
 
 @torch.no_grad()
-def sequence_weights(objective, logps, old_logps, advantages, mask, ratio, *, everything):
-    """The weights phi that VESPO gives, as TRL counts them: one a sequence, whatever its length.
+def vespo_weights(
+    objective: Vespo,
+    logps: torch.Tensor,
+    old_logps: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    ratio: torch.Tensor | None,
+    *,
+    include_masked: bool,
+) -> dict[str, torch.Tensor]:
+    """Sum VESPO's weights phi: one per sequence, or one per token for advantages per token.
 
     Args:
-        objective: `Vespo`.
-        logps, old_logps, mask: (B, T); old_logps None: on policy.
-        advantages: (B,), or (B, T) for a weight per active token, of which only the sign matters.
-        ratio: rollout weights (B, T) or (B, 1), or None.
-        everything: count a weight per token of the masked ones too, as TRL did before 1.12.
+        objective: supplies the parameters of phi.
+        logps: (B, T) float32.
+        old_logps: (B, T) float32; None on policy.
+        advantages: (B,) or (B, T); only their signs matter.
+        mask: (B, T), nonzero = active.
+        ratio: rollout correction (B, T) or (B, 1), or None.
+        include_masked: include masked tokens in the sum over tokens, as TRL does before 1.12.
 
     Returns:
-        {"phi", "phis"}: () tensors, the sum of the weights and how many there are.
+        {"phi": sum of the weights, "phis": their number}, () tensors.
     """
-    sequences = Padded(mask, mask)
+    sequences = Padded(mask.shape, mask)
     signs = torch.where(advantages >= 0, 1.0, -1.0)
     signs = sequences.spread(signs).expand_as(logps)
     if ratio is not None and ratio.shape != logps.shape:
         ratio = ratio[:, 0]
     log_ratio = _log_ratio(logps, old_logps, sequences.active)
-    # The loss is -phi A logp: of log-probabilities and advantages of 1 that is phi.
+    # The loss is -phi A logp, so its absolute value is phi where logp = 1 and A = +-1.
     ones = torch.ones_like(logps)
     phi = objective.evaluate(ones, log_ratio, signs, ratio, sequences)[0].abs()
     phi = phi[:, :1] if advantages.dim() == 1 else phi
-    if everything or advantages.dim() == 1:
+    if include_masked or advantages.dim() == 1:
         return {"phi": phi.sum(), "phis": phi.new_full((), phi.numel())}
     return {"phi": sequences.select(phi).sum(), "phis": sequences.total}
 
@@ -113,6 +139,6 @@ def _log_ratio(logps, old_logps, active):
     return torch.where(active, logps - old_logps, 0.0)
 
 
-def _known(values, choose):
-    """The least or greatest value of all ranks that is not NaN; NaN if all are."""
-    return choose((x for x in values.tolist() if not math.isnan(x)), default=math.nan)
+def _ignore_nan(reduction, values):
+    """Apply `min` or `max` to the values of ranks that are not NaN; NaN if all are."""
+    return reduction((x for x in values.tolist() if not math.isnan(x)), default=math.nan)

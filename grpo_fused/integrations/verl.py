@@ -1,32 +1,44 @@
-"""Policy losses for verl, under `grpo_fused_*` names, as soon as both packages are installed.
+"""Policy losses for verl, registered as `grpo_fused_*` as soon as both packages are installed.
 
-verl imports this module by its entry point group `verl.plugins`; a run chooses a loss with
-`actor_rollout_ref.actor.policy_loss.loss_mode=grpo_fused_vanilla`. Configuration, aggregation,
-divisors and metrics are verl's, so that nothing else changes. Names of its own losses stand for
-the same loss:
+verl imports this module through its entry point group `verl.plugins`. A run selects a loss with
+`actor_rollout_ref.actor.policy_loss.loss_mode=grpo_fused_vanilla`; configuration, aggregation,
+divisors and metrics are those of verl. Each loss corresponds to verl's loss of the same name:
 
     grpo_fused_vanilla    Clip with clip_ratio_low, clip_ratio_high and the dual clip clip_ratio_c
-    grpo_fused_gspo       Clip of the ratio of sequences, GSPO-token
+    grpo_fused_gspo       Clip of sequence ratios (GSPO-token)
     grpo_fused_sapo       Sapo with tau_pos, tau_neg; always seq-mean-token-mean, as in verl
-    grpo_fused_cispo      Cispo whose weight is within [1 - clip_ratio_low, 1 + clip_ratio_high]
+    grpo_fused_cispo      Cispo with weights in [1 - clip_ratio_low, 1 + clip_ratio_high]
     grpo_fused_geo_mean   Gmpo with clip_ratio; always seq-mean-token-mean
     grpo_fused_gpg        PolicyGradient
     grpo_fused_vespo      Vespo, which verl does not have
 
-Log-probabilities and entropies are made before verl calls a loss: `verl_kernels`.
+verl computes log-probabilities and entropies before it calls a loss; `verl_kernels` replaces those
+functions.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from verl.trainer.ppo.core_algos import register_policy_loss
 
-from grpo_fused import Cispo, Clip, Gmpo, PolicyGradient, Sapo, Vespo, grpo_loss_from_logps
+from grpo_fused import (
+    Cispo,
+    Clip,
+    Gmpo,
+    LossOutput,
+    PolicyGradient,
+    Sapo,
+    Vespo,
+    grpo_loss_from_logps,
+)
 from grpo_fused.checks import check_choice
-from grpo_fused.objectives import Objective
+from grpo_fused.losses.objectives import Objective
 from grpo_fused.sequences import Padded
+
+if TYPE_CHECKING:
+    from verl.workers.config import ActorConfig
 
 AGGREGATIONS = (
     "token-mean",
@@ -35,28 +47,30 @@ AGGREGATIONS = (
     "seq-mean-token-sum-norm",
     "seq-mean-token-mean",
 )
-LIMIT = 20.0  # verl's clamp of log-ratios of tokens
+LIMIT = 20.0  # verl clamps log-ratios of tokens to +-20
 
 
-def _by_objective(log_ratio, advantages):
-    """Share of clipped tokens: None = what the objective itself says."""
+def _clipped_by_objective(log_ratio, advantages):
+    """Return None: `metrics` then reports the clip ratio of the objective."""
     return None
 
 
-def _never(log_ratio, advantages):
+def _never_clipped(log_ratio, advantages):
     return torch.zeros_like(log_ratio)
 
 
 class Recipe(NamedTuple):
-    """One of verl's losses in terms of this package.
+    """A policy loss of verl, expressed with the objectives of this package.
 
     Attributes:
-        objective, level: as `grpo_loss`.
-        bounds: of the log-ratio of the level, as `grpo_loss_from_logps`.
-        limit: of the log-ratio of tokens where it is reported, as actor/ppo_kl.
-        aggregation: the only loss_agg_mode that has a meaning; None = the configured one.
-        upper, lower: (log-ratio, advantages) (B, T) -> tokens that actor/pg_clipfrac and
-            actor/pg_clipfrac_lower count.
+        objective: objective of `grpo_loss_from_logps`.
+        level: its importance_sampling_level.
+        bounds: its log_ratio_bounds, which clamp the log-ratio at that level.
+        limit: clamp of the token log-ratios that enter the metrics, such as actor/ppo_kl.
+        aggregation: the loss_agg_mode of a loss that supports only one; None = the configured one.
+        upper: (log_ratio, advantages), (B, T) each -> (B, T) indicator of the tokens that
+            actor/pg_clipfrac counts; None instead of a tensor = the clip ratio of the objective.
+        lower: the same for actor/pg_clipfrac_lower.
     """
 
     objective: Objective
@@ -64,12 +78,12 @@ class Recipe(NamedTuple):
     bounds: tuple[float, float] | None = (-LIMIT, LIMIT)
     limit: float = LIMIT
     aggregation: str | None = None
-    upper: Callable = _by_objective
-    lower: Callable = _never
+    upper: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None] = _clipped_by_objective
+    lower: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _never_clipped
 
 
-def clip_ratios(config):
-    """(low, high) of an actor's configuration, clip_ratio where they are not set."""
+def clip_ratios(config: "ActorConfig") -> tuple[float, float]:
+    """Return (low, high) of an actor's configuration; clip_ratio replaces a missing one."""
     low, high = config.clip_ratio_low, config.clip_ratio_high
     return (
         config.clip_ratio if low is None else low,
@@ -77,10 +91,10 @@ def clip_ratios(config):
     )
 
 
-def vanilla(config):
+def vanilla(config: "ActorConfig") -> Recipe:
     low, high = clip_ratios(config)
     cap = config.get("clip_ratio_c", 3.0)
-    # verl caps where A < 0 alone, Clip on both sides: the same from 1 + high on.
+    # verl caps the ratio only where A < 0, Clip for both signs: equal for caps from 1 + high on.
     if not (cap > 1 and cap >= 1 + high):
         raise ValueError(
             f"clip_ratio_c must be > 1 and at least 1 + clip_ratio_high = {1 + high}, got {cap}"
@@ -88,64 +102,70 @@ def vanilla(config):
     return Recipe(Clip(low, high, cap), lower=lambda d, A: ((d > math.log(cap)) & (A < 0)).float())
 
 
-def gspo(config):
+def gspo(config: "ActorConfig") -> Recipe:
     return Recipe(Clip(*clip_ratios(config)), "sequence_token", (-math.inf, 10.0), math.inf)
 
 
-def sapo(config):
+def sapo(config: "ActorConfig") -> Recipe:
     objective = Sapo(config.tau_pos, config.tau_neg)
-    return Recipe(objective, aggregation="seq-mean-token-mean", upper=_never)
+    return Recipe(objective, aggregation="seq-mean-token-mean", upper=_never_clipped)
 
 
-def cispo(config):
+def cispo(config: "ActorConfig") -> Recipe:
     low, high = clip_ratios(config)
-    lowest = max(math.log(1 - low), -LIMIT) if low < 1 else -LIMIT
-    highest = math.log1p(high)
-    # max(ratio, 1 - low) is the exponential of a log-ratio that is clamped below.
+    # The lower bound 1 - low of the ratio becomes a bound of the log-ratio.
+    log_low = max(math.log(1 - low), -LIMIT) if low < 1 else -LIMIT
+    log_high = math.log1p(high)
     return Recipe(
         Cispo(1 + high),
-        bounds=(lowest, LIMIT),
-        upper=lambda d, A: ((d < lowest) | (d > highest)).float(),
+        bounds=(log_low, LIMIT),
+        upper=lambda d, A: ((d < log_low) | (d > log_high)).float(),
     )
 
 
-def geo_mean(config):
+def geo_mean(config: "ActorConfig") -> Recipe:
     low, high = clip_ratios(config)
     if low != high:
         raise ValueError(
-            f"clip_ratio_low and clip_ratio_high must be the same for Gmpo, got {low} and {high}"
+            f"clip_ratio_low and clip_ratio_high must be equal for Gmpo, got {low} and {high}"
         )
     return Recipe(
-        *(Gmpo(low), "sequence", None, math.inf, "seq-mean-token-mean"),
+        Gmpo(low),
+        level="sequence",
+        bounds=None,
+        limit=math.inf,
+        aggregation="seq-mean-token-mean",
         upper=lambda d, A: ((d.abs() > low) & (A > 0)).float(),
         lower=lambda d, A: ((d.abs() > low) & (A < 0)).float(),
     )
 
 
-def gpg(config):
-    return Recipe(PolicyGradient(), upper=_never)
+def gpg(config: "ActorConfig") -> Recipe:
+    return Recipe(PolicyGradient(), upper=_never_clipped)
 
 
-def vespo(config):
-    return Recipe(Vespo(), upper=_never)
+def vespo(config: "ActorConfig") -> Recipe:
+    return Recipe(Vespo(), upper=_never_clipped)
 
 
 RECIPES = {recipe.__name__: recipe for recipe in (vanilla, gspo, sapo, cispo, geo_mean, gpg, vespo)}
 
 
-def policy_loss(recipe):
-    """A policy loss with verl's signature, for its `register_policy_loss`.
+def policy_loss(
+    recipe: Callable[["ActorConfig"], Recipe],
+) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
+    """Make a policy loss with verl's signature, for verl's `register_policy_loss`.
 
     Args:
-        recipe: function of the actor's configuration that returns a Recipe.
+        recipe: maps the configuration of the actor to a `Recipe`.
 
     Returns:
-        fn(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
-        rollout_is_weights) -> (loss () float32, dict of floats): all tensors (B, T). The metrics
-        are verl's: actor/pg_clipfrac, actor/ppo_kl, actor/pg_clipfrac_lower. Masked values may be
-        anything; without an active token the loss is a differentiable 0. One transfer from the
-        device for the three metrics. It raises ValueError for an unknown loss_agg_mode, for a
-        global divisor that dp_size > 1 needs, and as `grpo_loss_from_logps`.
+        loss(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+        rollout_is_weights) -> (loss, metrics), as verl calls it. Tensors are (B, T); masked values
+        may be anything. The loss is () float32, a differentiable 0 if no token is active. The
+        metrics are the floats actor/pg_clipfrac, actor/ppo_kl and actor/pg_clipfrac_lower, which
+        take one device-to-host copy. It raises ValueError without a config, for an unknown
+        loss_agg_mode, for a missing global divisor if dp_size > 1, and as `grpo_loss_from_logps`.
 
     Example:
         register_policy_loss("my_sapo")(policy_loss(lambda config: Recipe(Sapo(0.9, 1.2))))
@@ -155,24 +175,24 @@ def policy_loss(recipe):
     """
 
     def loss(
-        old_log_prob,
-        log_prob,
-        advantages,
-        response_mask,
-        loss_agg_mode="token-mean",
-        config=None,
-        rollout_is_weights=None,
-    ):
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: "ActorConfig | None" = None,
+        rollout_is_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         if config is None:
             raise ValueError("config must be the configuration of the actor, got None")
-        made = recipe(config)
-        sequences = Padded(response_mask, response_mask)
+        configured = recipe(config)
+        sequences = Padded(response_mask.shape, response_mask)
         weights = rollout_is_weights
-        if weights is not None and isinstance(made.objective, Gmpo):
-            # A geometric mean, as that of the ratios that they correct.
+        if weights is not None and isinstance(configured.objective, Gmpo):
+            # The ratio of GMPO is a geometric mean over tokens; so is its correction.
             weights = sequences.mean(weights.float().clamp(min=1e-10).log()).exp()
-        rule, dp_size, divisors = aggregation(
-            made.aggregation or loss_agg_mode, sequences, **config.global_batch_info
+        normalizer, dp_size, divisors = aggregation(
+            configured.aggregation or loss_agg_mode, sequences, **config.global_batch_info
         )
         out = grpo_loss_from_logps(
             log_prob,
@@ -180,37 +200,43 @@ def policy_loss(recipe):
             advantages,
             old_logps=old_log_prob,
             importance_sampling_ratio=weights,
-            objective=made.objective,
-            importance_sampling_level=made.level,
-            log_ratio_bounds=made.bounds,
-            normalizer=rule,
+            objective=configured.objective,
+            importance_sampling_level=configured.level,
+            log_ratio_bounds=configured.bounds,
+            normalizer=normalizer,
             **divisors,
         )
-        return out.loss * dp_size, metrics(made, out, old_log_prob, advantages, sequences)
+        return out.loss * dp_size, metrics(configured, out, old_log_prob, advantages, sequences)
 
     return loss
 
 
 def aggregation(
-    loss_agg_mode,
-    sequences,
+    loss_agg_mode: str,
+    sequences: Padded,
     *,
-    dp_size=1,
-    batch_num_tokens=None,
-    global_batch_size=None,
-    loss_scale_factor=None,
-):
-    """(normalizer, factor of the loss, divisors) that stand for verl's `agg_loss`.
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> tuple[str, int, dict[str, Any]]:
+    """Translate the arguments of verl's `agg_loss`.
 
-    verl counts sequences with an active token alone, unless it is told global_batch_size; it
-    multiplies by dp_size because gradients are averaged over ranks.
+    Without global_batch_size, verl counts only sequences with an active token. It multiplies the
+    loss by dp_size, because gradients are averaged over ranks.
+
+    Returns:
+        (normalizer, factor of the loss, divisors as keywords of `grpo_loss_from_logps`).
+
+    Raises:
+        ValueError: unknown loss_agg_mode; dp_size > 1 without the global divisor of the mode.
     """
     check_choice("loss_agg_mode", loss_agg_mode, AGGREGATIONS)
     number, name = batch_num_tokens, "batch_num_tokens"
     if loss_agg_mode.startswith("seq-mean"):
         number, name = global_batch_size, "global_batch_size"
     if number is None and dp_size > 1 and loss_agg_mode != "token-sum":
-        raise ValueError(f"{name} is needed for {loss_agg_mode} when dp_size > 1, got None")
+        raise ValueError(f"{name} is required for {loss_agg_mode} if dp_size > 1, got None")
     if global_batch_size is None:
         global_batch_size = (sequences.counts > 0).sum().clamp(min=1)
     divisors = {
@@ -222,8 +248,14 @@ def aggregation(
 
 
 @torch.no_grad()
-def metrics(recipe, out, old_log_prob, advantages, sequences):
-    """verl's metrics by its names, as floats: means over active tokens."""
+def metrics(
+    recipe: Recipe,
+    out: LossOutput,
+    old_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    sequences: Padded,
+) -> dict[str, float]:
+    """Compute verl's metrics, means over active tokens."""
     log_ratio = sequences.select(out.logps - old_log_prob.float())
     log_ratio = log_ratio.clamp(-recipe.limit, recipe.limit)
 

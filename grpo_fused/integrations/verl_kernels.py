@@ -1,11 +1,12 @@
-"""Log-probabilities and entropies with verl's signatures, and `patch_verl` to put them in place.
+"""Log-probabilities and entropies with verl's signatures, and `patch_verl`, which installs them.
 
-verl computes these before it calls a policy loss, from logits (`verl.utils.torch_functional`) or,
-with model.use_fused_kernels=True, from hidden states and the LM head. Nothing here is in place
-unless it is asked for: by `patch_verl()` in one process, by `verl_patch` in every worker.
+verl computes these before it calls a policy loss: from logits (`verl.utils.torch_functional`) or,
+with model.use_fused_kernels=True, from hidden states and the LM head. Importing this module
+replaces nothing; `patch_verl()` does so in one process, `verl_patch` in every worker.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,23 +14,29 @@ from grpo_fused import linear_selective_log_softmax, selective_log_softmax
 from grpo_fused.checks import check_choice, check_tensor
 from grpo_fused.validation import holds_values_of_a_leaf
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-def logprobs_from_logits(logits, labels, inplace_backward=True):
-    """Log-probabilities of labels, verl's function: `selective_log_softmax` of any shape.
+
+def logprobs_from_logits(
+    logits: torch.Tensor, labels: torch.Tensor, inplace_backward: bool = True
+) -> torch.Tensor:
+    """Compute log-probabilities of labels; verl's function of the same name.
 
     Args:
-        logits: (..., V) float32, bfloat16 or float16, scaled by the temperature already.
-        labels: (...) integer, all within the vocabulary.
-        inplace_backward: backward may write the gradient over the logits. It does so unless they
-            are a leaf or a view of one, whose values somebody may still want.
+        logits: (..., V) float32, bfloat16 or float16, already divided by the temperature.
+        labels: (...) integer, all in [0, V).
+        inplace_backward: allow backward to overwrite the logits with their gradient. Logits that
+            are a leaf, or a view of one, are never overwritten.
 
     Returns:
         (...) float32, differentiable in logits.
 
     Raises:
-        ValueError: labels of another shape; as `selective_log_softmax`.
-        RuntimeError: a second backward in place; autograd's version error where another operation
-            has saved the logits for its own backward.
+        ValueError: labels whose shape is not that of logits without V; and as
+            `selective_log_softmax`.
+        RuntimeError: a second backward in place; or autograd's version error, if another operation
+            saved the logits for its backward.
 
     References:
         verl 0.9.1, verl/utils/torch_functional.py.
@@ -37,20 +44,22 @@ def logprobs_from_logits(logits, labels, inplace_backward=True):
     check_tensor("labels", labels, tuple(logits.shape[:-1]), logits.device, integer=True)
     inplace = bool(inplace_backward) and logits.requires_grad
     inplace = inplace and not holds_values_of_a_leaf(logits)
-    # Three dimensions as they are: flattening a slice of positions would copy the logits.
-    rows, ids = (logits, labels) if logits.dim() == 3 else _as_rows(logits, labels)
+    # Keep three dimensions: flattening logits[:, :-1] would copy them.
+    rows, ids = (logits, labels) if logits.dim() == 3 else _flatten(logits, labels)
     logps, _ = selective_log_softmax(rows, ids, inplace=inplace)
     return logps.view(labels.shape)
 
 
-def entropy_from_logits(logits):
-    """Entropies of softmax(logits), verl's function.
+def entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Compute entropies of softmax(logits); verl's function of the same name.
+
+    Neither forward nor backward stores a softmax.
 
     Args:
         logits: (..., V) float32, bfloat16 or float16.
 
     Returns:
-        (...) float32, differentiable in logits; neither pass stores a softmax.
+        (...) float32, differentiable in logits.
 
     Raises:
         ValueError: as `selective_log_softmax`.
@@ -59,47 +68,57 @@ def entropy_from_logits(logits):
         verl 0.9.1, verl/utils/torch_functional.py.
     """
     shape = logits.shape[:-1]
-    # Entropies come from the pass that makes log-probabilities: of the first token, not used.
+    # The kernel computes entropies along with log-probabilities; those of token 0 are discarded.
     ids = torch.zeros(shape, dtype=torch.int64, device=logits.device)
-    rows, ids = (logits, ids) if logits.dim() == 3 else _as_rows(logits, ids)
+    rows, ids = (logits, ids) if logits.dim() == 3 else _flatten(logits, ids)
     return selective_log_softmax(rows, ids, compute_entropy=True)[1].view(shape)
 
 
-def entropy_from_logits_with_chunking(logits, chunk_size=2048):
-    """`entropy_from_logits`, verl's function: nothing of V is stored, so that no chunks are made.
+def entropy_from_logits_with_chunking(logits: torch.Tensor, chunk_size: int = 2048) -> torch.Tensor:
+    """Compute `entropy_from_logits`; verl's function of the same name.
+
+    No chunks are needed, because no softmax is stored.
 
     Args:
-        logits: (..., V).
-        chunk_size: not used.
+        logits: (..., V) float32, bfloat16 or float16.
+        chunk_size: ignored.
 
-    Returns, Raises, References:
-        As `entropy_from_logits`.
+    Returns:
+        (...) float32, differentiable in logits.
+
+    References:
+        verl 0.9.1, verl/utils/torch_functional.py.
     """
     return entropy_from_logits(logits)
 
 
 def linear_cross_entropy(
-    hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None
-):
-    """Log-probabilities and entropies from hidden states and the LM head, verl's function.
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+    reduction: str = "none",
+    dist_process_group: "ProcessGroup | None" = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute log-probabilities and entropies from hidden states; verl's function of that name.
 
-    The logits hidden weight^T / temperature are made a chunk of rows at a time, forward and
-    backward: `linear_selective_log_softmax`.
+    `linear_selective_log_softmax` computes the logits hidden weight^T / temperature chunk by chunk,
+    in forward and in backward.
 
     Args:
         hidden: (..., H) float32, bfloat16 or float16.
-        weight: (V, H), of the same dtype.
-        labels: (...) integer, all within the vocabulary.
-        temperature: number or 0-d tensor > 0, or one per token, the shape of labels.
+        weight: (V, H), the dtype of hidden.
+        labels: (...) integer, all in [0, V).
+        temperature: number or 0-d tensor > 0, or one per token with the shape of labels.
         reduction: "none", "sum" or "mean" of the log-probabilities; entropies are never reduced.
-        dist_process_group: None, or a group of one: a vocabulary in shards is refused.
+        dist_process_group: None or a group of one rank; sharded vocabularies are not supported.
 
     Returns:
-        (logprobs, entropy): float32, flat (N,) as verl's kernel returns them, logprobs () where
-        they are reduced; differentiable in hidden and weight.
+        (logprobs, entropy), float32, differentiable in hidden and weight. Both are flat, (N,), as
+        from verl's kernel; reduced logprobs are ().
 
     Raises:
-        ValueError: a group of several ranks; an unknown reduction; shapes that do not agree; as
+        ValueError: a group of several ranks; an unknown reduction; shapes that do not match; and as
             `linear_selective_log_softmax`.
 
     References:
@@ -110,13 +129,13 @@ def linear_cross_entropy(
     check_tensor("labels", labels, tuple(hidden.shape[:-1]), hidden.device, integer=True)
     if dist_process_group is not None and dist_process_group.size() > 1:
         raise ValueError(
-            f"dist_process_group has {dist_process_group.size()} ranks: the vocabulary must not be "
-            "sharded, use verl's own kernel under tensor parallelism"
+            f"dist_process_group must have 1 rank, got {dist_process_group.size()}: use verl's own "
+            "kernel for a vocabulary that is sharded by tensor parallelism"
         )
     if isinstance(temperature, torch.Tensor) and temperature.dim():
         check_tensor("temperature", temperature, tuple(labels.shape), labels.device)
         temperature = temperature.flatten()
-    rows, ids = _as_rows(hidden, labels)
+    rows, ids = _flatten(hidden, labels)
     logps, entropies = linear_selective_log_softmax(
         rows, weight, ids, temperature=temperature, compute_entropy=True
     )
@@ -124,42 +143,45 @@ def linear_cross_entropy(
 
 
 def _fused_linear_for_ppo(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
-    """`FusedLinearForPPO.forward`, verl's default backend: results (...) like input_ids."""
+    """Replace `FusedLinearForPPO.forward`, verl's default backend; results shaped as input_ids."""
     results = linear_cross_entropy(hidden_states, vocab_weights, input_ids, temperature)
     return tuple(values.view(input_ids.shape) for values in results)
 
 
-def _as_rows(values, ids):
-    """(N, columns) and (N,) of (..., columns) and (...)."""
+def _flatten(values, ids):
+    """Flatten (..., columns) to (N, columns) and (...) to (N,)."""
     return values.reshape(-1, values.shape[-1]), ids.reshape(-1)
 
 
-def patch_verl():
-    """Put the functions of this module in the place of verl's, in this process.
+def patch_verl() -> list[str]:
+    """Replace verl's functions by those of this module, in this process.
 
-    Also where a module of verl has imported them by name. Engines keep the entropy function that
-    they find when they are made: call this before. A second call finds nothing left to do.
+    Modules of verl that imported a function by name are patched too. Engines keep the entropy
+    function that they find when they are constructed, so call this first. A second call has no
+    effect.
 
     Returns:
-        Names of what was replaced, e.g. "verl.utils.torch_functional.entropy_from_logits".
+        Qualified names of the functions that were replaced, for instance
+        "verl.utils.torch_functional.entropy_from_logits".
 
     Raises:
-        ImportError: verl is not installed, or does not have what is to be replaced.
+        ImportError: verl is not installed, or lacks one of the functions.
     """
     from verl.utils import torch_functional
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.utils.kernel import linear_cross_entropy as kernel
 
-    homes = {
+    modules = {
         "logprobs_from_logits": torch_functional,
         "entropy_from_logits": torch_functional,
         "entropy_from_logits_with_chunking": torch_functional,
         "linear_cross_entropy": kernel,
     }
-    missing = [name for name, home in homes.items() if not hasattr(home, name)]
+    missing = [name for name, module in modules.items() if not hasattr(module, name)]
     if missing or not hasattr(FusedLinearForPPO, "forward"):
-        raise ImportError(f"this verl does not have {', '.join(missing)}: patch_verl knows 0.9.1")
-    originals = {name: getattr(home, name) for name, home in homes.items()}
+        missing = ", ".join(missing) or "FusedLinearForPPO.forward"
+        raise ImportError(f"patch_verl supports verl 0.9.1; the installed verl has no {missing}")
+    originals = {name: getattr(module, name) for name, module in modules.items()}
     replaced = []
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").split(".")[0] != "verl":

@@ -1,8 +1,8 @@
-"""The trainer: rollout -> rewards -> advantages -> minibatches -> reference, on Accelerate."""
+"""GRPOTrainer: training by rollouts, rewards and advantages, on Accelerate and transformers."""
 
-from grpo_fused.trainer.config import GRPOTrainerConfig, TrainConfig
-from grpo_fused.trainer.errors import TrainingError
 from grpo_fused.trainer.rewards import Rewards
+from grpo_fused.trainer.run.config import GRPOTrainerConfig, TrainConfig
+from grpo_fused.trainer.run.errors import TrainingError
 from grpo_fused.trainer.trainer import GRPOTrainer, TrainResult
 
 __all__ = [

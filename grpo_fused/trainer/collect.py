@@ -1,4 +1,4 @@
-"""Collecting experience: samples, rewards, advantages, old and reference log-probabilities."""
+"""Collecting experience: rollout, rewards, advantages, old and reference log-probabilities."""
 
 import functools
 import random
@@ -6,41 +6,35 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from grpo_fused.trainer.checkpoint import any_rank
 from grpo_fused.trainer.experience import (
     Experience,
-    advantages_of,
     collate,
-    correction_of,
+    correction_weights,
+    group_advantages,
     step_advantages,
 )
-from grpo_fused.trainer.figures import rollout_figures, table
-from grpo_fused.trainer.rollout_fn import checked
-from grpo_fused.trainer.setup import split_columns
+from grpo_fused.trainer.rewards import RewardScores
+from grpo_fused.trainer.rollouts.rollout import Rollout
+from grpo_fused.trainer.rollouts.rollout_fn import convert_output
+from grpo_fused.trainer.run.data import split_columns
+from grpo_fused.trainer.run.errors import any_rank
+from grpo_fused.trainer.run.metrics import completions_table, rollout_metrics
 
 
 def collect(trainer) -> Experience:
-    """One rollout: samples, judges and compares them; old and reference log-probabilities."""
+    """Samples a rollout, scores it, and computes everything that the loss needs besides logits."""
     config, accelerator, started = trainer.config, trainer.accelerator, time.perf_counter()
-    rows = [trainer.data[i] for i in next_rows(trainer) for _ in range(config.num_generations)]
-    prompts, columns = split_columns(rows)
-    if trainer.rollout_fn is not None:
-        output = trainer.rollout_fn(list(prompts), trainer)
-        rollout = checked(output, prompts, columns, trainer.sampler)
-    else:
-        with accelerator.autocast():
-            rollout = trainer.sampler.roll_out(
-                trainer.unwrapped, prompts, columns, temperature=config.temperature
-            )
-    scores = judge(trainer, rollout)
+    rollout = sample(trainer)
+    scores = score(trainer, rollout)
     batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
 
-    figures, rewards = rollout_figures(accelerator, rollout, scores, config.num_generations)
+    metrics, rewards = rollout_metrics(accelerator, rollout, scores, config.num_generations)
     if not any_rank(accelerator, scores.steps is not None):
-        advantages = advantages_of(rewards, config.num_generations, config.scale_rewards)
-        mine = accelerator.process_index * trainer.rows_per_rank
-        batch.advantages = advantages[mine : mine + trainer.rows_per_rank]
+        advantages = group_advantages(rewards, config.num_generations, config.scale_rewards)
+        first = accelerator.process_index * trainer.rows_per_rank
+        batch.advantages = advantages[first : first + trainer.rows_per_rank]
     else:
         batch.advantages = step_advantages(
             scores.as_steps(rollout.completion_ids),
@@ -54,25 +48,39 @@ def collect(trainer) -> Experience:
         batch.to(accelerator.device),
         list(lengths),
         accelerator.reduce(counts.to(accelerator.device)).tolist(),
-        figures,
+        metrics,
     )
     if config.is_off_policy or batch.sampling_logps is not None:
         experience.batch.old_logps = logps(trainer, trainer.model, experience)
-        experience.batch.importance_sampling_ratio = correction_of(experience.batch, config)
+        experience.batch.importance_sampling_ratio = correction_weights(experience.batch, config)
     if trainer.reference is not None:
-        with trainer.reference.instead_of(trainer.model, trainer.unwrapped) as reference:
+        with trainer.reference.activate(trainer.model, trainer.unwrapped) as reference:
             experience.batch.ref_logps = logps(trainer, reference, experience)
     trainer.rollouts += 1
     every = config.completions_steps
     if every and trainer.rollouts % every == 0 and accelerator.is_main_process:
-        shown = table(rollout, scores, trainer.sampler, config.completions_rows)
-        trainer.run_log.completions(trainer.step, shown)
-    figures["seconds/rollout"] = time.perf_counter() - started
+        texts = trainer.sampler.decode(rollout.completion_ids[: config.completions_rows])
+        trainer.run_log.completions(trainer.step, completions_table(rollout, texts, scores))
+    metrics["seconds/rollout"] = time.perf_counter() - started
     return experience
 
 
+def sample(trainer) -> Rollout:
+    """Samples the next rollout of this rank, with the rollout_fn or with `generate`."""
+    config = trainer.config
+    rows = [trainer.data[i] for i in next_rows(trainer) for _ in range(config.num_generations)]
+    prompts, columns = split_columns(rows)
+    if trainer.rollout_fn is not None:
+        output = trainer.rollout_fn(list(prompts), trainer)
+        return convert_output(output, prompts, columns, trainer.sampler)
+    with trainer.accelerator.autocast():
+        return trainer.sampler.rollout(
+            trainer.unwrapped, prompts, columns, temperature=config.temperature
+        )
+
+
 def next_rows(trainer) -> list[int]:
-    """Indices of this rank's prompts: every epoch has an order that its number decides."""
+    """Returns the indices of this rank's next prompts; every epoch shuffles the data anew."""
     config, accelerator, size = trainer.config, trainer.accelerator, len(trainer.data)
     share = config.prompts_per_rollout // accelerator.num_processes
     first = trainer.rollouts * config.prompts_per_rollout + accelerator.process_index * share
@@ -81,13 +89,18 @@ def next_rows(trainer) -> list[int]:
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, size) -> list[int]:
+def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    """Returns a permutation of `size` rows that depends on seed and epoch alone."""
     return random.Random(f"{seed} {epoch}").sample(range(size), size)
 
 
-def judge(trainer, rollout):
-    """Scores of a rollout; a completion of a chat is a message."""
-    texts = trainer.sampler.texts(rollout.completion_ids)
+def score(trainer, rollout: Rollout) -> RewardScores:
+    """Scores a rollout; the completion of a chat is a list of one message.
+
+    Raises:
+        ValueError: the total rewards have the wrong shape or are infinite.
+    """
+    texts = trainer.sampler.decode(rollout.completion_ids)
     completions = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(rollout.prompts, texts, strict=True)
@@ -103,17 +116,18 @@ def judge(trainer, rollout):
     return scores
 
 
-def logps(trainer, model, experience):
-    """(B, T) float32 of all completions, in the micro-batches of the updates.
+def logps(trainer, model: nn.Module, experience: Experience) -> torch.Tensor:
+    """Returns the log-probabilities of all completions, (B, T) float32.
 
-    Of the same policy they are then the same bits as in its first update: a ratio of 1.
+    The micro-batches are those of the updates. An unchanged policy then gives bitwise the same
+    values in its first update, and ratios of exactly 1.
     """
     size, minibatches = trainer.config.micro_batch_size, trainer.config.minibatches
     parts = []
     width = experience.batch.completion_ids.shape[1]
     for minibatch in range(minibatches):
         for batch in experience.micro_batches(minibatch, minibatches, size):
-            with trainer.accelerator.autocast():  # which the reference is not prepared for
-                logps = trainer.policy.logps(model, batch)
-            parts.append(F.pad(logps, (0, width - logps.shape[1])))
+            with trainer.accelerator.autocast():  # Accelerate does not wrap the reference
+                part = trainer.policy.logps(model, batch)
+            parts.append(F.pad(part, (0, width - part.shape[1])))
     return torch.cat(parts)

@@ -1,23 +1,26 @@
-"""Experience: a rollout with its rewards as tensors, ready to be cut into minibatches."""
+"""Experience: a rollout with its advantages as tensors, split into micro-batches."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from grpo_fused import mask_truncated, outcome_advantages, process_advantages, rollout_weights
-from grpo_fused.trainer.rollout import pad
+from grpo_fused.trainer.rollouts.rollout import Rollout, pad
+from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
 
 @dataclass
 class Batch:
-    """B sequences: P prompt tokens, T completion tokens. Optional ones are None.
+    """B sequences of P prompt tokens and T completion tokens. Optional tensors are None.
 
     Attributes:
-        prompt_ids: (B, P) int64, padded at the left.
+        prompt_ids: (B, P) int64, padded on the left.
         prompt_mask: (B, P) bool.
-        completion_ids: (B, T) int64, padded at the right.
-        attended: (B, T) bool: the completion's tokens.
-        completion_mask: (B, T) bool: those that the loss is on.
+        completion_ids: (B, T) int64, padded on the right.
+        attended: (B, T) bool, tokens of the completion, which the model attends to.
+        completion_mask: (B, T) bool, tokens that enter the loss.
         advantages: (B,) or (B, T) float32.
         sampling_logps, old_logps, ref_logps: (B, T) float32.
         importance_sampling_ratio: (B, T) or (B, 1) float32.
@@ -35,42 +38,44 @@ class Batch:
     importance_sampling_ratio: torch.Tensor | None = None
 
     @property
-    def input_ids(self):
+    def input_ids(self) -> torch.Tensor:
+        """(B, P + T) int64."""
         return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
 
     @property
-    def attention_mask(self):
+    def attention_mask(self) -> torch.Tensor:
+        """(B, P + T) int64."""
         return torch.cat([self.prompt_mask, self.attended], dim=1).long()
 
-    def rows(self, rows, prompt_length, completion_length):
-        """Some rows, without the columns that none of them fills."""
+    def select(self, rows: slice, prompt_length: int, completion_length: int) -> "Batch":
+        """Returns some rows, trimmed to the given lengths."""
         start = self.prompt_ids.shape[1] - prompt_length
 
-        def cut(this):
-            tensor = getattr(self, this.name)
+        def trim(field):
+            tensor = getattr(self, field.name)
             if tensor is None or tensor.dim() == 1:
                 return tensor if tensor is None else tensor[rows]
-            if this.name.startswith("prompt"):
+            if field.name.startswith("prompt"):
                 return tensor[rows, start:]
             return tensor[rows, :completion_length]
 
-        return Batch(*map(cut, fields(self)))
+        return Batch(*map(trim, fields(self)))
 
-    def to(self, device):
-        values = (getattr(self, this.name) for this in fields(self))
+    def to(self, device: torch.device) -> "Batch":
+        values = (getattr(self, field.name) for field in fields(self))
         return Batch(*(None if value is None else value.to(device) for value in values))
 
 
 @dataclass
 class Experience:
-    """The rollout that is being trained on, on this rank, and how far it has been used.
+    """This rank's part of a rollout, and how many optimizer steps have used it.
 
     Attributes:
-        batch: Batch of all of this rank's sequences.
-        lengths: (prompt, completion) tokens of each, on the host.
+        batch: all sequences of this rank.
+        lengths: (prompt, completion) tokens of each sequence, as Python numbers.
         num_items: active tokens of each minibatch over all ranks.
-        metrics: of the rollout, over all ranks.
-        position: optimizer steps already taken on it.
+        metrics: metrics of the rollout over all ranks.
+        position: optimizer steps taken on it.
     """
 
     batch: Batch
@@ -79,29 +84,29 @@ class Experience:
     metrics: dict[str, float]
     position: int = 0
 
-    def micro_batches(self, minibatch, num_minibatches, size):
-        """Batches of at most `size` sequences that one minibatch is cut into."""
+    def micro_batches(self, minibatch: int, num_minibatches: int, size: int) -> Iterator[Batch]:
+        """Splits one minibatch into batches of at most `size` sequences, trimmed to the longest."""
         per_minibatch = len(self.lengths) // num_minibatches
         first, end = minibatch * per_minibatch, (minibatch + 1) * per_minibatch
         for start in range(first, end, size):
-            yield self.cut(slice(start, min(start + size, end)))
+            rows = slice(start, min(start + size, end))
+            prompts, completions = zip(*self.lengths[rows], strict=True)
+            yield self.batch.select(rows, max(prompts), max(*completions, 1))
 
-    def cut(self, rows):
-        prompts, completions = zip(*self.lengths[rows], strict=True)
-        return self.batch.rows(rows, max(prompts), max(*completions, 1))
-
-    def state_dict(self):
-        batch = {this.name: getattr(self.batch, this.name) for this in fields(Batch)}
-        mine = {this.name: getattr(self, this.name) for this in fields(self)}
-        return mine | {"batch": batch}
+    def state_dict(self) -> dict[str, Any]:
+        """Returns tensors and numbers for a checkpoint, by attribute name."""
+        batch = {field.name: getattr(self.batch, field.name) for field in fields(Batch)}
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        return state | {"batch": batch}
 
     @classmethod
-    def from_state_dict(cls, state, device):
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Experience":
+        """Restores what `state_dict` returned."""
         return cls(**state | {"batch": Batch(**state["batch"]).to(device)})
 
 
-def collate(rollout, pad_id, mask_truncated_completions):
-    """Batch of a rollout, on the CPU and without advantages."""
+def collate(rollout: Rollout, pad_id: int, mask_truncated_completions: bool) -> Batch:
+    """Pads a rollout to a Batch on the CPU, without advantages and log-probabilities."""
     prompt_ids, prompt_mask = pad(rollout.prompt_ids, pad_id, "left")
     completion_ids, attended = pad(rollout.completion_ids, pad_id)
     mask = attended
@@ -115,29 +120,35 @@ def collate(rollout, pad_id, mask_truncated_completions):
     return batch
 
 
-def advantages_of(rewards, group_size, scale):
-    """(B,) float32: `outcome_advantages`, and 0 for a completion that nobody judged (NaN)."""
-    judged = ~rewards.isnan()
+def group_advantages(rewards: torch.Tensor, group_size: int, scale: str) -> torch.Tensor:
+    """Returns `outcome_advantages` of (B,) rewards, float32; 0 where the reward is NaN."""
+    has_reward = ~rewards.isnan()
     advantages = torch.zeros_like(rewards)
     groups = torch.arange(len(rewards), device=rewards.device) // group_size
-    if judged.any():
-        advantages[judged] = outcome_advantages(
-            rewards[judged], group_ids=groups[judged], scale=scale
+    if has_reward.any():
+        advantages[has_reward] = outcome_advantages(
+            rewards[has_reward], group_ids=groups[has_reward], scale=scale
         )
     return advantages
 
 
-def step_advantages(steps, completion_length, group_size, scale):
-    """(B, T) float32: `process_advantages` of [(end_token, score), ...] per completion."""
+def step_advantages(
+    steps: list[list[tuple[int, float]]], completion_length: int, group_size: int, scale: str
+) -> torch.Tensor:
+    """Returns `process_advantages`, (B, T) float32, of [(end_token, score), ...] per completion.
+
+    Raises:
+        ValueError: scale is "batch".
+    """
     if scale == "batch":
-        raise ValueError('scale_rewards must be group or none for rewards of steps, got "batch"')
+        raise ValueError('scale_rewards must be group or none for process rewards, got "batch"')
     ends, _ = pad([[end for end, _ in row] for row in steps], -1)
     scores, _ = pad([[score for _, score in row] for row in steps], 0.0, dtype=torch.float32)
     return process_advantages(scores, ends, completion_length, group_size, scale=scale)
 
 
-def correction_of(batch, config):
-    """Weights that correct for a sampler that is not the policy, or None."""
+def correction_weights(batch: Batch, config: GRPOTrainerConfig) -> torch.Tensor | None:
+    """Returns the weights that correct for a sampler other than the policy; None without one."""
     if batch.sampling_logps is None or config.rollout_correction is None:
         return None
     return rollout_weights(

@@ -5,8 +5,19 @@ import torch
 from compiling import compile_whole
 from heads import assert_equal, chunk_bytes, gradients, loss, make_head_batch, scores
 
-import grpo_fused.autograd as autograd
 from grpo_fused import Clip
+from grpo_fused.bundles import (
+    Chunking,
+    Derivatives,
+    Formula,
+    Gradients,
+    Head,
+    Outputs,
+    Scales,
+    Statistics,
+    Tokens,
+)
+from grpo_fused.ops import BACKENDS
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "luspo"])
@@ -27,33 +38,40 @@ def test_compiled_equals_eager(save_logits, loss_type, implementation, device):
     assert_equal(gradients(head, compile_whole(step)), want, 5e-6)
 
 
-def op_arguments(name, head):
-    b, (hidden, weight, bias) = head.batch, (head.hidden, head.weight, head.bias)
-    device, dtype = hidden.device, torch.float32
+def op_arguments(name, batch):
+    b, head = batch.batch, Head(batch.hidden, batch.weight, batch.bias)
+    device, one = head.hidden.device, torch.ones((), device=head.hidden.device)
+
+    def memory(*shape):
+        return torch.zeros(shape, device=device)
+
     active = (b.mask != 0).flatten()
     order = (~active).to(torch.uint8).argsort(stable=True)
     counts = torch.tensor([5, int(active.sum())])
-    tokens = [torch.rand(4, 6, device=device) for _ in range(6)]
-    one = torch.ones((), device=device)
-    scales = (one, one.clone(), 9 * one)
-    outputs = [torch.zeros(4, 6, device=device) for _ in range(4)]
-    grads = [torch.zeros_like(t, dtype=dtype) for t in (hidden, weight, bias)]
-    clip = Clip()
-    inputs = (hidden, weight, bias, dtype, order, counts, b.ids)
+    chunking = Chunking(torch.float32, order, counts, chunk_bytes(7))
+    values, clip = torch.rand(4, 6, device=device), Clip()
+    weights = (1 + values, one.clone(), 0.1 * one)
+    tokens = Tokens(b.ids, None, one, values, -values, -2 * values, *weights)
+    scales, inputs = Scales(one.clone(), 9 * one), (head, chunking)
+    gradients = Gradients(*(torch.zeros_like(t, dtype=torch.float32) for t in head))
     return {
         "linear_loss": (
-            *(*inputs, tokens[0][:, 0].contiguous(), -tokens[1], -2 * tokens[2], 1 + tokens[3]),
-            *(tokens[4] > 0.5, active.sum(), 4 * one, active.sum(), 3 * one, 24 * one, 0.1 * one),
-            *(*scales, one.clone(), one.clone(), clip.name(), clip.knobs(), "k3", True),
-            *(chunk_bytes(7), torch.zeros(4, 4, 6, device=device), *outputs[:2], *grads),
+            *(
+                *inputs,
+                tokens,
+                scales,
+                Formula(clip.name(), clip.params(), "k3", True, one.clone()),
+            ),
+            *(Outputs(*(memory(4, 6) for _ in range(6))), gradients),
         ),
         "linear_logprob_fwd": (
-            *(*inputs, *scales, chunk_bytes(7), *outputs),
-            torch.zeros(int(active.sum()), 56, device=device)[:, :53],
+            *(*inputs, tokens.of_softmax(), scales, Statistics(*(memory(4, 6) for _ in range(4)))),
+            memory(int(active.sum()), 56)[:, :53],
         ),
         "linear_logprob_bwd": (
-            *(*inputs, *scales, chunk_bytes(7), -tokens[0], tokens[1], tokens[2], 1 + tokens[3]),
-            *(tokens[4], tokens[5], True, None, *grads),
+            *(*inputs, tokens.of_softmax(), scales),
+            Statistics(-values, values.clone(), values.clone(), 1 + values),
+            *(Derivatives(values.clone(), values.clone()), None, True, gradients),
         ),
     }[name]
 
@@ -62,5 +80,6 @@ def op_arguments(name, head):
 def test_opcheck(name, implementation, device):
     head = make_head_batch(device=device)
     head.hidden = head.hidden.nan_to_num()
-    op = getattr(autograd.LAUNCHERS[implementation], name).op
-    torch.library.opcheck(op, op_arguments(name, head))
+    launcher = getattr(BACKENDS[implementation], name)
+    arguments = launcher.flatten(*op_arguments(name, head))
+    torch.library.opcheck(launcher.op, arguments)

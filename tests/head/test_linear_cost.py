@@ -8,13 +8,14 @@ from storages import NewStorages
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import grpo_fused.kernels.linear as linear
-import grpo_fused.rows as rows
+import grpo_fused.head.chunks as linear
+import grpo_fused.torch_backend.rows as rows
 from grpo_fused import linear_grpo_loss, linear_selective_log_softmax
-from grpo_fused.kernels.linear import TILE_COLUMNS, TILE_ROWS, chunk_limit, chunk_rows
-from grpo_fused.ordering import cut_at_ends, order_tokens
+from grpo_fused.bundles import Chunking, Gradients, Head, Statistics
+from grpo_fused.head.chunks import ChunkedHead, chunk_limit, chunk_rows
+from grpo_fused.head.order import group_sequences, order_tokens
+from grpo_fused.inputs import default_chunk_bytes
 from grpo_fused.sequences import Padded
-from grpo_fused.sources import default_chunk_bytes
 
 V, H = 53, 16
 ONE = 2 * V * H  # flops of one matmul for one row
@@ -132,11 +133,11 @@ def test_nothing_is_packed_where_every_token_counts(mask, loss_type):
 
 
 def test_whole_sequences_to_a_chunk():
-    assert cut_at_ends([3, 4, 5], 7) == [(0, 2), (2, 3)]
-    assert cut_at_ends([3, 5, 2], 7) == [(0, 1), (1, 3)]
-    assert cut_at_ends([3, 8, 2], 7) is None
-    assert cut_at_ends([0, 7, 0], 7) == [(0, 3)]
-    assert cut_at_ends([], 7) == [(0, 0)]
+    assert group_sequences([3, 4, 5], 7) == [(0, 2), (2, 3)]
+    assert group_sequences([3, 5, 2], 7) == [(0, 1), (1, 3)]
+    assert group_sequences([3, 8, 2], 7) is None
+    assert group_sequences([0, 7, 0], 7) == [(0, 3)]
+    assert group_sequences([], 7) == [(0, 0)]
 
 
 @pytest.mark.parametrize("vocabulary", [1000, 32_000, 151_936])
@@ -237,31 +238,20 @@ def test_rounding_of_the_weights_gradient_is_flat_in_chunks(chunks, implementati
     assert relative_error(leaves[1].grad, want) < rounding
 
 
-def test_chunks_fill_the_device():
-    """On 132 processors, of at most 4,096 rows: PERFORMANCE.md's table of waves."""
-
-    def filled(length, H, processors=132):
-        tiles = -(-length // TILE_ROWS) * -(-H // TILE_COLUMNS)
-        return tiles / (-(-tiles // processors) * processors)
-
-    for H in (896, 1536, 2048, 3584, 4096, 5120):
-        for total in (4200, 8200, 12_300, 20_000):
-            length = chunk_rows(total, 4186, H, 132)
-            assert total % length == 0 or total % length > length / 4, (H, total)
-        length = chunk_rows(65_536, 4096, H, 132)
-        assert 1984 <= length <= 4096 and length % TILE_ROWS == 0
-        assert filled(length, H) >= filled(4096, H)
-    assert filled(4096, 1536) < 0.74 and filled(chunk_rows(65_536, 4096, 1536, 132), 1536) > 0.95
-
-
-@pytest.mark.parametrize(("total", "want"), [(0, 1), (1, 1), (7, 7), (8, 4), (15, 5), (21, 7)])
-def test_chunks_are_even_on_one_processor(total, want):
-    assert chunk_rows(total, 7, H, 1) == want
+@pytest.mark.parametrize("limit", [7, 16, 40, 4096, 4186])
+def test_chunks_are_even_within_the_limit_and_start_aligned(limit):
+    """At multiples of 16 tokens: tensors that start anywhere would compile kernels again."""
+    for total in (0, 1, 7, 15, 16, 17, 64, 65, 4200, 8200, 65_536):
+        length = chunk_rows(total, limit)
+        assert 1 <= length <= max(limit, 1)
+        assert length % 16 == 0 or length == max(total, 1) or limit < 16
+        fewest = -(-total // max(limit // 16 * 16, 7))
+        assert -(-total // length) <= max(fewest, 1)
 
 
 def test_without_a_mask_nothing_is_counted():
     ids = torch.zeros(2, 3, dtype=torch.long, device="meta")  # who counts here fails
-    assert order_tokens(Padded(ids, None)) == (None, None)
+    assert order_tokens(Padded(ids.shape, None, ids.device)) == (None, None)
 
 
 @pytest.mark.filterwarnings("error")  # torch warns before it resizes what it is to write into
@@ -276,19 +266,25 @@ def test_chunks_of_different_lengths(loss_type, size):
 
 
 def test_a_batch_of_one_chunk_stays_as_it_is():
-    """Neither packed nor cut: of short inputs every copy is felt."""
+    """Neither packed nor sliced: short inputs would feel every copy."""
     hidden, weight = torch.randn(2, 4, H), torch.randn(V, H)
     ids, values = torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3)
+    bundle = Statistics(values, None)
 
-    def head(positions=3, order=None, rows=6, **options):
+    def chunked(positions=3, order=None, rows=6, **options):
         counts = None if order is None else torch.tensor([len(order)] * 2)
         budget = rows * linear.logits_bytes(1, V, torch.float32)
-        cut = hidden[:, :positions].contiguous()
-        return linear.Head(cut, weight, None, torch.float32, order, counts, ids, budget, **options)
+        head = Head(hidden[:, :positions].contiguous(), weight, None)
+        chunking = Chunking(torch.float32, order, counts, budget)
+        return ChunkedHead(head, chunking, ids, Gradients(), **options)
 
-    whole = head()
-    assert whole.whole and whole.pack(values) is values and whole.packed(values) is values
-    assert whole.cut(values, 0, 6) is values
-    assert whole.batch(torch.zeros(6, V)).shape == (2, 3, V)
-    for other in (head(packs=True), head(4), head(order=torch.arange(5)), head(rows=5)):
-        assert not other.whole and other.pack(values).shape == (1, other.active)
+    single = chunked()
+    assert single.single_chunk and single.pack(bundle).logps is values
+    assert single.pack_outputs(bundle).logps is values
+    assert single.slice(bundle, 0, 6) is bundle
+    assert single.batch(torch.zeros(6, V)).shape == (2, 3, V)
+    others = (chunked(packs=True), chunked(4), chunked(order=torch.arange(5)), chunked(rows=5))
+    for other in others:
+        packed = other.pack(bundle)
+        assert not other.single_chunk and packed.logps.shape == (1, other.active)
+        assert packed.entropies is None and other.slice(packed, 2, 4).logps.shape == (1, 2)

@@ -156,7 +156,7 @@ def test_upcast_without_a_mask(function, device):
 
 @BOTH
 def test_upcast_converts_the_weight_in_blocks(function, device, monkeypatch):
-    import grpo_fused.kernels.linear as linear
+    import grpo_fused.head.chunks as linear
 
     monkeypatch.setattr(linear, "COPY_BYTES", 4 * 16 * 10)  # ten rows of the weight
     head = make_head_batch(dtype=torch.bfloat16, device=device)

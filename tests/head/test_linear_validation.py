@@ -11,7 +11,7 @@ BAD = {
     "list": ({"hidden": [[1.0]]}, "hidden must be a tensor"),
     "integers": ({"hidden": lambda a: a["hidden"].long()}, "hidden must be float32"),
     "float64": ({"hidden": lambda a: a["hidden"].double()}, "hidden must be float32"),
-    "packed": ({"hidden": lambda a: a["hidden"][0]}, r"hidden .* need (cu_seqlens|ids \(N,\))"),
+    "packed": ({"hidden": lambda a: a["hidden"][0]}, "cu_seqlens is required|hidden must be"),
     "positions": ({"hidden": lambda a: a["hidden"][:, :-2]}, r"hidden must be \(B, T, H\) or"),
     "batch": ({"hidden": lambda a: a["hidden"][:1]}, r"hidden must be \(B, T, H\) or"),
     "weight list": ({"weight": 3}, "weight must be a tensor"),
@@ -26,11 +26,11 @@ BAD = {
     "main_grad dtype": ({"main_grad": torch.ones(V, H).half()}, "main_grad must be float32"),
     "main_grad graph": (
         {"main_grad": torch.ones(V, H, requires_grad=True)},
-        "main_grad must be float32 that requires no gradient",
+        "main_grad must be float32 and not require a gradient",
     ),
     "main_grad frozen": (
         {"main_grad": torch.ones(V, H), "weight": torch.ones(V, H)},
-        "main_grad is given, but weight requires no gradient",
+        "main_grad requires a weight with requires_grad=True",
     ),
     "chunk": ({"chunk_bytes": 0}, "chunk_bytes must be a positive integer or None, got 0"),
     "chunk text": ({"chunk_bytes": "1G"}, "chunk_bytes must be"),

@@ -1,4 +1,4 @@
-"""The adapters of docs/integrations.md, stand-ins for their frameworks, and the plain formula."""
+"""Load the adapters of docs/integrations.md; stand-ins for frameworks; the formula in torch."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ LOW, HIGH, BETA = 0.2, 0.28, 0.1
 
 
 def load(label, **namespace):
-    """The names that a section's blocks define, run one after the other."""
+    """Run the blocks of a section in order and return the names that they define."""
     blocks = [code for name, code in BLOCKS if name == label]
     assert blocks, label
     for code in blocks:
@@ -25,7 +25,7 @@ def load(label, **namespace):
 
 
 def make_fake(monkeypatch, name, **attributes):
-    """Makes a module of a framework importable that is not installed, until the test ends."""
+    """Make a module of a framework that is not installed importable until the test ends."""
     parts = name.split(".")
     for n in range(1, len(parts) + 1):
         path = ".".join(parts[:n])
@@ -44,7 +44,7 @@ def log_softmax_of(logits, ids):
 
 
 def clipped(logps, old, advantages, low=LOW, high=HIGH, cap=None):
-    """Losses per token, the formula as everybody writes it."""
+    """Compute the clipped loss per token, with an optional dual clip."""
     ratio = torch.exp(logps - old.double())
     advantages = advantages.double()
     loss = -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
@@ -59,7 +59,7 @@ def k3(logps, ref):
 
 
 def make_tokens(B=5, T=7, seed=0):
-    """logps, old_logps, ref_logps, advantages (B, T), and a mask with a whole row off."""
+    """Make logps, old_logps, ref_logps, advantages (B, T) and a mask, one token active in row 3."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(4, B, T, generator=generator)
     logps = -noise[0].abs() - 0.1
@@ -68,7 +68,7 @@ def make_tokens(B=5, T=7, seed=0):
 
 
 def assert_same(got, wanted, leaf, tolerance=2e-6):
-    """Losses and their gradients to a leaf."""
+    """Compare losses and their gradients with respect to a leaf."""
     (gradient,) = torch.autograd.grad(got, leaf)
     (expected,) = torch.autograd.grad(wanted, leaf)
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)

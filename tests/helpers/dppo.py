@@ -1,16 +1,16 @@
-"""An objective from outside the package, as a user would write it: the test of the design."""
+"""DPPO, an objective defined outside of the package, as a user would write it."""
 
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
-from grpo_fused.objectives import Objective
+from grpo_fused.losses.objectives import Objective
 
 
 @dataclass(frozen=True)
 class DppoTv(Objective):
-    """DPPO with the binary total variation as its trust region, as verl spells it.
+    """DPPO with a trust region in binary total variation, as implemented in verl.
 
         -sg(min(rho, cap) 1[inside]) A logp
 

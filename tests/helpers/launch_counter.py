@@ -8,7 +8,16 @@ from grpo_fused import LOSSES
 
 # Operators of torch that launch nothing: they allocate, or make another view.
 FREE = {"empty", "detach", "view", "expand", "select", "unsqueeze", "squeeze", "unbind", "t"}
-FREE |= {"alias", "_unsafe_view", "slice", "as_strided", "lift_fresh", "empty_strided"}
+# Python reads a 0-d tensor on a CPU, where it is free.
+FREE |= {
+    "_local_scalar_dense",
+    "alias",
+    "_unsafe_view",
+    "slice",
+    "as_strided",
+    "lift_fresh",
+    "empty_strided",
+}
 
 
 class Counter(TorchDispatchMode):
@@ -16,18 +25,17 @@ class Counter(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.launches, self.traffic = [], []
+        self.launches = []
 
-        def counted(function, programs, *args, traffic=None, **options):
+        def counted(function, programs, *args, **options):
             self.launches.append(function.__name__)
-            self.traffic.append((function.__name__, traffic))
             with _disable_current_modes():  # the interpreter's own copies are not launches
                 function[(programs,)](*args, **options)
 
         monkeypatch.setattr(launch, "launch", counted)
-        monkeypatch.setattr("grpo_fused.autograd.torch", torch)  # no poison in its memory
-        # Values are looked at on the CPU only.
-        monkeypatch.setattr("grpo_fused.validation.check_ids", lambda *args: None)
+        for module in ("arguments", "autograd.common", "autograd.logits"):  # no poisoned memory
+            monkeypatch.setattr(f"grpo_fused.{module}.torch", torch)
+        monkeypatch.setattr("grpo_fused.checks.is_readable", lambda device: False)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -58,6 +66,9 @@ FULL = (*PLAIN, "importance_sampling_ratio", "policy_mask", "entropy_coef", "kl_
 TOKEN_LEVEL = [name for name, row in LOSSES.items() if row.level == "token" and name != "vespo"]
 
 
-def traffic_of(counter, *kernels):
-    chosen = [traffic for name, traffic in counter.traffic if name in kernels]
-    return sum(t.read for t in chosen), sum(t.written for t in chosen)
+READS = ("_fused_loss_kernel", "_logprob_fwd_kernel", "_logprob_bwd_kernel")
+
+
+def reads_of_logits(launches):
+    """How often launches read the logits; the fused loss reads a row again from the caches."""
+    return sum(name in READS for name in launches)

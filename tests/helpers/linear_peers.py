@@ -1,4 +1,4 @@
-"""One head through TRL's ChunkedLogProbFunction, Liger's fused linear loss, the oracle and ours."""
+"""Run one LM head through TRL's and Liger's chunked functions, the oracle and ours."""
 
 import functools
 from typing import NamedTuple
@@ -18,12 +18,12 @@ from peers import (
 from grpo_fused import Clip, linear_grpo_loss
 from oracle import grpo_loss as oracle_loss
 
-ROW_BYTES = 160  # a row of the 37 float32 logits of these batches: 40 columns
-CHUNK_BYTES = (None, 7 * ROW_BYTES, 4 * ROW_BYTES, 1)  # all, a sequence, less than one, a row
+ROW_BYTES = 160  # one row of 37 float32 logits, padded to 40 columns
+CHUNK_BYTES = (None, 7 * ROW_BYTES, 4 * ROW_BYTES, 1)  # all rows, a sequence, part of one, a row
 
 
 class Case(NamedTuple):
-    """A batch, and hidden states and a head that make its logits; NaN where it is masked."""
+    """A batch with hidden states and an LM head that give its logits; NaN where it is masked."""
 
     batch: Batch
     hidden: torch.Tensor  # (B, T, H)
@@ -31,14 +31,14 @@ class Case(NamedTuple):
     bias: torch.Tensor | None  # (V,)
 
     def leaves(self, fill=torch.nan):
-        """Hidden states, with `fill` under the mask, weight and bias as leaves."""
+        """Copy hidden states (`fill` under the mask), weight and bias to leaves."""
         hidden = self.hidden.masked_fill((self.batch.mask == 0)[..., None], fill)
         parameters = (None if t is None else t.clone() for t in (hidden, self.weight, self.bias))
         return [None if t is None else t.requires_grad_() for t in parameters]
 
 
 class Found(NamedTuple):
-    """Value, gradients of hidden states, weight and bias, metrics."""
+    """Value, gradients of hidden states, weight and bias, and metrics."""
 
     loss: torch.Tensor
     gradients: dict
@@ -46,7 +46,7 @@ class Found(NamedTuple):
 
 
 def with_head(batch, H=64, *, bias=True, dtype=torch.float32):
-    """The batch behind a head: drifts, clipped shares and all that the parity tests rely on."""
+    """Make a head and hidden states whose logits are those of the batch."""
     generator = torch.Generator().manual_seed(H)
     B, T = batch.ids.shape
     V, device = batch.logits.shape[-1], batch.logits.device
@@ -64,7 +64,7 @@ def drifted_case(seed=0, *, bias=True, device="cpu"):
 
 
 def sampled_case(B, T, V, *, H, dtype, device="cpu"):
-    """All active, no bias, in any dtype: ids and old log-probabilities are those of the head."""
+    """Make a case without mask and bias, its ids sampled from the head, in any dtype."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(V, H, generator=generator) / H**0.5).to(dtype)
     hidden = (2.5 * torch.randn(B, T, H, generator=generator)).to(dtype)
@@ -94,7 +94,7 @@ def linear_loss(
     create_graph=False,
     **options,
 ):
-    """Ours, with an upstream gradient."""
+    """Run linear_grpo_loss and its backward with an upstream gradient."""
     batch, leaves = case.batch, case.leaves()
     out = linear_grpo_loss(
         *leaves[:2],
@@ -135,9 +135,9 @@ def trl_logps(
     logit_scale=1.0,
     compute_entropy=True,
 ):
-    """(logps, entropies) of TRL's chunked head over all positions, `chunk_size` columns a tile.
+    """Run TRL's chunked head over all positions, `chunk_size` columns per tile: (logps, entropies).
 
-    As TRL does off Triton's devices: masked labels are 0, and what comes out there becomes 0.
+    As in TRL without Triton, masked labels are 0, and so are the results there.
     """
     rest = (temperature, chunk_size, logit_softcap, logit_scale)
     outputs = ("entropy",) if compute_entropy else ()
@@ -158,11 +158,11 @@ def exact_logps(
     logit_scale=1.0,
     logits_dtype=torch.float64,
 ):
-    """(logps, entropies) from explicit float64 logits, 0 where masked; see exact_linear_loss."""
+    """Compute (logps, entropies) from float64 logits, 0 where masked; see exact_linear_loss."""
     logits = hidden.double() @ weight.double().T
     if bias is not None:
         logits = logits + bias.double()
-    # Rounded in value alone: the gradient passes.
+    # Round the value, not the gradient.
     x = (logits + (logits.to(logits_dtype).double() - logits).detach()) * logit_scale
     if logit_softcap is not None:
         x = logit_softcap * torch.tanh(x / logit_softcap)
@@ -193,7 +193,7 @@ def liger_linear_loss(
     create_graph=False,
     **options,
 ):
-    """Liger's LigerFusedLinearGRPOLoss, `chunk_size` sequences at a time, `fill` under the mask."""
+    """Run Liger's LigerFusedLinearGRPOLoss, `chunk_size` sequences at a time."""
     batch, leaves = case.batch, case.leaves(fill)
     ratio = importance_sampling_ratio
     module = liger_module()(
@@ -225,15 +225,15 @@ def liger_linear_loss(
 def exact_linear_loss(
     case, *, loss_type, level="token", delta=None, logits_dtype=torch.float64, **options
 ):
-    """The oracle over explicit float64 logits of these very hidden states and head.
+    """Run the oracle on float64 logits of the same hidden states and head.
 
-    In bfloat16 everybody rounds the logits first; `logits_dtype` makes the truth of rounded ones.
+    Implementations in bfloat16 round the logits first; `logits_dtype` rounds those of the oracle.
     """
     batch = case.batch
     hidden, weight, bias = (None if t is None else t.detach().double().cpu() for t in case[1:])
     hidden = hidden.masked_fill((batch.mask == 0).cpu()[..., None], 0.0)
     logits = (hidden @ weight.T + (0.0 if bias is None else bias)).to(logits_dtype)
-    knobs = vars(OBJECTIVES.get(loss_type, Clip(EPSILON_LOW, 0.28, delta)))
+    parameters = vars(OBJECTIVES.get(loss_type, Clip(EPSILON_LOW, 0.28, delta)))
     tensors = (batch.ids, batch.mask, batch.advantages, batch.old_logps, batch.ref_logps)
     ids, mask, advantages, old_logps, ref_logps = (None if t is None else t.cpu() for t in tensors)
     result = oracle_loss(
@@ -241,7 +241,7 @@ def exact_linear_loss(
         old_logps=old_logps,
         ref_logps=ref_logps,
         loss_type=loss_type,
-        knobs=knobs,
+        knobs=parameters,
         importance_sampling_level=level,
         **options,
     )
@@ -257,14 +257,14 @@ def exact_linear_loss(
 
 
 def label_rows(ids, V):
-    """(V,) bool: rows of the head that are some active token's label."""
+    """Mark the rows of the head that are the label of an active token, (V,) bool."""
     labels = torch.zeros(V, dtype=torch.bool)
     labels[ids[ids >= 0].cpu()] = True
     return labels
 
 
 def errors(got, want, ids):
-    """{what: relative error} of gradients; rows of labels and the others apart."""
+    """Compute relative errors of gradients by name, rows of labels and other rows apart."""
     found = {}
     for name in want:
         g, w = got[name].cpu(), want[name].cpu()
@@ -278,7 +278,7 @@ def errors(got, want, ids):
 
 
 def assert_parity(ours, peer, ids, *, value=2e-6, gradient=5e-6, metrics=1e-5):
-    """Value, gradients, every metric that both report.
+    """Compare value, gradients and the metrics that both report.
 
     The loss is a sum of terms of both signs: its error is measured against their size.
     """

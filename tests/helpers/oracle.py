@@ -141,6 +141,8 @@ def _kl(d, estimator):
     "+": that value with the gradient of k2, whose expectation is the gradient of the KL.
     """
     k2, k3 = d * d / 2, torch.expm1(torch.clamp(d, -80, 80)) - d
+    if d > 80:  # no gradient where the exponential is cut: -d alone would push away from ref
+        k3 = k3.detach()
     values = {"k1": -d, "k2": k2, "k3": k3, "abs": torch.abs(d)}
     if estimator in ("k1+", "k3+", "abs+"):
         return values[estimator[:-1]].detach() + (k2 - k2.detach())

@@ -1,4 +1,4 @@
-"""Tiny transformers models of all kinds, a batch for them, and what one rank of two does."""
+"""Tiny transformers models of several architectures, a batch for them, and a sharded run."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_fused import linear_grpo_loss
-from grpo_fused.causal_lm import fuse_lm_head
+from grpo_fused.integrations.transformers import fuse_lm_head
 
 V, T = 61, 5
 TINY = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
@@ -63,13 +63,13 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# The gradient made in forward, and in backward, when the weight has to be gathered again.
+# The gradient is computed in forward, or in backward, which gathers the weight again.
 OPTIONS = {}, {"importance_sampling_level": "sequence", "chunk_bytes": 64}
 
 
 def fsdp1(model, own_unit):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it is deprecated, and in use
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, but still used
         options = {"device_id": torch.device("cpu"), "use_orig_params": True}
         for n, layer in enumerate(model.model.layers):
             model.model.layers[n] = FullyShardedDataParallel(layer, **options)
@@ -87,7 +87,7 @@ def fsdp2(model, own_unit):
 
 
 def full_gradients(model):
-    """(name, gradient) of a sharded model's parameters."""
+    """Gather (name, gradient) of the parameters of a sharded model."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
             found = gradients(model)
@@ -97,24 +97,42 @@ def full_gradients(model):
     return [(name, gradient.full_tensor()) for name, gradient in found.items()]
 
 
-def sharded(rank, folder, expected, shard, own_unit, late):
-    """Two ranks with half of the rows each; the mean of their gradients is that of the whole."""
+# (FSDP version, the head is an FSDP unit, the head is fused after wrapping)
+SHARDINGS = [
+    (fsdp1, True, False),
+    (fsdp1, True, True),
+    (fsdp1, False, True),
+    (fsdp2, True, False),
+    (fsdp2, False, True),
+]
+
+
+def sharded(rank, folder, expected):
+    """Run one rank of two, each with half of the rows: the mean of their gradients is `expected`.
+
+    Args:
+        rank: 0 or 1.
+        folder: where the ranks meet.
+        expected: {str(options): {parameter: gradient}} of all rows, for each of OPTIONS.
+    """
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    model = tiny()
-    if not late:
+    for shard, own_unit, late in SHARDINGS:
+        model = tiny()
+        if not late:
+            fuse_lm_head(model)
+        wrapped = shard(model, own_unit)
         fuse_lm_head(model)
-    wrapped = shard(model, own_unit)
-    fuse_lm_head(model)
-    for options in OPTIONS:
-        wrapped.zero_grad()
-        output = fused_loss(wrapped, slice(2 * rank, 2 * rank + 2), **options)
-        (2 * output.loss).backward()  # FSDP averages
-        found = full_gradients(wrapped)
-        assert {name for name, _ in found} == expected[str(options)].keys()
-        for name, gradient in found:
-            reference = expected[str(options)][name]
-            error = (gradient - reference).norm()
-            assert error <= 1e-5 * reference.norm() + 1e-9, (name, error, options)
-    dist.barrier()  # a rank that is gone must not be waited for
+        for options in OPTIONS:
+            wrapped.zero_grad()
+            output = fused_loss(wrapped, slice(2 * rank, 2 * rank + 2), **options)
+            (2 * output.loss).backward()  # FSDP averages
+            found = full_gradients(wrapped)
+            case = (shard.__name__, own_unit, late, options)
+            assert {name for name, _ in found} == expected[str(options)].keys(), case
+            for name, gradient in found:
+                reference = expected[str(options)][name]
+                error = (gradient - reference).norm()
+                assert error <= 1e-5 * reference.norm() + 1e-9, (name, error, case)
+    dist.barrier()  # no rank may exit while another one still communicates
     dist.destroy_process_group()

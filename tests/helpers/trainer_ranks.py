@@ -1,4 +1,4 @@
-"""A step whose gradient is known, and what one rank of two does."""
+"""Gradients of one optimizer step, and the checks that run on each of two ranks."""
 
 import os
 import random
@@ -11,19 +11,19 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from trainer_runs import HELD_OUT, Scores, judge, trainer_of, weights_of
+from trainer_runs import HELD_OUT, RewardScores, partial_credit, trainer_of, weights_of
 
-from grpo_fused import LOSSES, GRPOTrainerConfig
+from grpo_fused import GRPOTrainerConfig
 from grpo_fused.demo import make_model, make_tokenizer
-from grpo_fused.trainer.checkpoint import checkpoints
-from grpo_fused.trainer.collect import collect
-from grpo_fused.trainer.collect import judge as judge_rollout
-from grpo_fused.trainer.evaluation import evaluate
-from grpo_fused.trainer.policy import Reference, trained
+from grpo_fused.trainer.collect import collect, score
+from grpo_fused.trainer.reference import Reference, trainable_parameters
 from grpo_fused.trainer.rewards import Rewards
-from grpo_fused.trainer.rollout import Sampler
-from grpo_fused.trainer.setup import check_model, split_columns
-from grpo_fused.trainer.signals import Signals
+from grpo_fused.trainer.rollouts.sampler import Sampler
+from grpo_fused.trainer.run.checkpoint import list_checkpoints
+from grpo_fused.trainer.run.data import split_columns
+from grpo_fused.trainer.run.evaluation import evaluate
+from grpo_fused.trainer.run.signals import StopSignals
+from grpo_fused.trainer.run.validation import check_model
 
 T = 7
 # 4 prompts x 4 completions of 1 to 7 tokens; KL, entropy bonus and masked rows are all in it.
@@ -32,7 +32,7 @@ STEP |= {"mask_truncated_completions": True, "max_grad_norm": 0.0}
 
 
 def sampled(prompts, trainer):
-    """Completions that the prompt and its place in the group decide, whatever the rank."""
+    """Draws completions that depend only on the prompt and the position in its group."""
     completions, seen = [], {}
     for prompt in prompts:
         seen[prompt] = seen.get(prompt, -1) + 1
@@ -44,11 +44,11 @@ def sampled(prompts, trainer):
 
 def by_length(prompts, completions, completion_ids, columns):
     totals = torch.tensor([float(sum(ids) % 5) for ids in completion_ids])
-    return Scores(totals, {"mod": totals})
+    return RewardScores(totals, {"mod": totals})
 
 
 def step_gradients(trainer):
-    """Gradients of one step off policy, by name, and the experience that it was made of."""
+    """(gradients by name, experience, metrics) of one off-policy step that is not applied."""
     experience = collect(trainer)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def step_gradients(trainer):
             parameter.add_(0.05 * torch.randn_like(parameter))
     trainer.optimizer.step = trainer.optimizer.zero_grad = lambda: None
     trainer.scheduler.step = lambda: None
-    with Signals() as signals:
+    with StopSignals() as signals:
         metrics, _ = trainer.update(experience, signals)
     gradients = {name: p.grad.clone() for name, p in trainer.unwrapped.named_parameters()}
     return gradients, experience, metrics
@@ -74,7 +74,7 @@ def gradients_of(folder, loss_type, **options):
 
 
 def close(gradients, expected, tolerance):
-    """Relative to the largest of all gradients: those of single tensors may cancel to nothing."""
+    """Compares gradients relative to the largest of all: those of one tensor may cancel."""
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
         error = (gradients[name] - gradient).abs().max()
@@ -82,13 +82,13 @@ def close(gradients, expected, tolerance):
 
 
 def run_rank(rank, folder, port, expected):
-    """All that two ranks are tested for: starting them costs more than what they do."""
+    """All checks of two ranks: starting the ranks takes longer than the checks."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    for i, loss_type in enumerate(LOSSES):
+    for i, loss_type in enumerate(expected):
         gradients, _, metrics, _ = gradients_of(
             f"{folder}/{rank}", loss_type, micro_batch_size=(8, 3)[i % 2]
         )
@@ -105,7 +105,7 @@ def run_rank(rank, folder, port, expected):
 
 
 def refreshes_from_shards():
-    """A reference that is whole on every rank becomes, or nears, a policy that is sharded."""
+    """A reference that every rank holds in full is refreshed from a sharded policy."""
     for mix in (1.0, 0.5):
         torch.manual_seed(0)
         policy, new = make_model(make_tokenizer()), make_model(make_tokenizer())
@@ -120,18 +120,18 @@ def refreshes_from_shards():
 
 
 def keeps_sharded_adapters():
-    """A refreshed reference is the adapters of then, of which each rank has and saves its share."""
+    """A refreshed reference keeps a copy of the adapters; each rank holds and saves its shard."""
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     policy = get_peft_model(make_model(make_tokenizer()), lora)
-    with pytest.raises(ValueError, match="model must be whole on every rank, got .* as a DTensor"):
+    with pytest.raises(ValueError, match="model must not be sharded, got .* as a DTensor"):
         check_model(fully_shard(make_model(make_tokenizer())), GRPOTrainerConfig())
     reference, ids = Reference(policy), torch.arange(5)[None]
     fully_shard(policy)
     before = policy(input_ids=ids).logits.detach()
     reference.refresh(policy)
     with torch.no_grad():
-        for parameter in trained(policy):
+        for parameter in trainable_parameters(policy):
             parameter.mul_(-2.0)
     after = policy(input_ids=ids).logits.detach()
     assert not torch.allclose(after, before)
@@ -140,24 +140,24 @@ def keeps_sharded_adapters():
     assert all(not isinstance(tensor, DTensor) for tensor in reference.state_dict())
     register_fsdp_forward_method(policy, "generate")  # as the trainer does
     sampler = Sampler(make_tokenizer(), policy, GRPOTrainerConfig(max_completion_length=2))
-    assert len(sampler.sample(policy, [[4]], temperature=1.0)) == 1
+    assert len(sampler.generate(policy, [[4]], temperature=1.0)) == 1
     for this in (reference, again):
-        with this.instead_of(policy, policy) as model:
+        with this.activate(policy, policy) as model:
             assert torch.equal(model(input_ids=ids).logits, before)
         assert torch.equal(policy(input_ids=ids).logits, after)
 
 
 def evaluates_each_row_once(trainer):
-    """Five rows on two ranks: the sixth, which keeps the ranks in step, does not count."""
+    """Five rows on two ranks: the repeated row, which balances the ranks, does not count."""
     trainer.eval_data, trainer.config.eval_batch_size = HELD_OUT[:5], 2
     prompts, columns = split_columns(trainer.eval_data)
-    rollout = trainer.sampler.roll_out(trainer.unwrapped, prompts, columns, temperature=0.0)
-    expected = judge_rollout(trainer, rollout).total.mean().item()
+    rollout = trainer.sampler.rollout(trainer.unwrapped, prompts, columns, temperature=0.0)
+    expected = score(trainer, rollout).total.mean().item()
     assert abs(evaluate(trainer)["eval/reward"] - expected) < 1e-6
 
 
 def adapters_stay_alike(folder, accelerator):
-    """Switched off and on again around the reference's forward passes."""
+    """Adapters are equal on both ranks after the reference has switched them off and on."""
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     options = {"beta": 0.1, "num_iterations": 2, "reference_refresh_rollouts": 1}
     trainer, records = trainer_of(f"{folder}/lora", peft_config=lora, **options)
@@ -168,7 +168,7 @@ def adapters_stay_alike(folder, accelerator):
 
 
 def supervision_is_shared(rank, folder):
-    """Steps that one rank alone scores make the advantages of both: per token."""
+    """If one rank alone scores steps, both ranks compute advantages per token."""
 
     def steps(completion_ids):
         if rank == 0:
@@ -181,15 +181,15 @@ def supervision_is_shared(rank, folder):
 
 
 def resumes_alike(rank, folder, accelerator):
-    """From every step, after a signal on one rank alone; each rank has a buffer of its own."""
+    """Resumes each rank's own experience, also after a signal that one rank received."""
     options = {"num_iterations": 2, "minibatches": 2, "beta": 0.04, "max_steps": 7}
     options |= {"reference_refresh_rollouts": 1}
     whole, expected = trainer_of(f"{folder}/whole", save_steps=1, save_total_limit=None, **options)
     whole.train()
     mine = whole.unwrapped.lm_head.weight.detach().clone()
-    assert torch.equal(accelerator.gather(mine[None])[0], mine), "ranks have drifted apart"
+    assert torch.equal(accelerator.gather(mine[None])[0], mine), "ranks have different weights"
     evaluates_each_row_once(whole)
-    for path in checkpoints(f"{folder}/whole")[1:6:2]:
+    for path in list_checkpoints(f"{folder}/whole")[1:6:2]:
         resumed, records = trainer_of(f"{folder}/again", resume=str(path), seed=99, **options)
         resumed.train()
         for step, metrics in records.items():
@@ -199,7 +199,7 @@ def resumes_alike(rank, folder, accelerator):
     def interrupting(*arguments):
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return judge(*arguments)
+        return partial_credit(*arguments)
 
     stopped, _ = trainer_of(f"{folder}/stopped", rewards=interrupting, **options)
     assert stopped.train() == (1, signal.SIGTERM)

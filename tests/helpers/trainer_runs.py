@@ -1,13 +1,16 @@
-"""Tiny runs of the trainer: the demo's task, rewards that need no data, what two runs share."""
+"""Tiny trainers on the demo's task, with rewards and logs in memory."""
 
+import contextlib
 import json
+import os
+import threading
 
 import torch
 from accelerate import Accelerator
 
 from grpo_fused import GRPOTrainer, GRPOTrainerConfig
 from grpo_fused.demo import make_model, make_problems, make_tokenizer
-from grpo_fused.trainer.rewards import Rewards, Scores
+from grpo_fused.trainer.rewards import Rewards, RewardScores
 
 ROWS = [{"prompt": prompt, "answer": answer} for prompt, answer in make_problems()[0]]
 HELD_OUT = [{"prompt": prompt, "answer": answer} for prompt, answer in make_problems()[1]]
@@ -16,8 +19,8 @@ SMALL |= {"max_completion_length": 2, "learning_rate": 1e-2, "report_to": [], "s
 SMALL |= {"progress_bar": False}
 
 
-class Judge(Rewards):
-    """A function (prompts, completions, completion_ids, columns) -> Scores in the place of many."""
+class FunctionRewards(Rewards):
+    """Rewards computed by one function with the signature of `Rewards.__call__`."""
 
     def __init__(self, function):
         self.function, self.trainer_state = function, None
@@ -26,7 +29,9 @@ class Judge(Rewards):
         return self.function(*arguments)
 
 
-class Log:
+class MemoryLog:
+    """A RunLog that keeps everything in memory."""
+
     def __init__(self):
         self.steps, self.tables, self.closed = {}, {}, 0
 
@@ -40,18 +45,20 @@ class Log:
         self.closed += 1
 
 
-def judge(prompts, completions, completion_ids, columns):
+def partial_credit(prompts, completions, completion_ids, columns):
     """Partial credit, so that a model of random weights has groups that differ."""
     exact = [
         float(text == answer) for text, answer in zip(completions, columns["answer"], strict=True)
     ]
     digits = [float(text[:1].isdigit()) + 0.1 * len(text) for text in completions]
     exact, digits = torch.tensor(exact), torch.tensor(digits)
-    return Scores(exact + digits, {"exact": exact, "digits": digits})
+    return RewardScores(exact + digits, {"exact": exact, "digits": digits})
 
 
-def trainer_of(folder, *, rewards=judge, data=ROWS, model=None, tokenizer=None, seed=3, **options):
-    """(trainer, records): a tiny trainer, and the metrics of each of its steps as they come."""
+def trainer_of(
+    folder, *, rewards=partial_credit, data=ROWS, model=None, tokenizer=None, seed=3, **options
+):
+    """(trainer, records): a tiny trainer, and a dict that it fills with the metrics by step."""
     objects = ("eval_data", "peft_config", "rollout_fn", "on_refresh", "run_log", "accelerator")
     given = {name: options.pop(name) for name in objects if name in options}
     tokenizer = tokenizer or make_tokenizer()
@@ -61,8 +68,8 @@ def trainer_of(folder, *, rewards=judge, data=ROWS, model=None, tokenizer=None, 
     config = GRPOTrainerConfig(output_dir=str(folder), **{**SMALL, **options})
     if "accelerator" not in given:
         given["accelerator"] = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
-    given.setdefault("run_log", Log())  # no picture is drawn
-    rewards = rewards if isinstance(rewards, Rewards) else Judge(rewards)
+    given.setdefault("run_log", MemoryLog())  # draws no plot
+    rewards = rewards if isinstance(rewards, Rewards) else FunctionRewards(rewards)
     trainer = GRPOTrainer(model, rewards, config, data, tokenizer=tokenizer, **given)
     records = {}
     log = trainer.log
@@ -77,3 +84,23 @@ def trainer_of(folder, *, rewards=judge, data=ROWS, model=None, tokenizer=None, 
 
 def weights_of(trainer):
     return {name: p.detach().clone() for name, p in trainer.unwrapped.named_parameters()}
+
+
+@contextlib.contextmanager
+def signal_after(number, path, lines):
+    """Sends this process a signal as soon as a file has so many lines."""
+    stopped = threading.Event()
+
+    def watch():
+        while not stopped.wait(0.01):
+            if path.exists() and path.read_text().count("\n") >= lines:
+                os.kill(os.getpid(), number)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,5 +1,6 @@
-"""One rank of two: trainers of TRL's kind under DDP, started by torchrun; saves their logs."""
+"""Train with TRL and with FusedGRPOTrainer under DDP, and save the runs; started by torchrun."""
 
+import gc
 import sys
 
 import torch
@@ -12,6 +13,7 @@ OPTIONS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "
 LOSSES = ("grpo", "dapo", "vespo")
 
 if __name__ == "__main__":
+    gc.freeze()  # accelerate collects garbage after each run
     folder, output = sys.argv[1:]
     for loss in LOSSES:
         for trainer in (GRPOTrainer, FusedGRPOTrainer):
@@ -20,5 +22,6 @@ if __name__ == "__main__":
             if run.trainer.accelerator.is_main_process:
                 saved = run._replace(trainer=None)._asdict()
                 torch.save(saved, f"{output}/{loss}-{trainer.__name__}.pt")
-    run.trainer.accelerator.wait_for_everyone()  # a rank that is gone must not be waited for
+    # No rank may exit while another one still communicates.
+    run.trainer.accelerator.wait_for_everyone()
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Short runs of a GRPO trainer of TRL's kind on a tiny model: what it logs, and the weights."""
+"""Train a tiny model for a few steps with a TRL trainer, and compare metrics and weights."""
 
 import contextlib
 import warnings
@@ -13,21 +13,21 @@ from trl import GRPOConfig
 from grpo_fused.demo import make_tokenizer
 
 STEPS = 6
-SAID = "TRL computes the loss, without grpo_fused: "
+WARNING = "TRL computes the loss, without grpo_fused: "
 TIMES = ("time", "runtime", "per_second", "flos", "epoch")
 
 
 class Run(NamedTuple):
-    """log: metrics of every step. weights: by name, afterwards. said: what was handed to TRL."""
+    """Metrics of each step, final weights by name, and reasons of fallbacks to TRL."""
 
     log: list[dict[str, float]]
     weights: dict[str, torch.Tensor]
-    said: list[str]
+    warnings: list[str]
     trainer: object
 
 
 def save_model(folder, **options):
-    """A tiny Qwen3 and its tokenizer, as TRL loads them: a reference is read from its folder."""
+    """Save a tiny Qwen3 and its tokenizer; TRL loads the reference model from the folder."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model("qwen3", **TINY | {"vocab_size": len(tokenizer)} | options)
@@ -43,12 +43,12 @@ def save_model(folder, **options):
 
 
 def score(prompts, completions, **columns):
-    """Something of which a group has many values, none by chance."""
+    """Return deterministic rewards that differ within a group."""
     return [sum(map(ord, text)) % 7 / 7 + len(text) / 10 for text in completions]
 
 
 def make_trainer(trainer_class, model, output_dir, *, peft_config=None, **options):
-    """A trainer for STEPS optimizer steps of a model, or of that in a folder."""
+    """Make a trainer for STEPS optimizer steps of a model, or of the one in a folder."""
     torch.set_num_threads(1)
     torch.manual_seed(0)  # for adapters
     config = {
@@ -58,7 +58,7 @@ def make_trainer(trainer_class, model, output_dir, *, peft_config=None, **option
         "max_completion_length": 6,
         "max_steps": STEPS,
         "learning_rate": 5e-3,
-        "adam_epsilon": 1e-6,  # a gradient of rounding alone must not become a step
+        "adam_epsilon": 1e-6,  # gradients of rounding errors must not become steps
         "logging_steps": 1,
         "seed": 3,
         "use_cpu": True,
@@ -82,25 +82,25 @@ def make_trainer(trainer_class, model, output_dir, *, peft_config=None, **option
 
 
 def train(trainer_class, model, output_dir, *, before=None, **options):
-    """Run a trainer, of `make_trainer`'s arguments; `before` is called on it first."""
+    """Make a trainer, call `before` on it, and train."""
     trainer = make_trainer(trainer_class, model, output_dir, **options)
     if before is not None:
         before(trainer)
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(None):
         warnings.simplefilter("always")
         trainer.train()
-    said = [str(warning.message) for warning in caught]
-    said = [text.partition(SAID)[2] for text in said if text.startswith(SAID)]
+    messages = [str(warning.message) for warning in caught]
+    reasons = [text.partition(WARNING)[2] for text in messages if text.startswith(WARNING)]
     log = [
         {name: value for name, value in row.items() if not name.endswith(TIMES)}
         for row in trainer.state.log_history[:-1]
     ]
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return Run(log, weights, said, trainer)
+    return Run(log, weights, reasons, trainer)
 
 
 def differences(run, other):
-    """{what: largest difference}, of metrics and of weights; the runs have the same."""
+    """Compute the largest difference of each metric, and of weights, between two runs."""
     found = {}
     for row, like in zip(run.log, other.log, strict=True):
         assert row.keys() == like.keys(), row.keys() ^ like.keys()

@@ -1,4 +1,4 @@
-"""verl's own losses and ours on one batch, through verl's registry."""
+"""Run policy losses of verl, and ours, through verl's registry on one batch."""
 
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn  # noqa: E402
 from verl.workers.config import ActorConfig  # noqa: E402
 
 LENGTHS = (6, 4, 0, 3, 5, 1, 6, 2)
-# Means of log-ratios: some sequences leave every bound of verl's defaults, on both sides.
+# Mean log-ratios: some sequences are outside of each bound of verl's defaults, on both sides.
 DRIFTS = (-0.6, 0.1, 0.0, 0.5, -0.9, 1.4, -0.1, 0.05)
 
 
 class VerlBatch(NamedTuple):
-    """What verl hands to a policy loss, (B, T) float64; 0 under the mask."""
+    """Tensors that verl passes to a policy loss, (B, T) float64; 0 under the mask."""
 
     old_log_prob: torch.Tensor
     log_prob: torch.Tensor
@@ -31,7 +31,7 @@ class VerlBatch(NamedTuple):
 
 
 def make_verl_batch(seed=0, *, lengths=LENGTHS, rollout=False, per_token=True, scale=0.4):
-    """A batch whose ratios and advantages reach every branch; advantages per token or sequence."""
+    """Make a batch that reaches every branch; advantages per token or per sequence."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -44,7 +44,7 @@ def make_verl_batch(seed=0, *, lengths=LENGTHS, rollout=False, per_token=True, s
     advantages = normal(B, T) if per_token else normal(B, 1).expand(B, T)
     weights = (0.4 * normal(B, T)).exp() if rollout else None
     tensors = (log_prob - drifts - scale * normal(B, T), log_prob, advantages, mask, weights)
-    # float32 values, so that both sides start from the same numbers.
+    # Values that float32 represents exactly: both sides start from the same numbers.
     return VerlBatch(
         *(
             t if t is None or t.dtype == torch.bool else t.float().double().masked_fill(~mask, 0.0)
@@ -54,7 +54,7 @@ def make_verl_batch(seed=0, *, lengths=LENGTHS, rollout=False, per_token=True, s
 
 
 def actor_config(global_batch_info=None, **options):
-    """verl's dataclass with its defaults, as its workers have it."""
+    """Make verl's configuration of an actor, with its defaults."""
     return ActorConfig(
         strategy="fsdp",
         rollout_n=4,
@@ -71,7 +71,7 @@ class Result(NamedTuple):
 
 
 def run(name, batch, config, mode="token-mean", *, under_mask=0.0):
-    """A registered loss as verl's ppo_loss calls it: verl's own in float64, ours in float32."""
+    """Call a registered loss as verl's ppo_loss does: verl's in float64, ours in float32."""
     dtype = torch.float32 if name.startswith("grpo_fused_") else torch.float64
     values = {
         key: t if t is None or key == "response_mask" else poisoned(t, batch, dtype, under_mask)

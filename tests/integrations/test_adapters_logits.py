@@ -1,4 +1,4 @@
-"""docs/integrations.md: adapters that are handed logits or a model, against plain torch."""
+"""Adapters of docs/integrations.md that take logits or a model, against plain torch."""
 
 import enum
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from tiny_models import V, batch, tiny
 
 
 def slime_batch(padding):
-    """Three samples packed into one row; lists per sample as slime has them."""
+    """Pack three samples into one row; lists hold one tensor per sample, as in slime."""
     generator = torch.Generator().manual_seed(0)
     totals, responses = [7, 5, 9], [4, 1, 6]
 
@@ -102,7 +102,7 @@ def test_slime(estimator, padding):
     assert log["ppo_kl"].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_slime_refuses_shards():
+def test_slime_with_sharded_logits_raises():
     logits, data = slime_batch(0)
     for name in ("tensor_model_parallel_size", "context_parallel_size"):
         with pytest.raises(ValueError, match="must be 1"):
@@ -113,7 +113,7 @@ def test_slime_refuses_shards():
 @pytest.mark.parametrize("beta", [0.0, BETA])
 @pytest.mark.parametrize("kind", ["FusedPGLossFn", "PGLossFnFromLogps"])
 def test_nemo_rl(kind, beta, monkeypatch):
-    """Called as its wrapper does: by keywords, what goes in depends on input_type."""
+    """Call the loss as NeMo-RL's wrapper does: by keywords that depend on input_type."""
     inputs = enum.Enum("LossInputType", {"LOGIT": "logit", "LOGPROB": "logprob"})
     types = enum.Enum("LossType", {"TOKEN_LEVEL": "token", "SEQUENCE_LEVEL": "sequence"})
     interfaces = "nemo_rl.algorithms.loss.interfaces"
@@ -152,7 +152,7 @@ def test_nemo_rl(kind, beta, monkeypatch):
 
 
 def test_loop():
-    """The block as it stands, between definitions that a loop has."""
+    """Run the block with the variables that a loop defines."""
     model, plain = tiny(), tiny()
     input_ids, completion_ids, completion_mask, advantages = batch()
     T = completion_ids.shape[1]

@@ -1,4 +1,4 @@
-"""docs/integrations.md: adapters that are handed log-probabilities, against plain torch."""
+"""Adapters of docs/integrations.md that take log-probabilities, against plain torch."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def test_verl(monkeypatch):
     losses = dict(core_algos.POLICY_LOSS_REGISTRY)
     monkeypatch.setattr(core_algos, "POLICY_LOSS_REGISTRY", losses)
     load("verl")
-    losses["grpo_fused_soft"] = losses["soft"]  # `run` knows ours by their names
+    losses["grpo_fused_soft"] = losses["soft"]  # `run` recognises ours by the prefix
     values, mode = make_verl_batch(), "seq-mean-token-mean"
     wanted = run("sapo", values, actor_config(tau_pos=0.9, tau_neg=1.2), mode)
     got = run("grpo_fused_soft", values, actor_config(), mode)
@@ -47,7 +47,7 @@ def test_verl(monkeypatch):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_prime_rl(weighted, monkeypatch):
-    """One sample at a time, a sum."""
+    """prime-rl passes one sample at a time and adds the sums up."""
 
     @dataclass
     class LossOutputs:
@@ -130,7 +130,7 @@ def test_openrlhf_policy_loss(case, openrlhf):
 
 
 def test_openrlhf_log_probabilities(openrlhf):
-    """Both functions of one forward: entropies of the logits that the first one has scaled."""
+    """Call both functions in one forward: the first one scales the logits in place."""
     generator = torch.Generator().manual_seed(0)
     raw = torch.randn(2, 5, V, generator=generator)
     labels = torch.randint(0, V, (2, 5), generator=generator)

@@ -1,4 +1,4 @@
-"""What FusedGRPOTrainer hands to TRL's own path: the same numbers, one warning with the reason."""
+"""Fallbacks of FusedGRPOTrainer to TRL: the same numbers, and one warning with the reason."""
 
 import importlib
 import sys
@@ -38,7 +38,7 @@ def adapted_head(folder):
 
 
 def saved_head(folder):
-    """Trained and saved whole, next to adapters elsewhere."""
+    """Train the full head, next to adapters on other layers."""
     options = {"r": 2, "lora_alpha": 8, "init_lora_weights": False}
     return peft_model(
         folder, "LoraConfig", target_modules=["q_proj"], modules_to_save=["lm_head"], **options
@@ -57,7 +57,7 @@ def on_two_devices(folder):
 
 
 def scaled(folder):
-    """A model whose config does not say all that it does."""
+    """Make a model that scales its logits without saying so in its config."""
 
     class Scaled(type(AutoModelForCausalLM.from_pretrained(folder))):
         def forward(self, *args, **kwargs):
@@ -69,7 +69,7 @@ def scaled(folder):
 
 
 def mixture(folder):
-    """Of experts, whose router has a loss of its own."""
+    """Make a mixture of experts, whose router has an auxiliary loss."""
     torch.manual_seed(0)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     tokenizer = make_tokenizer()
@@ -79,19 +79,19 @@ def mixture(folder):
     return AutoModelForCausalLM.from_config(config)
 
 
-NO_LINEAR = "is no plain linear layer (an adapter? quantised?)"
+NOT_LINEAR = "is not a plain linear layer (an adapter? quantised?)"
 CASES = {
-    saved_head: f"ModulesToSaveWrapper {NO_LINEAR}",
-    learned_prompt: "its adapter learns a prompt, which changes the positions",
+    saved_head: f"ModulesToSaveWrapper {NOT_LINEAR}",
+    learned_prompt: "prompt-learning adapters shift the positions of the hidden states",
     on_two_devices: "the model is split over several devices",
-    scaled: "Scaled does more to its logits than its head and its config say",
+    scaled: "Scaled transforms its logits in a way its config does not describe",
 }
-if VERSION.release < (1, 14):  # since then TRL refuses it itself
-    CASES[adapted_head] = f"Linear {NO_LINEAR}"
+if VERSION.release < (1, 14):  # later versions of TRL raise
+    CASES[adapted_head] = f"Linear {NOT_LINEAR}"
 
 
 @pytest.mark.parametrize("make", CASES)
-def test_on_trls_own_path(folder, tmp_path, make):
+def test_fallback_to_trl(folder, tmp_path, make):
     options = {"num_iterations": 2, "steps_per_generation": 4}
     stock, fused = (
         train(trainer, make(folder), tmp_path, **options)
@@ -99,10 +99,10 @@ def test_on_trls_own_path(folder, tmp_path, make):
     )
     assert max(differences(fused, stock).values()) <= BOUND
     assert max(row["grad_norm"] for row in stock.log if "grad_norm" in row) > 0
-    assert fused.said == [CASES[make]]
+    assert fused.warnings == [CASES[make]]
 
 
-@pytest.mark.skipif(VERSION.release < (1, 8), reason="that TRL knows of no auxiliary loss")
+@pytest.mark.skipif(VERSION.release < (1, 8), reason="TRL has no auxiliary loss")
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])
 def test_experts(folder, tmp_path, coefficient):
     options = {"num_iterations": 2, "router_aux_loss_coef": coefficient}
@@ -111,7 +111,7 @@ def test_experts(folder, tmp_path, coefficient):
         for trainer in (GRPOTrainer, FusedGRPOTrainer)
     )
     assert max(differences(fused, stock).values()) <= BOUND
-    assert fused.said == ["the model's auxiliary loss is wanted"] * bool(coefficient)
+    assert fused.warnings == ["an auxiliary loss of the model is requested"] * bool(coefficient)
     assert ("aux_loss" in fused.log[0]) == bool(coefficient)
 
 
@@ -121,7 +121,7 @@ def scores(trainer, **inputs):
     return trainer._get_per_token_logps_and_entropies(*arguments, **inputs)[0]
 
 
-def test_what_is_handed_to_trl_is_said_once(folder, tmp_path):
+def test_fallback_warns_once(folder, tmp_path):
     trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path)
     trainer._why_unfused = "a reason"
     with pytest.warns(UserWarning, match="TRL computes the loss, without grpo_fused: a reason"):
@@ -134,7 +134,7 @@ def test_what_is_handed_to_trl_is_said_once(folder, tmp_path):
 
 
 def test_images(folder, tmp_path, monkeypatch):
-    """To TRL, all of them, as log-probabilities and in a loss."""
+    """TRL computes both log-probabilities and loss, and gets all inputs."""
     seen = []
 
     def record(self, *arguments, pixel_values=None, **others):
@@ -145,7 +145,7 @@ def test_images(folder, tmp_path, monkeypatch):
     trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path)
     images, ids = torch.zeros(4, 3), torch.ones(4, 5, dtype=torch.int64)
     with (
-        pytest.warns(UserWarning, match="inputs are not text alone"),
+        pytest.warns(UserWarning, match="the inputs are not text only"),
         pytest.raises(InterruptedError),
     ):
         scores(trainer, pixel_values=images)
@@ -168,15 +168,15 @@ def test_settings_and_heads_that_cannot_be_fused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("trainer", [GRPOTrainer, FusedGRPOTrainer])
-def test_a_level_that_trl_does_not_know(folder, tmp_path, trainer):
-    """`linear_grpo_loss` does."""
+def test_level_unknown_to_trl(folder, tmp_path, trainer):
+    """`linear_grpo_loss` supports sequence_token, TRL does not."""
     with pytest.raises(ValueError, match="importance sampling level: sequence_token"):
         train(trainer, folder, tmp_path, importance_sampling_level="sequence_token")
 
 
 @pytest.mark.parametrize("version", ["0.29.1", "1.5.0", "1.17.0"])
-def test_other_versions_are_refused(monkeypatch, version):
+def test_other_versions_raise(monkeypatch, version):
     monkeypatch.setattr(trl, "__version__", version)
     monkeypatch.delitem(sys.modules, "grpo_fused.integrations.trl")
-    with pytest.raises(ImportError, match=rf"trl {version} is not among .* 1.0, 1.8, 1.12, 1.16\."):
+    with pytest.raises(ImportError, match=rf"versions 1.0, 1.8, 1.12, 1.16, got trl {version}"):
         importlib.import_module("grpo_fused.integrations.trl")

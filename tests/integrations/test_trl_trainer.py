@@ -1,4 +1,4 @@
-"""FusedGRPOTrainer against TRL's own: the same seed, the same log, the same weights."""
+"""FusedGRPOTrainer against GRPOTrainer of TRL: the same seed, metrics and weights."""
 
 import os
 import subprocess
@@ -15,52 +15,43 @@ from accelerate import Accelerator  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 from trl_runs import differences, save_model, train  # noqa: E402
 
-from grpo_fused.integrations.trl import OLD, VERSION, FusedGRPOTrainer  # noqa: E402
+from grpo_fused.integrations.trl import BEFORE_1_12, VERSION, FusedGRPOTrainer  # noqa: E402
 
 BOUND = 1e-5
 RECENT = VERSION.release >= (1, 8)
 OFF_POLICY = {"num_iterations": 2, "steps_per_generation": 4}
 ACCUMULATED = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-CASES = {loss: {"loss_type": loss} | OFF_POLICY for loss in LOSSES}
-CASES |= {
-    f"{loss}-sequence": {"loss_type": loss, "importance_sampling_level": "sequence"} | OFF_POLICY
-    for loss in LOSSES
+KL = {"beta": 0.2, "use_bias_correction_kl": False}
+CORRECTED_KL = {"beta": 0.2, "use_bias_correction_kl": True}
+SEQUENCE = {"importance_sampling_level": "sequence"}
+LEVELS = {"token": KL, "sequence": SEQUENCE | CORRECTED_KL}
+
+CASES = {
+    f"{loss}-{level}-kl": {"loss_type": loss} | options | OFF_POLICY
+    for loss in LOSSES[:-1]
+    for level, options in LEVELS.items()
 }
 CASES |= {
-    f"{loss}-{level}-kl": {"loss_type": loss, "importance_sampling_level": level, "beta": 0.2}
-    | {"use_bias_correction_kl": level == "sequence"}
-    | OFF_POLICY
-    for loss in LOSSES[:-1]
-    for level in ("token", "sequence")
+    "dapo": {"loss_type": "dapo"} | OFF_POLICY,
+    "vespo": {"loss_type": "vespo"} | OFF_POLICY,
+    "vespo-sequence": {"loss_type": "vespo"} | SEQUENCE | OFF_POLICY,
 }
 CASES |= {
     f"vespo-{name}": {"loss_type": "vespo"} | options
     for name, options in {
         "on-policy": {},
         "accumulated": ACCUMULATED,
-        "kl": {"beta": 0.2, "use_bias_correction_kl": False} | OFF_POLICY,
-        "kl-corrected": {"beta": 0.2, "use_bias_correction_kl": True} | OFF_POLICY,
-        "kl-corrected-sequence": {
-            **{
-                "beta": 0.2,
-                "use_bias_correction_kl": True,
-                "importance_sampling_level": "sequence",
-            },
-            **OFF_POLICY,
-        },
+        "kl": KL | OFF_POLICY,
+        "kl-corrected": CORRECTED_KL | OFF_POLICY,
+        "kl-corrected-sequence": CORRECTED_KL | SEQUENCE | OFF_POLICY,
         "shaped": {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 2.0} | OFF_POLICY,
         "flat": {"vespo_k_pos": 0.0, "vespo_lambda_neg": 0.0} | OFF_POLICY,
     }.items()
 }
 CASES |= {
     "on_policy": {},
-    "kl": {"beta": 0.2, "use_bias_correction_kl": False} | OFF_POLICY,
-    "kl-corrected": {"beta": 0.2, "use_bias_correction_kl": True} | OFF_POLICY,
-    "kl-corrected-sequence": {
-        **{"beta": 0.2, "use_bias_correction_kl": True, "importance_sampling_level": "sequence"},
-        **OFF_POLICY,
-    },
+    "kl-corrected": CORRECTED_KL | OFF_POLICY,
     "accumulated": ACCUMULATED,
     "accumulated-grpo": {"loss_type": "grpo", "beta": 0.1} | ACCUMULATED,
     "accumulated-bnpo": {"loss_type": "bnpo"} | ACCUMULATED,
@@ -72,7 +63,7 @@ CASES |= {
     "quantile": {"top_entropy_quantile": 0.5, "loss_type": "grpo"} | OFF_POLICY,
     "off_policy_mask": {"off_policy_mask_threshold": 0.01} | OFF_POLICY,
     "batches-of-three": {"beta": 0.1, "per_device_train_batch_size": 12} | OFF_POLICY,
-    # Unclipped: what is next to a bound is on either side of it in bfloat16.
+    # Bounds so wide that rounding to bfloat16 moves no ratio across them.
     "bf16": {"bf16": True, "beta": 0.1, "epsilon": 9.0, "epsilon_high": 9.0} | OFF_POLICY,
     "fp32-head": {"cast_lm_head_to_fp32": True} | OFF_POLICY,
     "fp32-head-of-bf16": {
@@ -81,16 +72,28 @@ CASES |= {
     },
     "checkpointing": {"gradient_checkpointing": True} | OFF_POLICY,
 }
-HANDED = {"delta-low", "delta-at-the-bound", "quantile", "off_policy_mask", "entropy-adaptive"}
-HANDED |= {"vespo-sequence", "vespo-kl-corrected-sequence", "vespo-flat"}
+# Cases whose every pair of options occurs in another case.
+SLOW = {
+    f"{loss}{level}": {"loss_type": loss} | options | OFF_POLICY
+    for loss in LOSSES[:-1]
+    for level, options in {"": {}, "-sequence": SEQUENCE}.items()
+}
+SLOW = {name: options for name, options in SLOW.items() if name not in CASES}
 if RECENT:
-    CASES |= {
+    entropy = {
         f"entropy-{loss}": {"entropy_coef": 0.02, "loss_type": loss} | ACCUMULATED
         for loss in LOSSES
     }
+    CASES |= {name: entropy.pop(name) for name in ("entropy-grpo", "entropy-dapo", "entropy-vespo")}
     CASES["entropy-adaptive"] = {"use_adaptive_entropy": True, "entropy_target": 2.0} | ACCUMULATED
-if OLD:  # TRL's luspo and entropy bonus were others
-    HANDED |= {name for name in CASES if "luspo" in name or name.startswith("entropy-")}
+    SLOW |= entropy
+CASES |= SLOW
+EACH_CASE = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+# Cases in which TRL's own loss runs, on fused log-probabilities.
+TRL_LOSS = {"delta-low", "delta-at-the-bound", "quantile", "off_policy_mask", "entropy-adaptive"}
+TRL_LOSS |= {"vespo-sequence", "vespo-kl-corrected-sequence", "vespo-flat"}
+if BEFORE_1_12:  # LUSPO and the entropy bonus changed in TRL 1.12
+    TRL_LOSS |= {name for name in CASES if "luspo" in name or name.startswith("entropy-")}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def both(folder, tmp_path, kind=lambda trainer: trainer, **options):
 
 @pytest.fixture
 def losses_of_trl(monkeypatch):
-    """A list with the class of every trainer, each time it calls TRL's own `_compute_loss`."""
+    """Record the class of each trainer that calls TRL's `_compute_loss`, in a list."""
     calls, compute_loss = [], GRPOTrainer._compute_loss
 
     def counted(self, *arguments):
@@ -121,14 +124,14 @@ def assert_same(stock, fused, bound=BOUND):
     assert not off
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EACH_CASE)
 def test_same_log_and_weights(folder, tmp_path, name, losses_of_trl):
     stock, fused = both(folder, tmp_path, **CASES[name])
-    # A matmul in bfloat16 is rounded where it is cut, and TRL cuts it elsewhere.
+    # Both round partial products to bfloat16, but of different chunks.
     assert_same(stock, fused, 2e-2 if name == "bf16" else BOUND)
     assert max(row["grad_norm"] for row in stock.log if "grad_norm" in row) > 0
-    assert (FusedGRPOTrainer in losses_of_trl) == (name in HANDED)
-    assert not fused.said, "its log-probabilities are fused in any case"
+    assert (FusedGRPOTrainer in losses_of_trl) == (name in TRL_LOSS)
+    assert not fused.warnings, "its log-probabilities are fused in all cases"
 
 
 @pytest.mark.parametrize("name", ["dapo", "delta-at-the-bound"])
@@ -140,7 +143,7 @@ def test_the_cases_clip_on_both_sides(folder, tmp_path, name):
 
 
 def with_inputs(change, **attributes):
-    """A kind of trainer whose `_compute_loss` sees changed inputs, as a subclass may."""
+    """Make a function that derives a trainer class whose `_compute_loss` gets changed inputs."""
 
     def kind(trainer):
         class Changed(trainer):
@@ -161,7 +164,7 @@ def with_inputs(change, **attributes):
 
 def per_token_ratio(inputs):
     ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-    # TRL has 1 under the mask, where its VESPO reads it
+    # TRL puts 1 under the mask, where its VESPO reads it.
     inputs["importance_sampling_ratio"] = torch.where(mask > 0, 0.5 + (ids % 5) / 4, 1.0)
 
 
@@ -191,8 +194,8 @@ def test_optional_inputs(folder, tmp_path, change, loss_type, level):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
-def test_a_rollout_ratio_that_trl_does_not_correct_by(folder, tmp_path, loss_type):
-    """It is VESPO's all the same."""
+def test_rollout_ratio_without_correction(folder, tmp_path, loss_type):
+    """VESPO uses the ratio even if the correction is off."""
     kind = with_inputs(per_token_ratio, vllm_importance_sampling_correction=False)
     stock, fused = both(folder, tmp_path, kind, loss_type=loss_type, **OFF_POLICY)
     assert_same(stock, fused)
@@ -201,7 +204,7 @@ def test_a_rollout_ratio_that_trl_does_not_correct_by(folder, tmp_path, loss_typ
 
 
 @pytest.mark.parametrize("trainer", [GRPOTrainer, FusedGRPOTrainer])
-def test_a_rollout_ratio_that_is_missing(folder, tmp_path, trainer):
+def test_missing_rollout_ratio(folder, tmp_path, trainer):
     kind = with_inputs(lambda inputs: None, use_vllm=True)
     with pytest.raises(KeyError, match="importance_sampling_ratio"):
         train(kind(trainer), folder, tmp_path)
@@ -209,7 +212,7 @@ def test_a_rollout_ratio_that_is_missing(folder, tmp_path, trainer):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
 def test_fewer_tokens_than_steps(folder, tmp_path, loss_type):
-    """A generation of 1 token over 4 steps, 2 of them accumulated: sums are divided by 1/2."""
+    """1 token per generation of 4 steps, 2 of them accumulated: sums are divided by 1/2."""
 
     def one_token(inputs):
         first = torch.zeros_like(inputs["completion_mask"])
@@ -226,7 +229,7 @@ def test_fewer_tokens_than_steps(folder, tmp_path, loss_type):
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "vespo"])
 def test_evaluation(folder, tmp_path, loss_type):
-    """Nothing is accumulated then, nor are there steps of a generation."""
+    """Evaluation neither accumulates nor splits a generation into steps."""
     options = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 8}
     stock, fused = both(folder, tmp_path, loss_type=loss_type, beta=0.1, **options, **ACCUMULATED)
     assert any("eval_loss" in row for row in stock.log)
@@ -234,7 +237,7 @@ def test_evaluation(folder, tmp_path, loss_type):
 
 
 class Collectives:
-    """Counts what an accelerator gathers or reduces."""
+    """Count the collective calls of an accelerator inside of `_compute_loss`."""
 
     def __init__(self, trainer):
         self.calls, self.trainer = 0, trainer
@@ -262,7 +265,9 @@ class Collectives:
         return call
 
 
-@pytest.mark.parametrize("trainer, calls", [(GRPOTrainer, 5 if OLD else 7), (FusedGRPOTrainer, 1)])
+@pytest.mark.parametrize(
+    "trainer, calls", [(GRPOTrainer, 5 if BEFORE_1_12 else 7), (FusedGRPOTrainer, 1)]
+)
 def test_one_collective_call_for_all_metrics(folder, tmp_path, trainer, calls):
     counts = []
     before = lambda trainer: counts.append(Collectives(trainer))  # noqa: E731
@@ -271,11 +276,11 @@ def test_one_collective_call_for_all_metrics(folder, tmp_path, trainer, calls):
 
 
 def test_the_loss_never_sees_logits(folder, tmp_path, monkeypatch):
-    """Not a matmul of TRL's head, nor log-probabilities for a loss that is fused."""
+    """A fused loss needs no log-probabilities of TRL."""
     run = train(FusedGRPOTrainer, folder, tmp_path)
 
     def refuse(*args, **kwargs):
-        raise AssertionError("log-probabilities were made")
+        raise AssertionError("log-probabilities were computed")
 
     monkeypatch.setattr(FusedGRPOTrainer, "_get_per_token_logps_and_entropies", refuse)
     again = train(FusedGRPOTrainer, folder, tmp_path)
@@ -288,16 +293,16 @@ def lora(**options):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
-def test_adapters_on_the_trunk(folder, tmp_path, recwarn, loss_type):
-    """The reference is the model without its adapters."""
+def test_lora_on_the_backbone(folder, tmp_path, recwarn, loss_type):
+    """The reference model is the policy without its adapters."""
     config = lora(target_modules=["q_proj", "down_proj"])
     options = {"peft_config": config, "beta": 0.1, "loss_type": loss_type} | OFF_POLICY
     assert_same(*both(folder, tmp_path, **options))
     assert not [w for w in recwarn if "TRL computes the loss" in str(w.message)]
 
 
-def test_a_wrapped_reference(folder, tmp_path, monkeypatch):
-    """By FSDP or DeepSpeed, whose forward has to be the one called."""
+def test_wrapped_reference_model(folder, tmp_path, monkeypatch):
+    """FSDP and DeepSpeed wrap the reference model; the forward of the wrapper has to run."""
     prepare_model, wrapped = Accelerator.prepare_model, []
 
     def prepare_and_wrap(self, model, *arguments, evaluation_mode=False, **options):
@@ -311,11 +316,11 @@ def test_a_wrapped_reference(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "prepare_model", prepare_and_wrap)
     stock, fused = both(folder, tmp_path, beta=0.1, **OFF_POLICY)
     assert_same(stock, fused)
-    assert not fused.said and calls and fused.trainer.ref_model is wrapped[1]
+    assert not fused.warnings and calls and fused.trainer.ref_model is wrapped[1]
 
 
 def test_two_ranks(folder, tmp_path):
-    """Gradients averaged by DDP, whose hooks see the loss as they see logits; metrics of both."""
+    """DDP averages gradients; metrics cover both ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     command += [trl_ranks.__file__, str(folder), str(tmp_path)]

@@ -1,7 +1,8 @@
-"""Policy losses for verl against verl 0.9.1's own, as registered: value, gradient, metrics."""
+"""Policy losses for verl against those of verl 0.9.1: value, gradient and metrics."""
 
 import inspect
 import math
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -35,12 +36,12 @@ BOUNDS = {
 
 
 def compare(name, batch, config, mode="token-mean", *, value=2e-6, gradient=2e-6):
-    """verl in float64 and zeros under the mask, ours in float32 and NaN there."""
+    """Compare verl in float64, zeros under the mask, with ours in float32, NaN under the mask."""
     wanted = run(name, batch, config, mode)
     got = run(f"grpo_fused_{name}", batch, config, mode, under_mask=math.nan)
     size = wanted.loss.abs() + wanted.gradient.abs().sum()
     assert (got.loss - wanted.loss).abs() < value * size
-    # Far below e^-80 verl in float64 still has a gradient.
+    # Below e^-80, verl in float64 still has a gradient.
     error = (got.gradient - wanted.gradient).norm()
     assert error < gradient * wanted.gradient.norm() + 1e-30
     for metric, number in wanted.metrics.items():
@@ -49,19 +50,23 @@ def compare(name, batch, config, mode="token-mean", *, value=2e-6, gradient=2e-6
     return wanted
 
 
-def test_verl_finds_the_losses_by_itself():
-    """Without an import of ours: entry point group verl.plugins."""
+def test_verl_imports_plugin_and_patch():
+    """A process that only imports verl gets the losses by the entry point group verl.plugins, and
+    the patch by an environment variable."""
     code = (
-        "import verl, sys; from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as losses;"
-        "print(*sorted(name for name in losses if name.startswith('grpo_fused_')))"
+        "import verl.utils.torch_functional as patched\n"
+        "from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as losses\n"
+        "print(*sorted(name for name in losses if name.startswith('grpo_fused_')))\n"
+        "print(patched.entropy_from_logits.__module__)"
     )
-    run_python = [sys.executable, "-c", code]
-    found = subprocess.run(run_python, check=True, capture_output=True, text=True, cwd="/")
+    patch = {"VERL_USE_EXTERNAL_MODULES": "grpo_fused.integrations.verl_patch"}
+    options = {"capture_output": True, "text": True, "cwd": "/", "env": os.environ | patch}
+    found = subprocess.run([sys.executable, "-c", code], check=True, **options).stdout
     names = sorted(f"grpo_fused_{name}" for name in integration.RECIPES)
-    assert found.stdout.split() == names
+    assert found.split() == [*names, "grpo_fused.integrations.verl_kernels"]
 
 
-def test_signatures_are_verls():
+def test_signatures_are_those_of_verl():
     theirs = inspect.signature(get_policy_loss_fn("vanilla")).parameters
     for loss in integration.POLICY_LOSSES.values():
         ours = inspect.signature(loss).parameters
@@ -87,7 +92,7 @@ def test_bounds_and_rollout_weights(name, bounds, rollout):
 
 
 def test_batches_reach_every_branch():
-    """Each of verl's metrics is nonzero on what the tests above compare."""
+    """The batches of the tests above make each metric of verl nonzero."""
     for name, metric in [
         ("vanilla", "actor/pg_clipfrac"),
         ("vanilla", "actor/pg_clipfrac_lower"),
@@ -101,17 +106,17 @@ def test_batches_reach_every_branch():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shift", [-200.0, -19.0, 9.0, 19.0, 30.0, 200.0])
 def test_clamps_of_far_log_ratios(name, shift):
-    """Beyond +-20 (sequences: 10) verl's ratio is flat: value and gradient say so."""
+    """Beyond +-20 (sequences: 10), verl clamps the log-ratio; value and gradient agree."""
     batch = make_verl_batch(3)
     old = torch.where(batch.response_mask, batch.old_log_prob - shift, 0.0).float().double()
-    # Against its own size, which e^20 dominates where the advantage is negative.
+    # Relative to the loss, which e^20 dominates where the advantage is negative.
     compare(name, batch._replace(old_log_prob=old), actor_config(), value=2e-5, gradient=2e-5)
 
 
 @pytest.mark.parametrize("rollout", [False, True], ids=["", "rollout weights"])
 @pytest.mark.parametrize("per_token", [False, True], ids=["A(B,)", "A(B,T)"])
 def test_geo_mean(per_token, rollout):
-    """verl divides by all rows, whatever it is told: the same for a batch that is not cut."""
+    """verl ignores the divisors and divides by all rows: equal if the batch is not split."""
     for seed in range(3):
         batch = make_verl_batch(seed, rollout=rollout, per_token=per_token, scale=0.2)
         config = actor_config({"global_batch_size": 8}, clip_ratio_low=0.4, clip_ratio_high=0.4)
@@ -125,7 +130,7 @@ def halves(name, config, batch):
 
 
 def test_micro_batches_of_geo_mean_add_up():
-    """verl's geo_mean ignores the divisors: two halves of a batch weigh twice as much as it."""
+    """verl's geo_mean ignores the divisors: two halves add up to twice the loss of a batch."""
     batch, config = make_verl_batch(per_token=False), actor_config({"global_batch_size": 8})
     whole = run("geo_mean", batch, config).loss
     assert halves("geo_mean", config, batch) == pytest.approx(2 * whole.item())
@@ -135,7 +140,7 @@ def test_micro_batches_of_geo_mean_add_up():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", integration.RECIPES)
 def test_micro_batches_and_ranks_add_up(name, mode):
-    """Gradients of 2 ranks with 2 micro-batches each, averaged over ranks, are the batch's."""
+    """2 micro-batches on each of 2 ranks, averaged over ranks, give the gradient of the batch."""
     batch = make_verl_batch(1, lengths=(6, 4, 2, 3, 5, 1, 6, 2))
     counts = {"batch_num_tokens": batch.response_mask.sum().item(), "global_batch_size": 8}
     name = f"grpo_fused_{name}"
@@ -147,7 +152,7 @@ def test_micro_batches_and_ranks_add_up(name, mode):
     assert relative_error(gradient, whole.gradient) < 1e-6
 
 
-def test_vespo_is_the_family():
+def test_vespo_is_grpo_loss_from_logps():
     batch = make_verl_batch(2, rollout=True)
     got = run("grpo_fused_vespo", batch, actor_config({"batch_num_tokens": 50}))
     logps = batch.log_prob.float().requires_grad_(True)
@@ -166,7 +171,7 @@ def test_vespo_is_the_family():
     assert torch.equal(got.gradient, logps.grad)
 
 
-def test_an_objective_of_your_own():
+def test_user_objective():
     batch, config = make_verl_batch(), actor_config()
     mine = integration.policy_loss(lambda config: integration.Recipe(Sapo(0.9, 1.2)))
     theirs = run("sapo", batch, actor_config(tau_pos=0.9, tau_neg=1.2))
@@ -179,7 +184,7 @@ def test_an_objective_of_your_own():
 
 
 def test_no_active_token_is_a_differentiable_zero():
-    """verl divides 0 by 0: one empty micro-batch makes its step NaN."""
+    """verl divides 0 by 0: one empty micro-batch makes the step NaN."""
     batch = make_verl_batch()
     batch = batch._replace(response_mask=torch.zeros_like(batch.response_mask))
     for name in NAMES:
@@ -189,8 +194,8 @@ def test_no_active_token_is_a_differentiable_zero():
     assert run("vanilla", batch, actor_config()).loss.isnan()
 
 
-def test_verl_multiplies_what_is_masked():
-    """Its sequence means of NaN times 0 are NaN; every comparison above has NaN on our side."""
+def test_verl_multiplies_by_the_mask():
+    """Its sequence means of NaN times 0 are NaN; `compare` gives ours NaN in every test."""
     batch = make_verl_batch()
     theirs = run("vanilla", batch, actor_config(), "seq-mean-token-mean", under_mask=math.nan)
     assert theirs.loss.isnan()
@@ -200,28 +205,28 @@ def test_verl_multiplies_what_is_masked():
     "match, name, mode, options",
     [
         ("loss_agg_mode must be one of", "vanilla", "token-median", {}),
-        ("batch_num_tokens is needed", "vanilla", "token-mean", {"dp_size": 2}),
-        ("global_batch_size is needed", "gspo", "seq-mean-token-sum", {"dp_size": 2}),
+        ("batch_num_tokens is required", "vanilla", "token-mean", {"dp_size": 2}),
+        ("global_batch_size is required", "gspo", "seq-mean-token-sum", {"dp_size": 2}),
         ("clip_ratio_c must be", "vanilla", "token-mean", {"clip_ratio_c": 1.0}),
         ("clip_ratio_c must be", "vanilla", "token-mean", {"clip_ratio_high": 2.5}),
-        ("the same for Gmpo", "geo_mean", "token-mean", {"clip_ratio_low": 0.3}),
+        ("equal for Gmpo", "geo_mean", "token-mean", {"clip_ratio_low": 0.3}),
     ],
 )
-def test_refused(match, name, mode, options):
+def test_invalid_arguments_raise(match, name, mode, options):
     info = {key: options[key] for key in options if key == "dp_size"}
     config = actor_config(info, **{key: options[key] for key in options.keys() - info.keys()})
     with pytest.raises(ValueError, match=match):
         run(f"grpo_fused_{name}", make_verl_batch(), config, mode)
 
 
-def test_config_is_needed():
+def test_config_is_required():
     values = make_verl_batch()._asdict()
     with pytest.raises(ValueError, match="config must be"):
         get_policy_loss_fn("grpo_fused_vanilla")(**values)
 
 
 def padded_data(batch, **info):
-    """The TensorDict of verl's ppo_loss, its tensors padded already."""
+    """Imitate the TensorDict that verl passes to ppo_loss, with padded tensors."""
     values = {
         "response_mask": batch.response_mask,
         "old_log_probs": batch.old_log_prob.float(),
@@ -239,8 +244,8 @@ def padded_data(batch, **info):
     return Data(values | {"dp_size": 2, "batch_num_tokens": 37, "global_batch_size": 9} | info)
 
 
-def test_inside_of_verls_ppo_loss(monkeypatch):
-    """verl's whole loss, entropy bonus and KL penalty included: only the loss_mode changes."""
+def test_inside_ppo_loss(monkeypatch):
+    """verl's ppo_loss, with entropy bonus and KL penalty: only loss_mode changes."""
     import verl.workers.utils.losses as worker
     from verl.workers.config import PolicyLossConfig
 

@@ -1,8 +1,8 @@
-"""The tests of FusedGRPOTrainer under every version of TRL that it says it was tested on.
+"""Run the tests of FusedGRPOTrainer with every supported version of TRL.
 
     python tests/integrations/trl_matrix.py [1.0 1.8 1.12 1.16]
 
-An environment for each lies in .venv-trl/ and is made by the first run (some minutes).
+The first run creates an environment for each version in .venv-trl/, which takes minutes.
 """
 
 import os
@@ -17,7 +17,7 @@ TESTS = ["tests/integrations/test_trl_trainer.py", "tests/integrations/test_trl_
 
 
 def python_with(version):
-    """The interpreter of an environment with that TRL and this checkout."""
+    """Return the interpreter of an environment with that TRL and this checkout."""
     folder = ROOT / ".venv-trl" / version
     python = folder / "bin/python"
     if not (folder / "ready").exists():
@@ -34,11 +34,13 @@ def main():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     codes = {}
     for version in sys.argv[1:] or VERSIONS:
-        command = [python_with(version), "-m", "pytest", "-q", *TESTS]
+        command = [python_with(version), "-m", "pytest", "-q", "--slow", *TESTS]
         print(f"TRL {version}", flush=True)
         codes[version] = subprocess.run(command, cwd=ROOT, env=environment).returncode
     print(
-        "\n".join(f"TRL {version}: {'red' if code else 'green'}" for version, code in codes.items())
+        "\n".join(
+            f"TRL {version}: {'failed' if code else 'passed'}" for version, code in codes.items()
+        )
     )
     return int(any(codes.values()))
 

@@ -1,64 +1,75 @@
-"""How often the device is called, and how many bytes of logits move: counted, on any machine."""
+"""How many launches a loss takes, and how often it reads the logits: counted on any machine."""
 
 import re
 
 import pytest
 import torch
 from batches import make_batch
-from launch_counter import FULL, PLAIN, TOKEN_LEVEL, Counter, options_of, traffic_of
+from launch_counter import FULL, PLAIN, TOKEN_LEVEL, Counter, options_of, reads_of_logits
 from packing import cu_seqlens, pack
 
 from grpo_fused import LOSSES, grpo_loss, selective_log_softmax
-from grpo_fused.kernels.tiling import CHOICES, Device, tiling
+from grpo_fused.kernels.launch import CHOICES, Device, choose
 
 
-@pytest.mark.parametrize("names", [(), PLAIN, FULL], ids=["on policy", "plain", "full"])
-@pytest.mark.parametrize("loss_type", TOKEN_LEVEL)
-def test_token_level_launches(loss_type, names, monkeypatch):
-    """6 forward and 3 backward at most: one over the vocabulary, the rest over tokens."""
-    batch = make_batch(B=2, T=3, V=17)
-    logits, options = batch.leaf(), options_of(batch, *names)
+def launches_of(monkeypatch, batch, **options):
+    """(forward, backward) launches of a loss, and the values of ids unchecked as on a device."""
+    logits = options.pop("logits", None)
+    logits = batch.leaf() if logits is None else logits
     with Counter(monkeypatch) as counter:
         out = grpo_loss(
             *(logits, batch.ids, batch.mask, batch.advantages),
-            loss_type=loss_type,
             implementation="triton",
             **options,
         )
         forward = counter.take()
         out.loss.backward()
-        backward = counter.take()
-    assert forward.count("_fused_loss_kernel") == forward.count("_reduce_kernel") == 1
-    assert len(forward) <= 6, forward
+    return forward, counter.take()
+
+
+@pytest.mark.parametrize("items", [9, torch.tensor(9)], ids=["number", "tensor"])
+@pytest.mark.parametrize("mask", [torch.bool, torch.int64], ids=str)
+def test_dapo_takes_four_launches(items, mask, monkeypatch):
+    """The mask as bool, advantages and weights per token, the loss, its sums."""
+    batch = make_batch(B=2, T=3, V=17)
+    batch.mask = batch.mask.to(mask)
+    options = options_of(batch, *PLAIN)
+    forward, backward = launches_of(monkeypatch, batch, num_items_in_batch=items, **options)
+    names = ["_token_weights_kernel", "_fused_loss_kernel", "_reduce_kernel"]
+    assert [name for name in forward if name.endswith("_kernel")] == names
+    assert len(forward) <= (3 if mask == torch.bool else 4), forward
     assert backward == ["ones_like", "_rescale_kernel"]
 
 
-ROWS = ("_fused_loss_kernel", "_logprob_fwd_kernel", "_logprob_bwd_kernel")
+@pytest.mark.parametrize("names", [(), PLAIN, FULL], ids=["on policy", "plain", "full"])
+@pytest.mark.parametrize("loss_type", TOKEN_LEVEL)
+def test_token_level_launches(loss_type, names, monkeypatch):
+    """At most 8 forward, one of them over the vocabulary; 1 backward, besides autograd's one."""
+    batch = make_batch(B=2, T=3, V=17)
+    options = options_of(batch, *names) | {"loss_type": loss_type}
+    if names == FULL:
+        options |= {"temperature": torch.ones(2), "grad_scale": torch.tensor(2.0)}
+    forward, backward = launches_of(monkeypatch, batch, **options)
+    assert forward.count("_fused_loss_kernel") == forward.count("_reduce_kernel") == 1
+    assert len(forward) <= 8, forward
+    assert len(forward) == len(set(forward) - {"sum"}) + forward.count("sum"), "one of each kind"
+    assert backward == ["ones_like", "_rescale_kernel"]
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "in place"])
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_bytes_of_logits(loss_type, inplace, monkeypatch):
-    """Read once and written once, or, for what couples tokens, read twice and written once."""
+def test_reads_of_logits(loss_type, inplace, monkeypatch):
+    """Token-level losses read the logits once, the others twice."""
     batch = make_batch(B=2, T=3, V=17)
-    logits = batch.leaf() * 1.0
-    with Counter(monkeypatch) as counter:
-        out = grpo_loss(
-            *(logits, batch.ids, batch.mask, batch.advantages),
-            loss_type=loss_type,
-            inplace=inplace,
-            implementation="triton",
-            **options_of(batch, *FULL),
-        )
-        out.loss.backward()
+    options = options_of(batch, *FULL) | {"loss_type": loss_type, "inplace": inplace}
+    forward, backward = launches_of(monkeypatch, batch, logits=batch.leaf() * 1.0, **options)
     reads = 1 if loss_type in TOKEN_LEVEL else 2
-    assert traffic_of(counter, *ROWS) == (reads * logits.nbytes, logits.nbytes)
-    # Its program returns at once: the upstream gradient is the one that was expected.
-    rescaled = [name for name, _ in counter.traffic if name == "_rescale_kernel"]
-    assert len(rescaled) == (loss_type in TOKEN_LEVEL)
+    assert reads_of_logits(forward + backward) == reads
+    # Its programs return at once: the upstream gradient is the expected one.
+    assert backward.count("_rescale_kernel") == (loss_type in TOKEN_LEVEL)
 
 
-def test_without_gradient_the_logits_are_only_read(monkeypatch):
+def test_without_gradient_nothing_of_the_size_of_logits_is_written(monkeypatch):
     batch = make_batch(B=2, T=3, V=17)
     with Counter(monkeypatch) as counter, torch.no_grad():
         for loss_type in LOSSES:
@@ -68,17 +79,16 @@ def test_without_gradient_the_logits_are_only_read(monkeypatch):
                 implementation="triton",
             )
         selective_log_softmax(batch.logits, batch.ids, batch.mask, implementation="triton")
-    reads = len(LOSSES) + 1
-    assert traffic_of(counter, *ROWS) == (reads * batch.logits.nbytes, 0)
+    assert reads_of_logits(counter.launches) == len(LOSSES) + 1
+    assert "_logprob_bwd_kernel" not in counter.launches
 
 
-@pytest.mark.parametrize(("loss_type", "launches"), [("dapo", 10), ("grpo", 13)])
+@pytest.mark.parametrize(("loss_type", "launches"), [("dapo", 4), ("grpo", 5)])
 def test_packed_launches(loss_type, launches, monkeypatch):
-    """Small ones find a token's sequence; README says how many."""
     monkeypatch.setattr("grpo_fused.validation.check_cu_seqlens", lambda *args: None)
     batch = make_batch(B=3, T=4, V=17)
     lengths = batch.mask.sum(1).tolist()
-    logits, ids, mask = pack(lengths, batch.logits[:, :4], batch.ids, batch.mask)
+    logits, ids, mask = pack(lengths, batch.logits[:, :4], batch.ids, batch.mask != 0)
     ends = cu_seqlens(lengths, "cpu")
     with Counter(monkeypatch) as counter:
         grpo_loss(
@@ -91,27 +101,26 @@ def test_packed_launches(loss_type, launches, monkeypatch):
     assert len(counter.launches) <= launches, counter.launches
 
 
+@pytest.mark.parametrize(("loss_type", "reads"), [("grpo", 1), ("gspo", 2)])
+def test_packed_logits_are_read_no_more_often(loss_type, reads, monkeypatch):
+    batch = make_batch(B=3, T=4, V=17)
+    lengths = batch.mask.sum(1).tolist()
+    logits, ids, mask = pack(lengths, batch.logits[:, :4], batch.ids, batch.mask)
+    logits.requires_grad_(True)
+    with Counter(monkeypatch) as counter:
+        grpo_loss(
+            *(logits, ids, mask, batch.advantages),
+            cu_seqlens=cu_seqlens(lengths, "cpu"),
+            loss_type=loss_type,
+            implementation="triton",
+        ).loss.backward()
+    assert reads_of_logits(counter.launches) == reads
+
+
 def test_block_sizes_come_from_one_table_with_reasons():
     for choice in CHOICES[1:]:  # the first is the interpreter's
         assert re.match("predicted|measured on", choice.reason)
     for architecture, warp_size in {"sm_80": 32, "sm_90": 32, "gfx942": 64, "other": 32}.items():
         device = Device(architecture, warp_size, multiprocessors=100)
-        wide, narrow = 512 // warp_size, 256 // warp_size
-        assert tiling(151_936, 2, device) == tiling(32_769, 4, device) == (wide, 4, 1, 2, 0.3)
-        assert tiling(65_536, 2, device) == tiling(1, 4, device) == (narrow, 4, 2, 4, 0.3)
-
-
-def test_packed_logits_are_read_no_more_often(monkeypatch):
-    batch = make_batch(B=3, T=4, V=17)
-    lengths = batch.mask.sum(1).tolist()
-    logits, ids, mask = pack(lengths, batch.logits[:, :4], batch.ids, batch.mask)
-    logits.requires_grad_(True)
-    for loss_type, reads in (("grpo", 1), ("gspo", 2)):
-        with Counter(monkeypatch) as counter:
-            grpo_loss(
-                *(logits, ids, mask, batch.advantages),
-                cu_seqlens=cu_seqlens(lengths, "cpu"),
-                loss_type=loss_type,
-                implementation="triton",
-            ).loss.backward()
-        assert traffic_of(counter, *ROWS) == (reads * logits.nbytes, logits.nbytes)
+        assert choose(151_936, 2, device) == choose(32_769, 4, device) == CHOICES[2]
+        assert choose(65_536, 2, device) == choose(1, 4, device) == CHOICES[1]

@@ -9,8 +9,8 @@ import torch
 from batches import make_batch
 from storages import NewStorages
 
-import grpo_fused.kernels.pages as pages
-import grpo_fused.rows as rows
+import grpo_fused.torch_backend.pages as pages
+import grpo_fused.torch_backend.rows as rows
 from grpo_fused import grpo_loss, linear_grpo_loss, selective_log_softmax
 
 BLOCK = 1 << 16
@@ -146,7 +146,7 @@ def test_pages_are_large_unless_a_host_takes_them_back(reported, large, tmp_path
     if reported is not None:
         pages.REPORTING.write_text(f"{reported}\n")
     memory = pages.allocate((8, 1 << 20), torch.float32, torch.device("cpu"))
-    assert memory.untouched and not memory.any() and memory.is_contiguous()
+    assert pages.is_unwritten(memory) and not memory.any() and memory.is_contiguous()
     assert ("hg" in mapping_flags(memory)) == large
 
 
@@ -154,7 +154,7 @@ def test_small_memory_is_the_c_librarys():
     for length, fresh in ((7, False), (8, True)):
         memory = pages.allocate((length, 1 << 21), torch.bfloat16, torch.device("cpu"))
         assert memory.shape == (length, 1 << 21) and memory.dtype == torch.bfloat16
-        assert hasattr(memory, "untouched") == fresh
+        assert pages.is_unwritten(memory) == fresh
 
 
 def test_missing_memory_is_torchs_error():
@@ -183,7 +183,7 @@ def test_gradients_in_fresh_pages(dtype, monkeypatch):
         return allocate(shape, *args)
 
     allocate = pages.allocate
-    for module in ("grpo_fused.linear_autograd", "grpo_fused.kernels.linear"):
+    for module in ("grpo_fused.autograd.head", "grpo_fused.head.chunks"):
         monkeypatch.setattr(f"{module}.allocate", note)
     monkeypatch.setattr(pages, "LARGE_BYTES", 1)
     for got, wanted in zip(gradients(), want, strict=True):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from batches import relative_error
 
-import grpo_fused.rows as rows
+import grpo_fused.torch_backend.rows as rows
 from grpo_fused import grpo_loss, selective_log_softmax
 
 

@@ -5,8 +5,19 @@ import torch
 from batches import make_batch, relative_error
 from compiling import compile_whole
 
-import grpo_fused.autograd as autograd
 from grpo_fused import Clip, grpo_loss, selective_log_softmax
+from grpo_fused.bundles import (
+    Derivatives,
+    Formula,
+    Outputs,
+    Scales,
+    Statistics,
+    Tokens,
+    TokenValues,
+    TokenWeights,
+    Weight,
+)
+from grpo_fused.ops import BACKENDS
 
 
 @pytest.fixture(autouse=True)
@@ -118,40 +129,56 @@ def test_compiled_training_step_of_a_half_precision_head(dtype, implementation, 
 
 
 def op_arguments(name, batch, device):
-    tokens = torch.rand(4, 6, device=device)
-    outputs = [torch.zeros(4, 6, device=device) for _ in range(4)]
-    one = torch.ones((), device=device)
-    active = batch.mask != 0
-    dlogits = torch.zeros_like(batch.logits)
-    clip = Clip()
-    inputs = (batch.logits, batch.ids, active)
-    scales = (one, one.clone(), 9 * one)
+    def memory(*shape):
+        return torch.zeros(shape, device=device)
+
+    values, one = torch.rand(4, 6, device=device), torch.ones((), device=device)
+    active, clip = batch.mask != 0, Clip()
+    weights = (1 + values, one.clone(), 0.1 * one)
+    tokens = Tokens(batch.ids, active, one, values, -values, -2 * values, *weights)
+    scales = Scales(one.clone(), 9 * one)
+    outputs = Outputs(*(memory(4, 6) for _ in range(6)))
     return {
         "fused_loss": (
-            *(*inputs, tokens[:, 0].contiguous(), -tokens, -2 * tokens, 1 + tokens, active.clone()),
-            *(active.sum(1), 4 * one, active.sum(), 3 * one, 24 * one, 0.1 * one),
-            *(*scales, one.clone(), one.clone(), clip.name(), clip.knobs(), "k3", True),
-            *(torch.zeros(4, 4, 6, device=device), *outputs[:2], dlogits),
+            *(batch.logits, tokens, scales),
+            Formula(clip.name(), clip.params(), "k3", True, one.clone()),
+            outputs._replace(dlogits=torch.zeros_like(batch.logits)),
         ),
-        "logprob_fwd": (*inputs, *scales, *outputs),
+        "logprob_fwd": (
+            *(batch.logits, tokens.of_softmax(), scales),
+            Statistics(*(memory(4, 6) for _ in range(4))),
+        ),
         "logprob_bwd": (
-            *(*inputs, *scales, -tokens, tokens, tokens.clone(), 1 + tokens),
-            *(tokens.clone(), tokens.clone(), dlogits),
+            *(batch.logits, tokens.of_softmax(), scales),
+            Statistics(-values, values.clone(), values.clone(), 1 + values),
+            Derivatives(values.clone(), values.clone(), torch.zeros_like(batch.logits)),
         ),
-        "reduce": (
-            *(torch.rand(4, 4, 6, device=device), active, tokens),
-            *(torch.zeros(shape, device=device) for shape in ((), 8, 7)),
+        "token_weights": (
+            TokenValues(
+                *(values[:, 0].contiguous(), active),
+                *(Weight(values, active.sum(1), 4 * one), Weight(0.1 * one, active.sum(), one)),
+                Weight(one.clone(), active.sum(), 2 * one),
+            ),
+            None,
+            TokenWeights(*(memory(4, 6) for _ in range(4))),
         ),
-        "rescale": (dlogits + 1, one, 2 * one),
+        "reduce": (outputs, active, memory(), memory(8), memory(7)),
+        "rescale": (torch.ones_like(batch.logits), one, 2 * one),
     }[name]
 
 
-@pytest.mark.parametrize("name", ["fused_loss", "logprob_fwd", "logprob_bwd", "reduce", "rescale"])
+OPS = ["fused_loss", "logprob_fwd", "logprob_bwd", "token_weights", "reduce", "rescale"]
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, implementation, device):
+    if not hasattr(BACKENDS[implementation], name):
+        pytest.skip("plain torch, no op")
     batch = make_batch(mask=torch.ones(4, 6), device=device)
     batch.logits = batch.logits.nan_to_num()
-    op = getattr(autograd.LAUNCHERS[implementation], name).op
-    torch.library.opcheck(op, op_arguments(name, batch, device))
+    launcher = getattr(BACKENDS[implementation], name)
+    arguments = launcher.flatten(*op_arguments(name, batch, device))
+    torch.library.opcheck(launcher.op, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

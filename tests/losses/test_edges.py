@@ -17,10 +17,11 @@ from grpo_fused import (
     selective_log_softmax,
     whiten,
 )
-from grpo_fused.autograd import LAUNCHERS
-from grpo_fused.divergences import DIVERGENCES
+from grpo_fused.bundles import Scales, Statistics, Tokens
 from grpo_fused.kernels.launch import kernel
-from grpo_fused.kernels.objective import DIVERGENCES as KERNELS
+from grpo_fused.kernels.objective import KL_ESTIMATORS as KERNELS
+from grpo_fused.losses.kl import KL_ESTIMATORS
+from grpo_fused.ops import BACKENDS
 from grpo_fused.sequences import Packed, Padded
 from grpo_fused.testing import run_per_token
 
@@ -60,7 +61,9 @@ def compare_vespo(vespo, log_ratio, advantage, weights, s, k, rate):
     logp = torch.full((1, 3), -0.5, dtype=torch.float64)
     ratios = torch.tensor([log_ratio], dtype=torch.float64)
     advantages = torch.full_like(logp, advantage)
-    loss, _ = vespo.evaluate(logp, ratios, advantages, weights, Padded(logp, None))
+    loss, _ = vespo.evaluate(
+        logp, ratios, advantages, weights, Padded(logp.shape, None, logp.device)
+    )
     s = min(max(s, math.log(1e-8)), 20.0)
     want = -math.exp(rate + k * s - rate * math.exp(s)) * advantage * logp
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=0.0)
@@ -132,10 +135,9 @@ def test_nothing_is_written_behind_the_tokens(implementation, device):
     ids = torch.zeros(B * T + T, dtype=torch.long, device=device)
     ids[: B * T] = batch.ids.flatten()
     active = torch.ones_like(ids)
-    LAUNCHERS[implementation].logprob_fwd(
-        *(batch.logits, *(t[: B * T].view(B, T) for t in (ids, active)), 1.0, 1.0, None),
-        *(row[: B * T].view(B, T) for row in outputs),
-    )
+    tokens = Tokens(*(t[: B * T].view(B, T) for t in (ids, active)))
+    statistics = Statistics(*(row[: B * T].view(B, T) for row in outputs))
+    BACKENDS[implementation].logprob_fwd(batch.logits, tokens, Scales(), statistics)
     assert (outputs[:, B * T :] == 7.0).all() and (outputs[:, : B * T] != 7.0).all()
 
 
@@ -162,7 +164,7 @@ def test_the_upstream_gradient_in_rows_of_every_length(V, implementation, device
     room = torch.randn(2, 3, V + 4 + (V + 1) % 2, device=device)  # odd: columns one by one
     given = room.clone()
     upstream, assumed = torch.tensor(3.0, device=device), torch.tensor(2.0, device=device)
-    LAUNCHERS[implementation].rescale(room[..., :V], upstream, assumed)
+    BACKENDS[implementation].rescale(room[..., :V], upstream, assumed)
     given[..., :V] *= 1.5
     assert torch.equal(room, given)
 
@@ -187,8 +189,9 @@ def test_less_than_one_item_divides_by_one(count, implementation, device):
 
 def test_k3_at_the_clamp():
     d = torch.tensor([-80.0, 80.0])
-    assert torch.equal(DIVERGENCES["k3"](d)[1], -torch.expm1(d))
-    assert DIVERGENCES["k3"](torch.tensor([-81.0, 81.0]))[1].tolist() == [1.0, 1.0]
+    assert torch.equal(KL_ESTIMATORS["k3"](d)[1], -torch.expm1(d))
+    value, derivative, both = KL_ESTIMATORS["k3"](torch.tensor([-81.0, 81.0]))
+    assert derivative.tolist() == [1.0, 0.0] and torch.equal(both, value + derivative)
 
 
 ENDS = [([-2, 3, 9], [0, 3, 6]), ([-5, -3, 2], [0, 0, 2]), ([0, 4, 2], [0, 4, 4])]
@@ -197,7 +200,7 @@ ENDS = [([-2, 3, 9], [0, 3, 6]), ([-5, -3, 2], [0, 0, 2]), ([0, 4, 2], [0, 4, 4]
 @pytest.mark.parametrize(("wrong", "cut"), ENDS, ids=str)
 def test_wrong_ends_are_cut_to_the_tokens(wrong, cut):
     """No sum is asked for what lies outside: what it found there might be 0."""
-    ends = Packed(torch.zeros(1, 6), None, torch.tensor(wrong)).offsets.tolist()
+    ends = Packed((1, 6), None, torch.tensor(wrong)).offsets.tolist()
     assert ends == cut
 
 

@@ -1,7 +1,7 @@
 """Every option with every other, drawn at random, against the float64 oracle.
 
-In CI a fixed set of cases; `HYPOTHESIS_PROFILE=long pytest tests/losses/test_family.py` draws 10,000
-new ones for each implementation.
+In CI a fixed set of cases; `HYPOTHESIS_PROFILE=long pytest tests/losses/test_family.py` draws new
+ones: 10,000 in torch and 3,000 in Triton's interpreter.
 """
 
 import os
@@ -16,15 +16,15 @@ from packing import cu_seqlens, pack, unpack
 
 import oracle
 from grpo_fused import LOSSES, Clip, grpo_loss, linear_grpo_loss
-from grpo_fused.divergences import DIVERGENCES
-from grpo_fused.weights import RULES
+from grpo_fused.losses.kl import KL_ESTIMATORS
+from grpo_fused.losses.weights import RULES
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("ci", derandomize=True, database=None, **COMMON)
 settings.register_profile("long", **COMMON)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 settings.load_profile(PROFILE)
-CASES = {"ci": {"torch": 300, "triton": 100}, "long": {"torch": 10_000, "triton": 10_000}}[PROFILE]
+CASES = {"ci": {"torch": 300, "triton": 100}, "long": {"torch": 10_000, "triton": 3_000}}[PROFILE]
 
 T = 5
 
@@ -67,7 +67,7 @@ def cases(draw):
         "objective": objective,
         "importance_sampling_level": draw(st.sampled_from(objective.levels)),
         "old_logps": draw(st.sampled_from([None, batch.old_logps])),
-        "kl_estimator": draw(st.sampled_from(list(DIVERGENCES))),
+        "kl_estimator": draw(st.sampled_from(list(KL_ESTIMATORS))),
         "use_bias_correction_kl": draw(st.booleans()),
         "beta": draw(st.sampled_from([0.0, 0.1, 1.0])),
         "logit_softcap": draw(st.sampled_from([None, 8.0])),

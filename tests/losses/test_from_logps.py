@@ -249,3 +249,13 @@ def test_refused(match, changed):
     arguments = {"logps": LOGPS, "completion_mask": None, "advantages": ADVANTAGES} | changed
     with pytest.raises(ValueError, match=match):
         grpo_loss_from_logps(**arguments)
+
+
+@pytest.mark.parametrize("ref, sign", [(-1.0, 0), (-30.0, -1)], ids=["cut", "within"])
+def test_a_token_far_below_the_reference_is_not_pushed_further_down(ref, sign):
+    """Where the exponential of k3 is cut at e^80, its linear term alone would: +0.04 here."""
+    logps = torch.tensor([[-101.0]], requires_grad=True)
+    mask, advantages = torch.ones(1, 1), torch.zeros(1)
+    reference = torch.tensor([[ref]])
+    grpo_loss_from_logps(logps, mask, advantages, ref_logps=reference, beta=0.04).loss.backward()
+    assert logps.grad.sign().item() == sign

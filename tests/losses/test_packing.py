@@ -1,4 +1,4 @@
-"""Packed sequences: where they lie, found in one launch, and how few launches a loss then takes."""
+"""Packed sequences: located in one launch, and how many launches a loss takes."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from batches import make_batch
 from launch_counter import FULL, TOKEN_LEVEL, Counter, options_of
 from packing import cu_seqlens, pack
 
-from grpo_fused import grpo_loss, reference
-from grpo_fused.kernels import launchers, packing
+from grpo_fused import grpo_loss
+from grpo_fused.kernels import reduce
+from grpo_fused.ops import BACKENDS
 
 LENGTHS = {
     "several": [3, 1, 4, 5],
@@ -37,7 +38,7 @@ def test_every_token_finds_its_sequence(lengths, masked, dtype, implementation, 
         active = torch.rand(1, tokens, generator=torch.Generator().manual_seed(0)) < 0.5
         counted = [want[active[0]].eq(b).sum().item() for b in range(len(lengths))]
         active = active.to(device)
-    launch = launchers.locate if implementation == "triton" else reference.locate
+    launch = BACKENDS[implementation].locate
     index, counts = located(launch, ends, active, len(lengths), tokens, device)
     assert index.tolist() == want.tolist()
     assert counts.tolist() == (counted if masked else lengths)
@@ -48,16 +49,16 @@ def test_every_token_finds_its_sequence(lengths, masked, dtype, implementation, 
 )
 def test_wrong_ends_name_sequences_that_exist(ends, implementation, device):
     """A device cannot be asked about them: every token gets a number, no count goes outside."""
-    launch = launchers.locate if implementation == "triton" else reference.locate
+    launch = BACKENDS[implementation].locate
     index, counts = located(launch, torch.tensor(ends, device=device), None, 2, 6, device)
     assert ((index >= 0) & (index < 2)).all() and ((counts >= 0) & (counts <= 6)).all()
 
 
 def test_blocks_smaller_than_sequences(monkeypatch, device):
-    monkeypatch.setattr(packing, "BLOCK", 16)
+    monkeypatch.setattr(reduce, "BLOCK", 16)
     lengths = [15, 16, 17, 0, 33]
     ends = cu_seqlens(lengths, device)
-    index, counts = located(launchers.locate, ends, None, 5, sum(lengths), device)
+    index, counts = located(BACKENDS["triton"].locate, ends, None, 5, sum(lengths), device)
     assert index.tolist() == torch.arange(5).repeat_interleave(torch.tensor(lengths)).tolist()
     assert counts.tolist() == lengths
 
@@ -91,7 +92,7 @@ def launches_of(monkeypatch, loss_type, names=()):
 
 @pytest.mark.parametrize("loss_type", TOKEN_LEVEL)
 def test_packed_losses_launch_no_more_than_padded_ones(loss_type, monkeypatch):
-    """6 forward, 3 backward: the sequences, one value of theirs or two, the loss, its sums."""
+    """Forward: mask, sequences, token weights, loss, sums, and the total of a token mean."""
     names = ("old_logps", "ref_logps", "beta")
     forward, backward = launches_of(monkeypatch, loss_type, names)
     assert forward.count("_locate_kernel") == 1
@@ -100,8 +101,8 @@ def test_packed_losses_launch_no_more_than_padded_ones(loss_type, monkeypatch):
 
 
 @pytest.mark.parametrize("loss_type", TOKEN_LEVEL)
-def test_every_option_of_a_sequence_is_one_launch_more(loss_type, monkeypatch):
+def test_options_of_sequences_take_no_launches_of_their_own(loss_type, monkeypatch):
     plain, _ = launches_of(monkeypatch, loss_type, ("old_logps", "ref_logps", "beta"))
     forward, _ = launches_of(monkeypatch, loss_type, FULL)
-    more = ["index", "index", "sum"]  # ratios, policy mask; the tokens of bonus and token-mean KL
-    assert len(forward) <= len(plain) + len(more), forward
+    # The total of the entropy bonus and of the token-mean KL; all else is in the token weights.
+    assert len(forward) <= len(plain) + 1, forward

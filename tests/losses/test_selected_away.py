@@ -7,7 +7,7 @@ import torch
 from batches import make_batch
 
 from grpo_fused import LOSSES, grpo_loss
-from grpo_fused.divergences import DIVERGENCES
+from grpo_fused.losses.kl import KL_ESTIMATORS
 
 FAMILY = pytest.mark.parametrize("loss_type", LOSSES)
 
@@ -33,7 +33,7 @@ def test_an_infinite_divergence_without_weight(
     want, plain = gradient(batch, **options)
     batch.ref_logps[1, 2] = -torch.inf
     betas = (0.0, torch.zeros((), device=device))
-    estimators = DIVERGENCES if implementation == "torch" else ("k1", "k3")
+    estimators = KL_ESTIMATORS if implementation == "torch" else ("k1", "k3")
     for estimator, beta in itertools.product(estimators, betas):
         out, grad = gradient(
             batch,
@@ -138,3 +138,22 @@ def test_wrong_ends_read_nothing_outside(implementation, device, monkeypatch):
 
     for wrong, cut in (([0, 3, 9], [0, 3, 6]), ([0, -5, 6], [0, 0, 6]), ([0, 4, 2], [0, 4, 4])):
         assert torch.isfinite(loss(wrong)) and torch.equal(loss(wrong), loss(cut))
+
+
+@pytest.mark.parametrize("loss_type", ["vespo", "gmpo", "gspo", "gspo_token", "dapo"])
+def test_old_logps_that_are_nan_in_a_sequence_that_is_off(loss_type, device):
+    """No gradient, and no NaN: of the policy term, nor of a bias-corrected KL without a weight."""
+    batch = make_batch(B=2, T=3, V=7, extra=0, mask=torch.ones(2, 3), device=device)
+    batch.old_logps[1] = torch.nan
+    logits = batch.leaf()
+    loss = grpo_loss(
+        *(logits, batch.ids, batch.mask, batch.advantages + 1.0),
+        old_logps=batch.old_logps,
+        ref_logps=batch.ref_logps,
+        policy_mask=torch.tensor([1, 0], device=device),
+        use_bias_correction_kl=True,
+        loss_type=loss_type,
+        implementation="torch",
+    ).loss
+    loss.backward()
+    assert loss.isfinite() and logits.grad[0].any() and not logits.grad[1].any()

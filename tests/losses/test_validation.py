@@ -1,4 +1,4 @@
-"""Bad input is refused before anything runs, by a ValueError that names the argument."""
+"""Invalid arguments raise a ValueError that names the argument."""
 
 import subprocess
 import sys
@@ -10,8 +10,6 @@ from batches import make_batch
 import grpo_fused.kernels.launch as launch
 import grpo_fused.validation as validation
 from grpo_fused import grpo_loss, selective_log_softmax
-
-NEVER = object()
 
 
 def arguments(device="cpu", **changes):
@@ -31,7 +29,7 @@ BAD = {
     "no objective": (dict(objective=0.2), "objective must be an Objective"),
     "integer logits": (dict(logits=lambda a: a["logits"].long()), "logits must be float32"),
     "float64 logits": (dict(logits=lambda a: a["logits"].double()), "logits must be float32"),
-    "2-D logits": (dict(logits=lambda a: a["logits"][0]), "packed, need cu_seqlens"),
+    "2-D logits": (dict(logits=lambda a: a["logits"][0]), "cu_seqlens is required"),
     "T+2 positions": (
         dict(logits=lambda a: torch.cat([a["logits"], a["logits"][:, :1]], 1)),
         "logits must be",
@@ -83,29 +81,35 @@ BAD = {
         dict(max_completion_length=float("inf"), loss_type="dr_grpo"),
         "max_completion_length must be > 0 and finite",
     ),
-    "packed without ends": (
+    "packed without cu_seqlens": (
         dict(logits=lambda a: a["logits"][0], completion_ids=lambda a: a["completion_ids"][0]),
-        r"logits \(4, 11\), packed, need cu_seqlens",
+        r"cu_seqlens is required with packed logits \(4, 11\), got None",
     ),
     "0-d ids": (dict(completion_ids=torch.tensor(1)), r"completion_ids must be \(B, T\)"),
     "level": (dict(importance_sampling_level="group"), "importance_sampling_level must be one of"),
     "vespo at sequence level": (
         dict(loss_type="vespo", importance_sampling_level="sequence"),
-        "'sequence' has no meaning for Vespo: it must be token",
+        "importance_sampling_level must be token for Vespo, got 'sequence'",
     ),
     "gmpo at token level": (
         dict(loss_type="gmpo", importance_sampling_level="token"),
-        "'token' has no meaning for Gmpo: it must be sequence",
+        "importance_sampling_level must be sequence for Gmpo, got 'token'",
     ),
     "gpg at sequence level": (
         dict(loss_type="gpg", importance_sampling_level="sequence_token"),
-        "has no meaning for PolicyGradient",
+        "must be token for PolicyGradient, got 'sequence_token'",
     ),
     "estimator": (dict(kl_estimator="k4"), r"kl_estimator must be one of k1, k2.* got 'k4'"),
     "reduction": (dict(reduction="mean"), "reduction must be one of sum, none"),
     "KL rule": (dict(kl_normalizer="mean"), "kl_normalizer must be one of"),
-    "rule of nothing": (dict(reduction="none", normalizer="token-mean"), "has no meaning with"),
-    "KL rule of nothing": (dict(reduction="none", kl_normalizer="token-sum"), "kl_normalizer="),
+    "rule of no sum": (
+        dict(reduction="none", normalizer="token-mean"),
+        "normalizer must be None with reduction=\"none\", got 'token-mean'",
+    ),
+    "KL rule of no sum": (
+        dict(reduction="none", kl_normalizer="token-sum"),
+        "kl_normalizer must be None",
+    ),
     "ratio shape": (
         dict(importance_sampling_ratio=torch.ones(3)),
         r"importance_sampling_ratio must have shape \(2,\) or \(2, 1\) or \(2, 3\)",
@@ -132,12 +136,12 @@ PACKED = {
     "2-D": (torch.zeros(2, 2).long(), r"cu_seqlens must have shape \(B \+ 1,\), got \(2, 2\)"),
     "not from 0": (
         torch.tensor([1, 2, 6]),
-        r"cu_seqlens must rise from 0 to N = 6, got \[1, 2, 6\]",
+        r"cu_seqlens must be nondecreasing from 0 to N = 6, got \[1, 2, 6\]",
     ),
-    "not to N": (torch.tensor([0, 2, 5]), r"cu_seqlens must rise .* to N = 6, got \[0, 2, 5\]"),
+    "not to N": (torch.tensor([0, 2, 5]), r"cu_seqlens must be .* to N = 6, got \[0, 2, 5\]"),
     "negative length": (
         torch.tensor([0, 4, 2, 6]),
-        r"cu_seqlens must rise from 0 to N = 6, got \[0, 4, 2, 6\]",
+        r"cu_seqlens must be nondecreasing from 0 to N = 6, got \[0, 4, 2, 6\]",
     ),
     "elsewhere": (
         torch.tensor([0, 2, 6], device="meta"),
@@ -147,14 +151,14 @@ PACKED = {
 
 
 @pytest.mark.parametrize("case", PACKED)
-def test_packed_sequences_are_refused(case):
+def test_invalid_cu_seqlens(case):
     cu_seqlens, message = PACKED[case]
     logits, ids = torch.randn(6, 11), torch.zeros(6, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
         grpo_loss(logits, ids, None, torch.ones(2), cu_seqlens=cu_seqlens)
 
 
-def test_packed_arguments_are_checked():
+def test_invalid_packed_arguments():
     logits, ids, ends = (
         torch.randn(6, 11),
         torch.zeros(6, dtype=torch.long),
@@ -162,10 +166,10 @@ def test_packed_arguments_are_checked():
     )
     for bad, message in (
         (dict(advantages=torch.ones(3)), r"advantages must have shape \(2,\) or \(6,\)"),
-        (dict(completion_ids=ids[None]), r"logits \(N, V\) need completion_ids \(N,\)"),
-        (dict(logits=logits[None]), r"logits \(N, V\) need completion_ids \(N,\)"),
+        (dict(completion_ids=ids[None]), r"logits must be \(N, V\) for completion_ids \(N,\)"),
+        (dict(logits=logits[None]), r"logits must be \(N, V\) for completion_ids \(N,\)"),
         (dict(old_logps=torch.ones(2, 3)), r"old_logps must have shape \(6,\)"),
-        (dict(loss_type="dr_grpo"), "max_completion_length is needed with cu_seqlens"),
+        (dict(loss_type="dr_grpo"), "max_completion_length is required with cu_seqlens"),
     ):
         good = dict(
             logits=logits, completion_ids=ids, completion_mask=None, advantages=torch.ones(2)
@@ -175,22 +179,22 @@ def test_packed_arguments_are_checked():
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refused(case):
+def test_invalid_arguments(case):
     changes, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         grpo_loss(**arguments(**changes))
 
 
-def test_other_devices_are_refused():
+def test_devices_must_match():
     with pytest.raises(ValueError, match="old_logps is on meta, logits are on cpu"):
         grpo_loss(**arguments(old_logps=torch.ones(2, 3, device="meta")))
 
 
-def test_log_probabilities_check_theirs():
+def test_invalid_arguments_of_log_probabilities():
     logits, ids = torch.randn(2, 3, 11), torch.zeros(2, 3, dtype=torch.long)
     for bad, message in (
         (dict(ids=ids[:1]), "logits must be"),
-        (dict(logits=logits[0], ids=ids[0, :2]), r"logits \(N, V\) need ids \(N,\)"),
+        (dict(logits=logits[0], ids=ids[0, :2]), r"logits must be \(N, V\) for ids \(N,\)"),
         (dict(logit_softcap=0.0), "logit_softcap must be a finite number > 0"),
         (dict(temperature=torch.ones(5)), "temperature must have shape"),
         (dict(ids=ids + 11), r"ids must lie in \[0, 11\)"),
@@ -202,28 +206,31 @@ def test_log_probabilities_check_theirs():
             selective_log_softmax(**({"logits": logits, "ids": ids} | bad))
 
 
-def test_nothing_is_launched_or_allocated_before_the_checks(monkeypatch):
-    monkeypatch.setattr("grpo_fused.inputs.divisors", NEVER)
-    monkeypatch.setattr("grpo_fused.autograd.torch", NEVER)
-    for bad in (dict(advantages=torch.ones(5)), dict(beta=0.1), dict(implementation="cuda")):
+def test_invalid_arguments_leave_logits_unchanged():
+    """Arguments are checked before inplace=True overwrites anything."""
+    for bad in (dict(advantages=torch.ones(5)), dict(beta=0.1), dict(num_items_in_batch=-1)):
+        given = arguments(**bad)
+        leaf = given.pop("logits").requires_grad_(True)
+        logits = leaf * 1
         with pytest.raises(ValueError):
-            grpo_loss(**arguments(**bad))
+            grpo_loss(logits, **given, inplace=True)
+        assert torch.equal(logits[:, :3], leaf[:, :3])  # position T + 1 is NaN
 
 
-def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+def test_triton_on_a_cpu_requires_the_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         grpo_loss(**arguments(), implementation="triton")
 
 
-def test_triton_that_is_not_installed(monkeypatch):
+def test_triton_is_not_installed(monkeypatch):
     monkeypatch.setattr(validation, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="not installed"):
         grpo_loss(**arguments(), implementation="triton")
 
 
-def test_without_triton_the_package_imports_and_torch_serves():
-    """macOS, Windows: nothing but the kernels needs Triton."""
+def test_the_package_runs_without_triton():
+    """As on macOS and Windows."""
     code = """
 import sys
 sys.modules["triton"] = None
@@ -236,18 +243,18 @@ assert torch.isfinite(logits.grad).all()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_auto_follows_the_device_not_the_installation():
-    """TRL 1.15.0 took CPU tensors to Triton because it could be imported."""
+def test_auto_depends_on_the_device():
+    """Not on whether Triton is installed."""
     cpu = torch.zeros(1)
     assert validation.choose_implementation("auto", cpu) == "torch"
     if torch.cuda.is_available():
         assert validation.choose_implementation("auto", cpu.cuda()) == "triton"
 
 
-def test_unknown_ids_where_reading_them_would_wait(implementation, device, monkeypatch):
-    """On a device they make NaN in their own row, and read nothing outside of it."""
+def test_ids_outside_of_the_vocabulary_without_checks(implementation, device, monkeypatch):
+    """On a device they are not checked: they give NaN in their own row and no other."""
     if implementation == "torch" and device == "cuda":
-        pytest.skip("checked with the kernels")
+        pytest.skip("tested with the kernels")
     monkeypatch.setattr(validation, "check_ids", lambda *args: None)
     given = arguments(device)
     given["completion_ids"] = given["completion_ids"].clone()

@@ -6,9 +6,10 @@ from batches import make_batch, relative_error
 
 import oracle
 from grpo_fused import LOSSES, grpo_loss, token_weights
-from grpo_fused.autograd import LAUNCHERS
-from grpo_fused.metrics import SUMS, means
-from grpo_fused.weights import RULES
+from grpo_fused.bundles import Outputs
+from grpo_fused.losses.metrics import SUMS, means
+from grpo_fused.losses.weights import RULES
+from grpo_fused.ops import BACKENDS
 
 DIVISORS = {"num_items_in_batch": 37, "num_sequences_in_batch": 9, "max_completion_length": 11}
 
@@ -152,7 +153,8 @@ def test_metrics_that_were_not_computed_are_absent(implementation, device):
         batch.logits, batch.ids, batch.mask, batch.advantages, implementation=implementation
     )
     assert "kl" not in out.metrics and "entropy" not in out.metrics and out.entropies is None
-    assert out.sums[SUMS.index("kl")] == 0 == out.sums[SUMS.index("entropy")]
+    sums = dict(zip(SUMS, out.sums, strict=True))
+    assert sums["kl"] == 0 == sums["entropy"]
 
 
 @pytest.mark.parametrize("share", [0.6, 0.0], ids=["some", "none"])
@@ -163,8 +165,8 @@ def test_sums_and_means_of_what_tokens_report(share, implementation, device):
     active = torch.rand(shape, generator=generator) < share
     masked = [torch.where(active, t, 0.0).to(device) for t in (loss, kl, clipped, ratio, entropies)]
     results = [torch.full(n, torch.nan, device=device) for n in ((), (8,), (7,))]
-    terms, inputs = torch.stack(masked[:4]), (active.to(device), masked[4])
-    LAUNCHERS[implementation].reduce(terms, *inputs, *results)
+    outputs = Outputs(*masked[:4], logps=masked[0], entropies=masked[4])
+    BACKENDS[implementation].reduce(outputs, active.to(device), *results)
     low, high = ((masked[2] == side).sum().item() for side in (-1, 1))
     kl, entropy, ratios = (masked[i].double().sum().item() for i in (1, 4, 3))
     count, total = int(active.sum()), masked[0].double().sum().item()

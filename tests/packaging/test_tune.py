@@ -1,79 +1,63 @@
-"""The tuner's sweep, with a clock that knows the answer: its timings need a GPU."""
+"""The tuner's sweep with a clock that returns chosen times: real ones need a GPU."""
 
+import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = str(Path(__file__).parents[2])
-sys.path.append(ROOT)  # for as long as it takes: see conftest
-import benchmarks.tune as tune  # noqa: E402
-
-sys.path.remove(ROOT)
-tiling = tune.tiling
+from benchmarks import tune
+from grpo_fused.kernels import launch
 
 
 def choices_of(*sizes):
-    return [tiling.Choice("", math.inf, *size, tiling.NEVER, "") for size in sizes]
+    return [launch.Choice("", math.inf, *size, "") for size in sizes]
 
 
-def test_the_fastest_choice_wins_and_becomes_a_row(device):
-    """Every choice is run and restored; the clock calls 64 threads fastest, sharing a third."""
-    seen = []
+def test_the_fastest_choice_becomes_a_row(device, tmp_path, capsys):
+    """Every choice is run and its result written at once; one that does not fit has no time."""
+    seen, output = [], tmp_path / "results.jsonl"
 
     def clock(step, prepare):
-        (choice,) = tiling.CHOICES
+        (choice,) = launch.CHOICES
         step()
         prepare()
+        assert len(output.read_text().splitlines()) == len(seen) if seen else not output.exists()
         seen.append(choice)
-        time = 1.0 if choice.threads == 64 else 2.0
-        return time / 3 if choice.sharing == -math.inf else time
+        if choice.unroll == 1:
+            raise launch.triton.runtime.errors.OutOfResources(2, 1, "registers")
+        return 1.0 if choice.threads == 64 else 2.0
 
-    choices = choices_of((32, 2, 2, 1), (64, 2, 2, 1))
-    before = tiling.CHOICES
-    ranking = tune.tune(1600, torch.float32, (8, 2), device, clock, choices)
-    assert tiling.CHOICES is before
-    assert [choice.threads for _, choice in ranking] == [64, 32]
-    assert [(c.threads, c.sharing) for c in seen] == [
-        (32, math.inf),
-        (64, math.inf),
-        (64, math.inf),
-        (64, -math.inf),
+    choices, before = choices_of((32, 2, 2), (64, 2, 2), (32, 1, 2)), launch.CHOICES
+    tune.sweep(100, torch.float32, 8, device, clock, choices, "a GPU", output)
+    assert launch.CHOICES is before
+    assert seen == choices
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(r["threads"], r["unroll"], r["ms"]) for r in results] == [
+        (32, 2, 2000.0),
+        (64, 2, 1000.0),
+        (32, 1, None),
     ]
-    segments = math.ceil(1600 * 4 / (2 * 64 * 16))
-    resident = 2 * tune.launch.device_of(None).multiprocessors
-    cost = round(tune.sharing_cost(1.0, 1 / 3, 2, segments, resident), 2)
-    assert ranking[0][1].sharing == cost
-    row = tune.source(*ranking[0], 8, "a GPU")
-    (choice,) = eval(f"[{row}]", vars(tiling))
-    assert choice == ranking[0][1]._replace(reason=choice.reason)
+    printed = capsys.readouterr().out
+    (choice,) = eval(f"[{printed}]", vars(launch))  # results are comments
+    assert choice[2:5] == (64, 2, 2) and choice.row_bytes == 400
+    assert choice.architecture == launch.device_of(None).architecture
     assert choice.reason.startswith("measured on a GPU: 8 rows in 1000.000 ms")
 
 
 def test_a_wrong_gradient_is_not_timed(device, monkeypatch):
-    def wrong(*args):
-        args[-1].zero_()
+    def wrong(logits, tokens, scales, formula, outputs):
+        outputs.dlogits.zero_()
 
     monkeypatch.setattr(tune.launchers, "fused_loss", wrong)
     with pytest.raises(AssertionError, match="gradient is off"):
-        tune.tune(100, torch.float32, (8,), device, None, choices_of((32, 2, 2, 1)))
+        list(tune.tune(100, torch.float32, 8, device, None, choices_of((32, 2, 2))))
 
 
-def test_sharing_cost_makes_the_table_agree_with_the_clock():
-    """With the cost that was found, the rule predicts the ratio that was measured."""
-    device = tiling.Device("sm_90", warp_size=32, multiprocessors=100)
-    for ratio, programs in ((0.6, 5), (1.3, 1)):
-        cost = tune.sharing_cost(2.0, 2.0 * ratio, 40, 5, 100)
-        tile = tiling.Tiling(16, 4, 1, 2, cost)
-        assert tiling.programs_per_row(40, 5, device, tile) == programs
-
-
-def test_candidates_keep_segments_and_fit():
-    for choice in tune.candidates():
-        assert choice.segment * choice.threads * choice.unroll * 16 >= tune.SEGMENT_BYTES
-        assert choice.threads * choice.programs <= tune.RESIDENT_THREADS
+def test_candidates_fit_a_multiprocessor():
+    choices = list(tune.candidates())
+    assert len(set(choices)) == len(choices) >= 20
+    assert all(choice.threads * choice.programs <= tune.RESIDENT_THREADS for choice in choices)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,7 +1,7 @@
-"""grpo_loss against Liger 0.8.5's triton_grpo_loss where it is right, and its bugs pinned."""
+"""grpo_loss against triton_grpo_loss of Liger 0.8.5: agreement, and the known bugs of Liger."""
 
 from importlib.util import find_spec
-from itertools import cycle, product
+from itertools import product
 
 import pytest
 import torch
@@ -14,12 +14,13 @@ from peers import (
     harmless,
     liger_loss,
     rollout_ratios,
+    slow_if_interpreted,
 )
 
 pytestmark = pytest.mark.skipif(
     find_spec("liger_kernel") is None, reason="liger-kernel is not installed"
 )
-# Its kernels make NaN on purpose below; the interpreter's numpy says so.
+# Some tests make its kernels compute NaN, and the numpy of the interpreter warns.
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 LEVELS = ("token", "sequence")
@@ -30,24 +31,34 @@ def check(batch, implementation="torch", **options):
     peer = liger_loss(batch, **options)
     if options.get("level") == "sequence":  # see test_clip_ratio_of_sequences
         peer.metrics.pop("clip_ratio/region_mean", None)
-    # Both compute in float32, and vespo takes e to the sum of a sequence.
+    # Both compute in float32, and VESPO exponentiates a sum over the sequence.
     assert_parity(out, dlogits, peer, batch.ids, value=2e-6, metrics=1e-5)
     return out, dlogits
 
 
+def each_value(*columns):
+    """Combine options so that each value occurs once."""
+    return zip(*columns, strict=True)
+
+
+@pytest.mark.parametrize(
+    "cover",
+    [each_value, pytest.param(product, marks=slow_if_interpreted)],
+    ids=["each value", "product"],
+)
 @pytest.mark.parametrize("level", LEVELS)
-def test_clip_agrees(level, device):
-    """Every KL with every rollout ratio, delta in turn; test_parity_trl has the full product."""
+def test_clip_agrees(level, cover, device):
+    """KL, rollout ratio and delta; Liger runs in the interpreter."""
     batch = drifted_batch(device=device)
     ratios = (None, *rollout_ratios(batch).values())
-    for (kl, ratio), delta in zip(product(KL, ratios), cycle((None, 2.0)), strict=False):
+    for kl, ratio, delta in cover(KL, ratios, (2.0, None, 1.5)):
         options = {"delta": delta, "importance_sampling_ratio": ratio, **kl}
         check(batch, loss_type="dapo", level=level, **options)
 
 
 @pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo"])
 def test_other_objectives_agree(loss_type, device):
-    """Liger has them at token level alone."""
+    """Liger has them only at token level."""
     batch = drifted_batch(seed=1, device=device)
     ratios = rollout_ratios(batch, seed=1)
     for ratio, kl in zip((None, *ratios.values()), KL, strict=True):
@@ -70,9 +81,12 @@ def test_reductions_agree(loss_type, level, device):
     )
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
+@pytest.mark.parametrize(
+    "loss_type",
+    ["dapo", *(pytest.param(name, marks=slow_if_interpreted) for name in ("cispo", "vespo"))],
+)
 def test_the_kernels_agree(loss_type, device):
-    """Kernel against kernel, with a temperature and the divisor of the whole batch."""
+    """Kernel against kernel, with a temperature and the divisor of the global batch."""
     batch = drifted_batch(seed=3, device=device)
     check(
         batch,
@@ -87,7 +101,7 @@ def test_the_kernels_agree(loss_type, device):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_losses_per_token_agree(level, device):
-    """With an upstream gradient per token, also under the mask, where it must change nothing."""
+    """With an upstream gradient per token, which must have no effect under the mask."""
     batch = drifted_batch(seed=4, device=device)
     upstream = torch.randn(batch.ids.shape, generator=torch.Generator().manual_seed(4)).to(device)
     out, dlogits = check(batch, loss_type="grpo", level=level, upstream=upstream, beta=0.1)
@@ -101,11 +115,16 @@ def test_on_policy_agrees(device):
         check(batch, loss_type="grpo", level=level, beta=0.1)
 
 
+@pytest.fixture(params=["torch", pytest.param("triton", marks=slow_if_interpreted)])
+def implementation(request):
+    return request.param
+
+
 @quiet
 def test_leading_block_of_minus_infinity(implementation, device):
-    """Liger: exp(-inf - -inf) is NaN while its running maximum is -inf (PEERS.md, bug 2).
+    """Liger: exp(-inf - -inf) is NaN while its running maximum is -inf.
 
-    We are right: those columns have probability 0, as if the vocabulary began behind them.
+    Ours is right: those columns have probability 0, as if the vocabulary began after them.
     """
     V, first = 2100, 2048
     batch = make_batch(B=2, T=2, V=V, mask=torch.ones(2, 2).long(), device=device)
@@ -123,9 +142,9 @@ def test_leading_block_of_minus_infinity(implementation, device):
 
 
 def test_small_tensors_are_misread(device):
-    """Liger takes advantages[b] for the b-th number in memory, whatever the shape (bug 7).
+    """Liger reads advantages[b] as the b-th number in memory, whatever the shape.
 
-    It documents (B,) and checks nothing. Ours means what the shape says.
+    It documents (B,) and does not check. Ours respects shape and strides.
     """
     batch = drifted_batch(per_token=True, device=device)
     misread = drifted_batch(device=device)
@@ -133,7 +152,7 @@ def test_small_tensors_are_misread(device):
     misread.advantages = batch.advantages.flatten()[:8]
     peer = liger_loss(batch, loss_type="grpo")
     assert peer.loss == liger_loss(misread, loss_type="grpo").loss
-    out, _ = fused_loss(batch, loss_type="grpo")  # test_parity_trl says it is right
+    out, _ = fused_loss(batch, loss_type="grpo")  # test_parity_trl shows that it is right
     assert (out.loss - peer.loss).abs() > 0.01
     strided = drifted_batch(device=device)
     plain = liger_loss(strided, loss_type="grpo")
@@ -144,7 +163,7 @@ def test_small_tensors_are_misread(device):
 
 
 def test_wrong_ids_pass(device):
-    """Liger reads ids of another width by its own stride, id V as the next row's first (bug 7)."""
+    """Liger reads ids of another width by its own stride, and id V from the next row."""
     batch = drifted_batch(device=device)
     right = batch.ids.masked_fill(batch.mask == 0, 0)
     outside = right.clone()
@@ -153,16 +172,16 @@ def test_wrong_ids_pass(device):
     for ids in (torch.cat([right, right[:, :2]], 1), outside):
         peer = liger_loss(batch, loss_type="grpo", ids=ids)
         assert peer.loss.isfinite() and peer.loss != plain
-        if device == "cpu" or ids is not outside:  # looking would wait for the device
+        if device == "cpu" or ids is not outside:  # a check would synchronise with the device
             with pytest.raises(ValueError, match="completion_(ids|mask)"):
                 fused_loss(batch, loss_type="grpo", ids=ids)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_delta_below_the_upper_bound(level, device):
-    """Liger: no gradient where delta < ratio < 1 + epsilon_high and A < 0 (PEERS.md, bug 8).
+    """Liger: no gradient where delta < ratio < 1 + epsilon_high and A < 0.
 
-    There min picks the clamped ratio, which is the ratio itself: -ratio A is right, as in TRL.
+    There min selects the clamped ratio, which equals the ratio: -ratio A is right, as in TRL.
     """
     batch = drifted_batch(device=device)
     batch.old_logps[3] = fused_loss(batch, loss_type="grpo")[0].logps[3] - 0.2  # ratio 1.22
@@ -176,9 +195,9 @@ def test_delta_below_the_upper_bound(level, device):
 
 
 def test_luspo_depends_on_the_padding(device):
-    """Liger: mean over (B, T) of n_b l, so n_b / T of the paper's mean over b of n_b l (bug 8).
+    """Liger averages n_b l over (B, T): n_b / T times the paper's average over b.
 
-    Padding changes Liger's loss and not ours, which is TRL's and the paper's: the loss of a
+    Padding changes Liger's loss, but not ours, which is the paper's and TRL's: the loss of a
     sequence times its length (https://arxiv.org/abs/2602.05261).
     """
     batch = drifted_batch(device=device)
@@ -193,9 +212,9 @@ def test_luspo_depends_on_the_padding(device):
 
 
 def test_luspo_gradient_of_another_sequence(device):
-    """Liger reads the (B, 1) upstream gradient of row b at b + t, soon behind its end (bug 8).
+    """Liger reads the (B, 1) upstream gradient of row b at b + t, which may be out of bounds.
 
-    The mask leaves only what is inside: token t of row b gets the length of row b + t.
+    The mask keeps b + t in bounds: token t of row b gets the length of row b + t.
     """
     lengths = torch.tensor([6, 4, 5, 3, 2, 3, 2, 1])
     batch = make_batch(
@@ -213,7 +232,7 @@ def test_luspo_gradient_of_another_sequence(device):
 @quiet
 @pytest.mark.parametrize("row", [1, 0], ids=["A=0", "clipped"])
 def test_overflowing_ratio(row, device):
-    """Liger's gradient is inf * 0 = NaN (bug 20); ours is 0, the derivative of a constant."""
+    """Liger's gradient is inf * 0 = NaN; ours is 0, the derivative of a constant."""
     batch = drifted_batch(device=device)
     batch.old_logps[row] -= 100.0
     assert liger_loss(batch, loss_type="grpo").dlogits[row].isnan().any()
@@ -224,7 +243,7 @@ def test_overflowing_ratio(row, device):
 
 @quiet
 def test_overflowing_kl(device):
-    """Liger's k3 of a log-ratio of 100 is inf (bug 20). Ours stops the exponential at e^80."""
+    """Liger's k3 of a log-ratio of 100 is inf. Ours clamps the exponent at 80."""
     batch = drifted_batch(device=device)
     batch.ref_logps[5, 0] += 100.0
     peer = liger_loss(batch, loss_type="grpo", beta=0.1)
@@ -234,7 +253,7 @@ def test_overflowing_kl(device):
 
 
 def test_clip_ratio_of_sequences(device):
-    """Liger averages a sequence's clipping over its tokens; ours, as TRL's, over sequences."""
+    """Liger averages clipped sequences over tokens; ours, as in TRL, over sequences."""
     batch = drifted_batch(device=device)
     options = {"loss_type": "grpo", "level": "sequence"}
     clipped = torch.zeros(8)

@@ -1,4 +1,4 @@
-"""linear_selective_log_softmax against TRL 1.16's ChunkedLogProbFunction, and its bugs pinned."""
+"""linear_selective_log_softmax against ChunkedLogProbFunction of TRL 1.16, and its known bugs."""
 
 import copy
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ TRANSFORMS = {
 
 
 def make_tokens(V, *, H=16, bias=True, dtype=torch.float32, device="cpu", seed=0):
-    """(Case of 4 x 6 tokens, upstream gradients of log-probabilities and entropies)."""
+    """Make (Case of 4 x 6 tokens, upstream gradients of log-probabilities and entropies)."""
     case = with_head(make_batch(4, 6, V, seed=seed), H, bias=bias)
     generator = torch.Generator().manual_seed(seed)
     hidden = 2 * torch.randn(case.hidden.shape, generator=generator)
@@ -35,7 +35,7 @@ def make_tokens(V, *, H=16, bias=True, dtype=torch.float32, device="cpu", seed=0
 
 
 def differentiate(function, case, upstream, *, fill=torch.nan, entropy=True, **options):
-    """(logps, entropies, {name: gradient}) of a function of hidden states, weight, ids, mask."""
+    """Run function(hidden, weight, ids, mask): (logps, entropies, {name: gradient})."""
     batch, (hidden, weight, bias) = case.batch, case.leaves(fill)
     logps, entropies = function(hidden, weight, batch.ids, batch.mask, bias=bias, **options)
     total = (upstream[0] * logps)[batch.mask != 0].sum()
@@ -71,7 +71,7 @@ def assert_logps_agree(got, want, ids, value=2e-6, gradient=5e-6):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("V", [17, 37, 257, 2049])
 def test_log_probabilities_agree_with_trl(V, bias, device):
-    """Every transform, the entropy once unused; our chunks are of rows, TRL's of odd columns."""
+    """All transforms, once without entropy; our chunks are rows, TRL's are columns."""
     case, upstream = make_tokens(V, bias=bias, device=device)
     chunks = zip(cycle((V // 7, V // 2 + 1, V, 2 * V)), cycle((None, 1, 20 * (V + 8))), strict=True)
     for (name, options), (columns, chunk_bytes) in zip(TRANSFORMS.items(), chunks, strict=False):
@@ -90,8 +90,11 @@ def test_the_kernels_agree_with_trl(device):
 
 
 def test_bfloat16_agrees_with_trl(device):
-    """Both round the logits and their gradient once, add up in float32, however it is cut."""
+    """Both round the logits and their gradient once and accumulate in float32, in any chunks."""
     case, upstream = make_tokens(257, bias=False, dtype=torch.bfloat16, device=device)
+    # Exact products and sums: logits are rounded once, whatever the order of a matmul.
+    hidden, weight = ((16 * t).round() / 16 for t in case[1:3])
+    case = case._replace(hidden=hidden, weight=weight)
     truth = exact(case, upstream, logits_dtype=torch.bfloat16)
     for columns, chunk_bytes in ((257, None), (16, 1)):
         got = ours(case, upstream, chunk_bytes=chunk_bytes)
@@ -101,8 +104,10 @@ def test_bfloat16_agrees_with_trl(device):
 
 
 def test_bfloat16_bias_is_rounded_twice(device):
-    """TRL rounds h W^T, then the sum with the bias: logits, and with them gradients, are farther
-    off. Ours, one matmul with the bias in it, rounds once and is right."""
+    """TRL rounds h W^T and then its sum with the bias, so logits and gradients lose accuracy.
+
+    Ours rounds once, after a matmul that includes the bias.
+    """
     case, upstream = make_tokens(257, dtype=torch.bfloat16, device=device)
     truth = exact(case, upstream, logits_dtype=torch.bfloat16)
     assert_logps_agree(ours(case, upstream), truth, case.batch.ids, gradient=8e-3)
@@ -113,8 +118,11 @@ def test_bfloat16_bias_is_rounded_twice(device):
 
 @pytest.mark.parametrize("columns", [8, 37], ids=["leading tile", "one tile"])
 def test_forbidden_columns(columns, device):
-    """A bias of -inf: TRL has 0 * -inf = NaN in the entropy, and exp(-inf - -inf) = NaN everywhere
-    once a leading tile is all -inf (PEERS.md, bug 2). Ours has the head without those rows."""
+    """With a bias of -inf, ours gives the results of the head without those rows.
+
+    TRL: 0 * -inf = NaN in the entropy, and exp(-inf - -inf) = NaN everywhere if a leading tile is
+    all -inf.
+    """
     case, upstream = make_tokens(37, device=device)
     case.batch.ids[case.batch.mask != 0] = case.batch.ids[case.batch.mask != 0].clamp(min=8)
     case.bias[:8] = -torch.inf
@@ -131,9 +139,9 @@ def test_forbidden_columns(columns, device):
 
 
 def test_large_logits(device):
-    """With 1000 added to every logit TRL's log sum(e) - sum(e x) / sum(e) has lost three digits.
+    """With 1000 added to every logit, TRL's log sum(e) - sum(e x) / sum(e) loses three digits.
 
-    Ours is right: relative to the maximum nothing has changed.
+    Ours subtracts the maximum first.
     """
     case, upstream = make_tokens(257, device=device)
     case.bias.add_(1000.0)
@@ -144,10 +152,10 @@ def test_large_logits(device):
 
 
 def test_ids_outside(device):
-    """TRL finds no column for id V and takes 0 for its logit (bug 7); ours raises."""
+    """TRL finds no column for id V and uses 0 as its logit; ours raises."""
     case, upstream = make_tokens(37, device=device)
     case.batch.ids[0, 0] = 37
     assert theirs(case, upstream)[0][0, 0].isfinite()
-    if device == "cpu":  # looking would wait for the device
+    if device == "cpu":  # a check would synchronise with the device
         with pytest.raises(ValueError, match="ids must lie in"):
             ours(case, upstream)

@@ -1,7 +1,7 @@
-"""linear_grpo_loss against Liger 0.8.5's LigerFusedLinearGRPOLoss, and its bugs pinned."""
+"""linear_grpo_loss against LigerFusedLinearGRPOLoss of Liger 0.8.5, and the known bugs of Liger."""
 
 from importlib.util import find_spec
-from itertools import cycle, product
+from itertools import product
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from linear_peers import (
     sampled_case,
     with_head,
 )
-from peers import KL, drifted_batch, rollout_ratios
+from peers import KL, drifted_batch, each_cover, rollout_ratios, slow_if_interpreted
 
 pytestmark = pytest.mark.skipif(
     find_spec("liger_kernel") is None, reason="liger-kernel is not installed"
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.skipif(
 
 CLIP_ROWS = ("grpo", "bnpo", "dr_grpo", "dapo")
 LEVELS = ("token", "sequence")
-# Liger has the others at token level alone; luspo has a test of its own.
+# Liger has the others only at token level; test_luspo_of_liger covers LUSPO.
 ROWS = [*product(CLIP_ROWS, LEVELS), *product(("cispo", "sapo", "vespo"), ("token",))]
 each_row = pytest.mark.parametrize("loss_type, level", ROWS, ids=map("-".join, ROWS))
 
 
 def check(case, chunk_size, chunk_bytes, implementation="auto", *, upstream=1.0, **options):
-    """Against Liger. Both are float32, and vespo takes e to the sum of a sequence."""
+    """Compare with Liger, both in float32."""
     out = linear_loss(case, implementation, chunk_bytes=chunk_bytes, upstream=upstream, **options)
     peer = liger_linear_loss(case, chunk_size=chunk_size, upstream=upstream, **options)
     if options.get("level") == "sequence":  # see test_parity_liger.test_clip_ratio_of_sequences
@@ -40,21 +40,22 @@ def check(case, chunk_size, chunk_bytes, implementation="auto", *, upstream=1.0,
     assert_parity(out, peer, case.batch.ids)
 
 
+@each_cover
 @each_row
-def test_losses_agree_with_liger(loss_type, level, device):
-    """KL, rollout ratio, delta (also below the bound) in every combination; chunks in turn."""
+def test_losses_agree_with_liger(loss_type, level, cover, device):
+    """KL, rollout ratio, delta (also below 1 + epsilon_high), chunks of both."""
     case = drifted_case(device=device)
     deltas = (None, 2.0, 1.1) if loss_type in CLIP_ROWS else (None,)
     ratios = (None, *rollout_ratios(case.batch).values())
-    chunks = zip(cycle((1, 3, 8)), cycle(CHUNK_BYTES), strict=True)
-    for (kl, ratio, delta), chunk in zip(product(KL, ratios, deltas), chunks, strict=False):
+    chunks = tuple(zip((1, 3, 8, 8), CHUNK_BYTES, strict=True))
+    for kl, ratio, delta, chunk in cover(KL, ratios, deltas, chunks):
         options = {"loss_type": loss_type, "level": level, "importance_sampling_ratio": ratio, **kl}
         check(case, *chunk, delta=delta, **options)
 
 
 @each_row
 def test_divisors_and_temperature_agree_with_liger(loss_type, level, device):
-    """No bias, on policy, temperature, the batch's own number of tokens, an upstream gradient."""
+    """On policy, without bias, with temperature, global divisors and an upstream gradient."""
     case = drifted_case(1, bias=False, device=device)
     case.batch.old_logps = None
     for chunk in zip((1, 3, 8, 8), CHUNK_BYTES, strict=True):
@@ -71,7 +72,7 @@ def test_divisors_and_temperature_agree_with_liger(loss_type, level, device):
         )
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("vespo", marks=slow_if_interpreted)])
 def test_the_kernels_agree_with_liger(loss_type, device):
     case = drifted_case(2, device=device)
     ratio = rollout_ratios(case.batch)["(B, T)"]
@@ -80,11 +81,11 @@ def test_the_kernels_agree_with_liger(loss_type, device):
 
 
 def test_luspo_of_liger(device):
-    """Right where its loss is (B, 1): sequence level, no KL, no ratio per token.
+    """Liger is right while its loss is (B, 1): sequence level, no KL, no ratio per token.
 
-    Else it is the mean over (B, T), what lies under the mask too, as TRL had it before 1.16: 1 / T
-    of the paper's loss and padding on top. Ours, as TRL 1.16, sums over the active tokens of a
-    sequence (https://arxiv.org/abs/2602.05261).
+    Otherwise it averages over (B, T), masked tokens included, as TRL did before 1.16: 1 / T of the
+    paper's loss, plus padding. Ours, as TRL 1.16, sums over the active tokens of a sequence
+    (https://arxiv.org/abs/2602.05261).
     """
     case = drifted_case(device=device)
     ratios = rollout_ratios(case.batch)
@@ -104,10 +105,10 @@ def test_luspo_of_liger(device):
 
 
 def test_weight_gradient_of_many_chunks(device):
-    """Liger adds chunks up in bfloat16: five times the error in 64 as in one (PEERS.md, bug 12).
+    """Liger accumulates chunks in bfloat16: 64 chunks have five times the error of one.
 
-    Its gradient of the logits is float32, ours bfloat16: in one chunk it is better. Ours adds up in
-    float32: the same error however it is cut. One of `chunk_size` is Liger's default.
+    Its gradient of the logits is float32, ours bfloat16, so in one chunk Liger is more accurate.
+    Ours accumulates in float32, with the same error in any chunks. Liger's default chunk_size is 1.
     """
     case = sampled_case(64, 8, 64, H=64, dtype=torch.bfloat16, device=device)
     truth = exact_linear_loss(case, loss_type="grpo", logits_dtype=torch.bfloat16)
@@ -124,7 +125,7 @@ def test_weight_gradient_of_many_chunks(device):
 
 
 def test_padding_is_read_by_liger(device):
-    """It multiplies by the mask: NaN hidden states under it are a NaN loss. Ours are never read."""
+    """Liger multiplies by the mask: NaN under it makes the loss NaN. Ours never reads it."""
     case = drifted_case(device=device)
     assert liger_linear_loss(case, loss_type="grpo", fill=torch.nan).loss.isnan()
     check(case, 1, None, loss_type="grpo")
@@ -132,7 +133,7 @@ def test_padding_is_read_by_liger(device):
 
 @pytest.mark.parametrize("row", [1, 0], ids=["A=0", "clipped"])
 def test_overflowing_ratio(row, device):
-    """Liger: inf * 0 = NaN, soon in the whole head (bug 20). That sequence has none in ours."""
+    """Liger: inf * 0 = NaN, which spreads to the gradient of the head. Ours: gradient 0."""
     case = drifted_case(device=device)
     case.batch.old_logps[row] -= 100.0
     assert liger_linear_loss(case, loss_type="grpo").gradients["weight"].isnan().any()
@@ -141,9 +142,9 @@ def test_overflowing_ratio(row, device):
 
 
 def test_advantages_per_token_are_broadcast(device):
-    """(B, T) becomes (B, B, T) in Liger: every sequence of a chunk meets the advantages of all (7).
+    """Liger broadcasts (B, T) to (B, B, T): each sequence meets the advantages of all of its chunk.
 
-    Ours is the oracle's; only one sequence a chunk makes Liger agree.
+    Ours agrees with the oracle. Liger does so only with one sequence per chunk.
     """
     case = with_head(drifted_batch(per_token=True, device=device))
     out = linear_loss(case, loss_type="grpo")
@@ -151,4 +152,4 @@ def test_advantages_per_token_are_broadcast(device):
     check(case, 1, None, loss_type="grpo")
     peer = liger_linear_loss(case, loss_type="grpo", chunk_size=8)
     assert relative_error(peer.loss, out.loss) > 1
-    assert peer.metrics["clip_ratio/region_mean"] > 1  # of a share
+    assert peer.metrics["clip_ratio/region_mean"] > 1  # although it is a share

@@ -1,4 +1,4 @@
-"""`grpo-fused train`: from the examples' configs to a model, resumed, interrupted, refused."""
+"""`grpo-fused train`: runs from configs and examples, resumed, interrupted and rejected."""
 
 import json
 import os
@@ -13,11 +13,12 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from trainer_runs import signal_after
 from transformers import AutoModelForCausalLM
 
 from grpo_fused import cli
 from grpo_fused.demo import make_model, make_tokenizer
-from grpo_fused.trainer.checkpoint import newest
+from grpo_fused.trainer.run.checkpoint import latest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 REWARDS = """
@@ -38,7 +39,7 @@ def broken(completions, answer, **columns):
 
 @pytest.fixture(autouse=True)
 def own_accelerator():
-    """Accelerate keeps the first one's settings for a process; runs have their own."""
+    """Lets each run configure Accelerate, which keeps the first settings of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -74,7 +75,7 @@ def weights_of(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
 
 
-def test_a_run_and_what_it_leaves(files, tmp_path, capsys):
+def test_a_run_and_its_files(files, tmp_path, capsys):
     options = {"eval_data": files / "rows.jsonl", "eval_steps": 2, "completions_steps": 1}
     assert cli.main(arguments_of(files, tmp_path, report_to="tensorboard", **options)) == 0
     lines = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
@@ -97,7 +98,7 @@ def test_a_run_and_what_it_leaves(files, tmp_path, capsys):
     )
 
 
-def test_a_resumed_run_is_the_run_that_never_stopped(files, tmp_path, capsys):
+def test_a_resumed_run_is_the_run_that_never_stopped(files, tmp_path, capsys, no_plot):
     options = {"num_iterations": 2, "beta": 0.1, "rewards": f"[{files}/rewards.py:digits]"}
     assert cli.main(arguments_of(files, tmp_path / "a", **options)) == 0
     assert cli.main(arguments_of(files, tmp_path / "b", **options | {"max_steps": 1})) == 0
@@ -110,10 +111,10 @@ def test_a_resumed_run_is_the_run_that_never_stopped(files, tmp_path, capsys):
     assert cli.main(arguments_of(files, tmp_path / "b", **resumed | {"beta": 0.2})) == 1
     assert "resume: beta is 0.2, the checkpoint has 0.1" in capsys.readouterr().err
     assert cli.main(arguments_of(files, tmp_path / "b", **options)) == 1
-    assert "of an earlier run: resume=latest continues it" in capsys.readouterr().err
+    assert "of an earlier run; set resume=latest to continue that run" in capsys.readouterr().err
 
 
-def test_the_gsm8k_example(files, tmp_path, monkeypatch):
+def test_the_gsm8k_example(files, tmp_path, monkeypatch, no_plot):
     pytest.importorskip("math_verify")
     monkeypatch.chdir(ROOT)
     given = {"model": files / "model", "output_dir": tmp_path, "max_completion_length": 3}
@@ -124,7 +125,7 @@ def test_the_gsm8k_example(files, tmp_path, monkeypatch):
     assert len(steps_of(tmp_path)) == 3
 
 
-def test_the_example_of_sums(files, tmp_path, monkeypatch):
+def test_the_example_of_sums(files, tmp_path, monkeypatch, no_plot):
     monkeypatch.chdir(ROOT)
     rows = tmp_path / "sums.jsonl"
     subprocess.run([sys.executable, "examples/sums.py", rows], check=True)
@@ -138,11 +139,27 @@ def test_the_example_of_sums(files, tmp_path, monkeypatch):
     assert right_sum(["5\n3", " 5\n", "5", "55\n", "4\n"], ["5"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
-def ended_by_sigterm(files, tmp_path, start):
-    """(exit code, output) of a long run that got SIGTERM after its second step, as a group."""
+def test_sigterm_saves_and_the_run_can_be_resumed(files, tmp_path, capsys):
     command = arguments_of(files, tmp_path, max_steps=100_000, save_steps="none")
+    with signal_after(signal.SIGTERM, tmp_path / "metrics.jsonl", lines=2):
+        assert cli.main(command) == 128 + signal.SIGTERM
+    done = len(steps_of(tmp_path))
+    assert f"interrupted after {done} of 100000 steps" in capsys.readouterr().out
+    assert (tmp_path / f"checkpoint-{done}").is_dir() and (tmp_path / "reward.png").exists()
+    command = arguments_of(files, tmp_path, max_steps=done + 1, save_steps="none", resume="latest")
+    assert cli.main(command) == 0
+    assert list(steps_of(tmp_path)) == list(range(1, done + 2))
+
+
+def test_sigterm_of_a_launcher_and_its_ranks(files, tmp_path):
+    """The launcher forwards the signal to ranks that have it already, and waits 30 s for them."""
+    start = "-m torch.distributed.run --standalone --nproc_per_node 2 -m grpo_fused.cli".split()
     process = subprocess.Popen(
-        [sys.executable, *start, *command],
+        [
+            sys.executable,
+            *start,
+            *arguments_of(files, tmp_path, max_steps=10**5, save_steps="none"),
+        ],
         cwd=tmp_path,  # not the checkout, whose folders must not be importable
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -157,29 +174,11 @@ def ended_by_sigterm(files, tmp_path, start):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=240)
-    return process.returncode, output
-
-
-def test_sigterm_saves_and_the_run_goes_on(files, tmp_path):
-    program = "import sys; from grpo_fused.cli import main; sys.exit(main())"
-    code, output = ended_by_sigterm(files, tmp_path, ["-c", program])
-    assert code == 128 + signal.SIGTERM
     done = len(steps_of(tmp_path))
-    assert f"interrupted after {done} of 100000 steps" in output
-    assert (tmp_path / f"checkpoint-{done}").is_dir() and (tmp_path / "reward.png").exists()
-    command = arguments_of(files, tmp_path, max_steps=done + 1, save_steps="none", resume="latest")
-    assert cli.main(command) == 0
-    assert list(steps_of(tmp_path)) == list(range(1, done + 2))
-
-
-def test_sigterm_of_a_launcher_and_its_ranks(files, tmp_path):
-    """The launcher forwards it to ranks that have it already; it waits for them for 30 s."""
-    start = "-m torch.distributed.run --standalone --nproc_per_node 2 -m grpo_fused.cli"
-    code, output = ended_by_sigterm(files, tmp_path, start.split())
-    done = len(steps_of(tmp_path))
-    assert code != 0 and f"interrupted after {done} of 100000 steps" in output
-    assert newest(tmp_path).name == f"checkpoint-{done}"
-    assert {path.name for path in newest(tmp_path).iterdir()} >= {"rank_0.pt", "rank_1.pt"}
+    assert process.returncode != 0 and f"interrupted after {done} of 100000 steps" in output
+    last = latest_checkpoint(tmp_path)
+    assert last.name == f"checkpoint-{done}"
+    assert {path.name for path in last.iterdir()} >= {"rank_0.pt", "rank_1.pt"}
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
@@ -189,16 +188,16 @@ def test_sigterm_of_a_launcher_and_its_ranks(files, tmp_path):
         ({"max_stpes": 3}, 2, "there is no option max_stpes (did you mean max_steps?)"),
         ({"max_steps": "many"}, 2, "max_steps must be an integer, got 'many'"),
         ({"loss_type": "grop"}, 2, "loss_type must be one of grpo, "),
-        ({"rewards": ""}, 2, "rewards is needed, got []"),
-        ({"data": "nowhere.jsonl"}, 1, "there is no file or folder nowhere.jsonl"),
+        ({"rewards": ""}, 2, "rewards is required, got []"),
+        ({"data": "nowhere.jsonl"}, 1, "no such file or folder: nowhere.jsonl"),
         ({"rewards": "nowhere.py:f"}, 1, "there is no file nowhere.py"),
         ({"model": "{files}/none"}, 1, "/none cannot be loaded: "),
         ({"rewards": "{files}/rewards.py:wrong"}, 1, "reward wrong must return one value per com"),
         ({"rewards": "{files}/rewards.py:fails"}, 1, "reward fails failed on example "),
-        ({"data_columns": "{prompt: question}"}, 1, "has no column question: there are prompt, an"),
+        ({"data_columns": "{prompt: question}"}, 1, "has no column question, only prompt, an"),
     ],
 )
-def test_bad_input_is_said_in_one_line(files, tmp_path, capsys, options, code, message):
+def test_invalid_input_gives_one_line(files, tmp_path, capsys, options, code, message):
     options = {k: str(v).replace("{files}", str(files)) for k, v in options.items()}
     assert cli.main(arguments_of(files, tmp_path / "run", **options)) == code
     lines = capsys.readouterr().err.splitlines()
@@ -211,8 +210,9 @@ def test_an_output_dir_that_is_a_file(files, capsys):
     assert "rows.jsonl" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_failing_reward_stops_the_run_with_its_example(files, tmp_path, capsys):
-    command = arguments_of(files, tmp_path, rewards=f"{files}/rewards.py:broken", max_steps=99)
+def test_a_failing_reward_stops_the_run_with_its_example(files, tmp_path, capsys, no_plot):
+    options = {"rewards": f"{files}/rewards.py:broken", "max_steps": 99, "save_steps": "none"}
+    command = arguments_of(files, tmp_path, **options)
     assert cli.main(command) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.search("broken failed on example .*ZeroDivision.*prompt: '9", said)
@@ -227,12 +227,12 @@ def test_help_and_no_arguments(capsys):
     assert cli.main(["train"]) == 2
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    assert "train a language model as a config file says" in capsys.readouterr().out
+    assert "train a language model with the settings of a config file" in capsys.readouterr().out
 
 
 def test_every_example_is_a_config():
     from grpo_fused.trainer import TrainConfig
-    from grpo_fused.trainer.options import load_options
+    from grpo_fused.trainer.run.options import load_options
 
     for path in (ROOT / "examples").glob("*.yaml"):
         config = load_options(TrainConfig, path)

@@ -1,4 +1,4 @@
-"""Rows from files, data sets and tasks: the same rows from each, and errors that say where."""
+"""Rows from files, data sets and tasks: the same rows from each, and errors with line numbers."""
 
 import csv
 import json
@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 
-from grpo_fused.trainer.data import load_rows
+from grpo_fused.trainer.run.data import load_rows
 
 ROWS = [{"prompt": f"{a}+1=", "answer": str(a + 1)} for a in range(5)]
 
@@ -51,7 +51,7 @@ def test_a_system_prompt_makes_chats(source):
         {"role": "system", "content": "Add."},
         {"role": "user", "content": "0+1="},
     ]
-    with pytest.raises(ValueError, match="system_prompt is for prompts that are text, got "):
+    with pytest.raises(ValueError, match="system_prompt requires text prompts, got "):
         load_rows([{"prompt": messages}], system_prompt="Add.")
 
 
@@ -66,7 +66,7 @@ def test_chats_stay_what_they_are_and_missing_columns_are_none(tmp_path):
     ]
 
 
-def test_long_fields_and_the_mark_of_windows(tmp_path):
+def test_long_fields_and_byte_order_marks(tmp_path):
     long = "1" * 200_000
     (tmp_path / "a.csv").write_text(f"prompt,answer\n{long},2\n")
     assert load_rows(tmp_path / "a.csv")[0]["prompt"] == long
@@ -78,7 +78,7 @@ def test_a_split_is_chosen(tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(train=data, test=data.select([4])).save_to_disk(tmp_path / "d")
     assert load_rows(tmp_path / "d", split="test")[0]["prompt"] == "4+1="
-    with pytest.raises(ValueError, match=r"no split tset \(did you mean test\?\): there are train"):
+    with pytest.raises(ValueError, match=r"no split tset \(did you mean test\?\), only train"):
         load_rows(tmp_path / "d", split="tset")
 
 
@@ -97,9 +97,13 @@ def test_a_task_by_name():
     "name, text, message",
     [
         ("a.jsonl", "", "a.jsonl has no rows"),
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "a.jsonl, line 2 is not JSON: Expecting"),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"prompt": \n',
+            "a.jsonl, line 2 is not valid JSON: Expecting",
+        ),
         ("a.jsonl", '\n\n["x"]\n', r"a.jsonl, line 3 must be an object, got \['x'\]"),
-        ("a.jsonl", '{"promt": "x", "y": 1}', r"no column prompt \(did you mean promt\?\): there"),
+        ("a.jsonl", '{"promt": "x", "y": 1}', r"no column prompt \(did you mean promt\?\), only"),
         ("a.jsonl", '{"prompt": ""}', "a.jsonl: prompt of row 0 must be text or a list of mess"),
         ("a.jsonl", '{"prompt": "x"}\n{"y": 1}', "prompt of row 1 must be text .*, got None"),
         ("a.jsonl", '{"prompt": [{"role": "user"}]}', "prompt of row 0 must be text or a list"),
@@ -107,19 +111,19 @@ def test_a_task_by_name():
         ("a.csv", "prompt,answer\n1,2\n3\n", "a.csv, line 3 must have 2 values, got 1"),
         ("a.csv", "prompt,answer\n1,2,3\n", "a.csv, line 2 must have 2 values, got 3"),
         ("a.parquet", "text", "a.parquet cannot be read"),
-        ("a.txt", "text", "a.txt must end in .jsonl, .parquet, .csv"),
+        ("a.txt", "text", "data must end in .jsonl, .parquet, .csv or .*, got .*a.txt"),
     ],
 )
-def test_bad_files_are_refused_by_line(tmp_path, name, text, message):
+def test_invalid_files_are_rejected_by_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load_rows(str(tmp_path / name))
 
 
-def test_what_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="there is no file or folder nowhere.jsonl"):
+def test_missing_files_and_columns(tmp_path):
+    with pytest.raises(ValueError, match="no such file or folder: nowhere.jsonl"):
         load_rows("nowhere.jsonl")
-    with pytest.raises(ValueError, match="is no folder that `datasets` saved to disk"):
+    with pytest.raises(ValueError, match="is not a data set that `datasets` saved to disk"):
         load_rows(str(tmp_path))
     with pytest.raises(ValueError, match=r"data \(list\) has no rows"):
         load_rows([])

@@ -1,8 +1,6 @@
-"""Bad input and faults: an error that names it before harm is done, or what is defined."""
+"""Invalid input and faults: an error that names the cause, or a defined result."""
 
 import resource
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,20 +8,20 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration
 from peft import LoraConfig
-from trainer_runs import ROWS, Log, Scores, judge, trainer_of, weights_of
+from trainer_runs import ROWS, MemoryLog, RewardScores, partial_credit, trainer_of, weights_of
 
-from grpo_fused import LOSSES, GRPOTrainerConfig
+from grpo_fused import GRPOTrainerConfig
 from grpo_fused.demo import make_model, make_tokenizer
-from grpo_fused.trainer.errors import TrainingError
-from grpo_fused.trainer.setup import check_accelerator, check_model
-from grpo_fused.trainer.tracking import RunLog, read_metrics
+from grpo_fused.trainer.run.errors import TrainingError
+from grpo_fused.trainer.run.log import RunLog, read_metrics
+from grpo_fused.trainer.run.validation import check_accelerator, check_model
 
 
-def test_nothing_but_end_tokens(tmp_path):
+def test_completions_of_only_an_end_token(tmp_path):
     def ends(prompts, trainer):
         return {"completion_ids": [[1]] * len(prompts)}
 
-    trainer, records = trainer_of(tmp_path, rollout_fn=ends, rewards=lambda *_: Scores(
+    trainer, records = trainer_of(tmp_path, rollout_fn=ends, rewards=lambda *_: RewardScores(
         torch.arange(16.0), {}))  # fmt: skip
     trainer.train()
     assert records[1]["completions/max_length"] == 1 and records[1]["grad_norm"] > 0
@@ -31,7 +29,7 @@ def test_nothing_but_end_tokens(tmp_path):
 
 @pytest.mark.parametrize("completion", [[], [5, 5]])
 def test_nothing_to_train_on_is_a_step_that_changes_nothing(tmp_path, completion):
-    """Empty completions, or all cut off and masked: a differentiable 0."""
+    """All completions are empty, or truncated and masked: the loss is a differentiable 0."""
 
     def nothing(prompts, trainer):
         return {"completion_ids": [completion] * len(prompts)}
@@ -46,7 +44,7 @@ def test_nothing_to_train_on_is_a_step_that_changes_nothing(tmp_path, completion
     assert all(torch.equal(before[name], w) for name, w in weights_of(trainer).items())
 
 
-def test_a_group_of_one_is_warned_of_and_trains_nothing(tmp_path):
+def test_a_group_of_one_warns_and_does_not_train(tmp_path):
     with pytest.warns(UserWarning, match="num_generations is 1"):
         trainer, records = trainer_of(tmp_path, num_generations=1)
     trainer.train()
@@ -61,32 +59,36 @@ def fails(*_):
     "options, error, message",
     [
         ({"data": []}, ValueError, "data has no rows"),
-        ({"data": {"train": ROWS}}, ValueError, "data must be rows, got a dict of train"),
+        (
+            {"data": {"train": ROWS}},
+            ValueError,
+            "must be a sequence of rows, got a dict of train",
+        ),
         ({"data": iter(ROWS)}, ValueError, "data must have a length, got list_iterator"),
-        ({"data": [{"question": "?"}]}, ValueError, 'rows must be dicts with a "prompt"'),
+        ({"data": [{"question": "?"}]}, ValueError, 'data must have dicts with a "prompt"'),
         (
             {"data": [ROWS[0], {"answer": "3"}]},
             ValueError,
             "a row has no \"prompt\": {'answer': '3'}",
         ),
-        ({"eval_steps": 3}, ValueError, "eval_steps is 3, but there is no eval_data"),
+        ({"eval_steps": 3}, ValueError, "eval_steps = 3 requires eval_data, got None"),
         ({"eval_steps": 3, "eval_data": []}, ValueError, "eval_data has no rows"),
         ({"report_to": ["wandbb"]}, ValueError, "report_to: wandbb is not installed or unknown"),
         ({"rewards": fails}, RuntimeError, "no such answer"),
         (
-            {"rewards": lambda *_: Scores(torch.ones(3), {})},
+            {"rewards": lambda *_: RewardScores(torch.ones(3), {})},
             ValueError,
             r"total must have shape \(16,\), got \(3,\)",
         ),
         (
-            {"rewards": lambda *_: Scores(torch.full((16,), float("inf")), {})},
+            {"rewards": lambda *_: RewardScores(torch.full((16,), float("inf")), {})},
             ValueError,
             "total must be finite or NaN",
         ),
     ],
 )
 def test_bad_input_is_an_error_that_names_it(tmp_path, options, error, message):
-    log = Log()
+    log = MemoryLog()
     with pytest.raises(error, match=message):
         trainer, _ = trainer_of(tmp_path, run_log=log, **options)
         trainer.train()
@@ -107,23 +109,23 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_applied(tmp_path):
         nonlocal hook
         if trainer.step == 2:
             hook = weight.register_post_accumulate_grad_hook(broken)
-        return judge(*arguments)
+        return partial_credit(*arguments)
 
     trainer.rewards = rewards
-    with pytest.raises(FloatingPointError, match="grad_norm is nan in step 3: the step is not ta"):
+    with pytest.raises(FloatingPointError, match="grad_norm is nan in step 3; the step is not ap"):
         trainer.train()
     assert weight.isfinite().all() and (tmp_path / "checkpoint-2").exists()
 
 
 def test_a_disk_that_fills_while_training(tmp_path):
-    """The error names what is left, and the log has every step that was taken."""
+    """The error names the last good checkpoint, and the log has every step."""
     log = RunLog(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def rewards(*arguments):
         if trainer.step == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        return judge(*arguments)
+        return partial_credit(*arguments)
 
     trainer, _ = trainer_of(tmp_path, rewards=rewards, run_log=log, save_steps=1)
     try:
@@ -139,7 +141,7 @@ def test_a_disk_that_fills_while_training(tmp_path):
     assert again.train() == (4, None)
 
 
-def test_a_head_that_cannot_be_fused_wants_logits(tmp_path):
+def test_a_head_that_cannot_be_fused_requires_logits(tmp_path):
     head = LoraConfig(r=2, target_modules=["lm_head"])
     with pytest.raises(ValueError, match='cannot be fused.*loss_input "logits" works with any'):
         trainer_of(tmp_path, peft_config=head)
@@ -151,11 +153,11 @@ def test_a_head_that_cannot_be_fused_wants_logits(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"mixed_precision": "bf16"}, "mixed_precision is 'no', that of the accelerator is 'bf16'"),
+        ({"mixed_precision": "bf16"}, "mixed_precision is 'no', but the accelerator has 'bf16'"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1, .*, got 2"),
         (
             {"parallelism_config": SimpleNamespace(tp_size=2, cp_size=1)},
-            "must each have rows of their own .* got tensor parallel 2, context parallel 1",
+            "must be data parallel .* got tensor parallel size 2, context parallel size 1",
         ),
         (
             {"project_configuration": ProjectConfiguration(automatic_checkpoint_naming=True)},
@@ -164,7 +166,7 @@ def test_a_head_that_cannot_be_fused_wants_logits(tmp_path):
         ({"distributed_type": DistributedType.FSDP}, "FSDP must be version 2"),
     ],
 )
-def test_accelerators_that_do_not_fit(settings, message):
+def test_incompatible_accelerators(settings, message):
     plain = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "parallelism_config": None}
     plain |= {"distributed_type": "NO", "is_fsdp2": False, "project_configuration": None}
     check_accelerator(GRPOTrainerConfig(), SimpleNamespace(**plain))
@@ -175,12 +177,12 @@ def test_accelerators_that_do_not_fit(settings, message):
 def test_gradients_in_float16_cannot_be_scaled(tmp_path):
     model, config = make_model(make_tokenizer()), GRPOTrainerConfig(mixed_precision="fp16")
     check_model(model, config)
-    with pytest.raises(ValueError, match="mixed_precision fp16 wants a model in float32, .* got "):
+    with pytest.raises(ValueError, match="mixed_precision fp16 requires a float32 model, .* got "):
         check_model(model.half(), config)
     check_model(model.half(), GRPOTrainerConfig())
 
 
-def test_groups_and_minibatches_that_ranks_cannot_share(tmp_path):
+def test_groups_and_minibatches_that_cannot_be_divided_among_ranks(tmp_path):
     class Three(Accelerator):
         num_processes = 3
 
@@ -188,20 +190,3 @@ def test_groups_and_minibatches_that_ranks_cannot_share(tmp_path):
         trainer_of(tmp_path, accelerator=Three(cpu=True))
     with pytest.raises(ValueError, match="minibatches must divide the 4 sequences of each of 3"):
         trainer_of(tmp_path, accelerator=Three(cpu=True), prompts_per_rollout=3, minibatches=3)
-
-
-def test_the_name_needs_the_extra_only_when_it_is_used(tmp_path):
-    program = (
-        "import sys; sys.modules.update(transformers=None, accelerate=None)\n"
-        "import grpo_fused; from grpo_fused import *; print(len(grpo_fused.LOSSES))\n"
-        "try: grpo_fused.nothing\nexcept AttributeError as error: print(error)\n"
-        "try: grpo_fused.GRPOTrainer\nexcept ImportError as error: print('needs', error.name)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.splitlines() == [
-        str(len(LOSSES)),
-        "module 'grpo_fused' has no attribute 'nothing'",
-        "needs accelerate",
-    ]

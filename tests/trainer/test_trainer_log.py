@@ -1,4 +1,4 @@
-"""The log of a run: every step once and in order, whatever stopped the run before."""
+"""The log of a run has each step once and in order, however an earlier run ended."""
 
 import json
 import math
@@ -6,7 +6,8 @@ import resource
 
 import pytest
 
-from grpo_fused.trainer.tracking import RunLog, plot, read_metrics
+from grpo_fused.trainer.run.log import RunLog, read_metrics
+from grpo_fused.trainer.run.plot import plot_history
 
 
 def steps_of(folder):
@@ -30,17 +31,17 @@ def test_lines_are_on_the_disk_as_they_are_written(tmp_path):
     assert steps_of(tmp_path / "a" / "b") == [(1, 0.5), (2, 0.75)]
 
 
-def test_a_resumed_run_replaces_the_steps_that_it_repeats(tmp_path):
+def test_a_resumed_run_replaces_the_steps_that_it_repeats(tmp_path, no_plot):
     logged(tmp_path, range(1, 8), 0.0)  # killed: never closed
     logged(tmp_path, range(5, 9), 1.0).close()
     assert steps_of(tmp_path) == [(i, 0.0) for i in range(1, 5)] + [(i, 1.0) for i in range(5, 9)]
     logged(tmp_path, range(0, 3), 2.0)
     assert steps_of(tmp_path) == [(0, 2.0), (1, 2.0), (2, 2.0)]
-    logged(tmp_path, range(1, 3), 3.0)  # a fresh start: an older evaluation is no part of it
+    logged(tmp_path, range(1, 3), 3.0)  # a fresh start drops an older evaluation
     assert steps_of(tmp_path) == [(1, 3.0), (2, 3.0)]
 
 
-def test_a_run_that_logs_nothing_leaves_what_is_there(tmp_path):
+def test_a_run_without_steps_keeps_the_log(tmp_path, no_plot):
     logged(tmp_path, range(1, 4), 0.0).close()
     RunLog(tmp_path).close()
     assert len(steps_of(tmp_path)) == 3
@@ -95,17 +96,17 @@ def test_completions_for_people_and_for_programs(tmp_path):
     )
 
 
-@pytest.mark.parametrize("length", [1, 3, 200])
-def test_a_picture_of_any_length(tmp_path, length):
+@pytest.mark.parametrize("length", [1, 200])
+def test_a_plot_of_any_length(tmp_path, length):
     history = [{"step": i, "reward": i / length, "entropy": 1.0} for i in range(1, length + 1)]
     history.insert(0, {"step": 0, "eval/reward": 0.5})
     history[-1] |= {"eval/reward": 0.75, "kl": None}
-    plot(history, tmp_path / "reward.png", "a title")
+    plot_history(history, tmp_path / "reward.png", "a title")
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [path.name for path in tmp_path.iterdir()] == ["reward.png"]
 
 
-def test_no_reward_no_picture(tmp_path):
+def test_no_plot_without_rewards(tmp_path):
     log = RunLog(tmp_path)
     log.write(1, {"reward": math.nan})
     log.close()

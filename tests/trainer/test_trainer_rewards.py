@@ -1,4 +1,4 @@
-"""Rewards: signature, None, weights, async, steps, models; errors that name who and what."""
+"""Rewards: signatures, None, weights, async, steps, models, and errors that name the cause."""
 
 import asyncio
 import math
@@ -9,15 +9,15 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from grpo_fused.demo import make_tokenizer
-from grpo_fused.trainer.judges import (
-    NEEDS,
-    READY,
-    RewardModel,
+from grpo_fused.trainer.rewards import Rewards
+from grpo_fused.trainer.rewards.builtin import (
+    BUILTIN,
+    PACKAGES,
     exact_match,
     math_verify,
     reasoning_gym,
 )
-from grpo_fused.trainer.rewards import Rewards
+from grpo_fused.trainer.rewards.reward_model import RewardModel
 
 PROMPTS = ["1?2=", "3?4=", "5?6="]
 COMPLETIONS = ["2", "3", "66"]
@@ -25,7 +25,7 @@ IDS = [[4, 1], [5, 1], [8, 8]]
 COLUMNS = {"answer": ["2", "4", "6"]}
 
 
-def judged(functions, weights=None, completions=COMPLETIONS, columns=COLUMNS):
+def score(functions, weights=None, completions=COMPLETIONS, columns=COLUMNS):
     return Rewards(functions, weights)(PROMPTS, completions, IDS, columns)
 
 
@@ -60,23 +60,23 @@ def test_functions_get_what_their_signature_names():
     assert scores.total.dtype == torch.float32 and scores.steps is None
 
 
-def test_weights_and_what_is_not_judged():
+def test_weights_and_missing_scores():
     def some(completions, **kwargs):
         return [None, 2, None]
 
     def others(completions, **kwargs):
         return [1.0, True, None]
 
-    scores = judged([some, others], [0.5, 3.0])
+    scores = score([some, others], [0.5, 3.0])
     assert scores.total[:2].tolist() == [3.0, 4.0] and scores.total[2].isnan()
     assert scores.each["some"][1] == 2.0 and scores.each["some"][[0, 2]].isnan().all()
     assert scores.each["others"][:2].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, numpy.array, tuple, list])
-def test_whatever_holds_numbers(kind):
-    assert judged(lambda completions: kind([1.0, 2.0, 3.0])).total.tolist() == [1.0, 2.0, 3.0]
-    assert judged(lambda completions: list(kind([1, 2, 3]))).total.tolist() == [1.0, 2.0, 3.0]
+def test_any_sequence_of_numbers(kind):
+    assert score(lambda completions: kind([1.0, 2.0, 3.0])).total.tolist() == [1.0, 2.0, 3.0]
+    assert score(lambda completions: list(kind([1, 2, 3]))).total.tolist() == [1.0, 2.0, 3.0]
 
 
 def test_async_functions_run_at_the_same_time_even_inside_a_loop():
@@ -96,14 +96,14 @@ def test_async_functions_run_at_the_same_time_even_inside_a_loop():
             return [0.5] * len(completions)
 
     async def inside():
-        return judged([waiting(1), waiting(2), Caller(), length])
+        return score([waiting(1), waiting(2), Caller(), length])
 
     scores = asyncio.run(asyncio.wait_for(inside(), 30))
     assert scores.total.tolist() == [4.5, 4.5, 5.5]
     assert list(scores.each) == ["function", "function_2", "Caller", "length"]
 
 
-def test_what_is_bound_to_a_loop_lasts():
+def test_all_rollouts_share_one_event_loop():
     """A client or a lock that a reward keeps belongs to the loop that it was first used in."""
     lock = asyncio.Lock()
 
@@ -124,7 +124,7 @@ def test_rewards_may_log():
         log_extra("read", [text * 2 for text in completions])
         return [1.0] * len(completions)
 
-    scores = judged([logs, length])
+    scores = score([logs, length])
     assert scores.metrics == {"share": [0.5, 1.0]}
     assert scores.extra == {"read": ["22", "33", "6666"]}
 
@@ -133,11 +133,11 @@ def test_steps_and_numbers_together():
     def steps(completions, **kwargs):
         return [[(0, 1.0), (1, 0.5)], None, []]
 
-    scores = judged([steps], [2.0])
+    scores = score([steps], [2.0])
     assert scores.steps == [[(0, 2.0), (1, 1.0)], [], []]
     assert scores.total[0] == 3.0 and scores.total[1:].isnan().all()
 
-    scores = judged([steps, length], [2.0, 10.0])
+    scores = score([steps, length], [2.0, 10.0])
     assert scores.steps == [[(0, 2.0), (1, 1.0), (1, 10.0)], [(1, 10.0)], [(1, 20.0)]]
     assert scores.total.tolist() == [13.0, 10.0, 20.0]
 
@@ -156,8 +156,8 @@ def function_of(result):
         (1.0, "one value per completion, 3, got 1.0"),
         (None, "one value per completion, 3, got None"),
         (torch.tensor(1.0), "one value per completion, 3, got 1.0"),
-        ([1.0, math.nan, 2.0], "bad: value 1 must be finite, or None for not judged, got nan"),
-        ([1.0, 2.0, math.inf], "bad: value 2 must be finite, or None for not judged, got inf"),
+        ([1.0, math.nan, 2.0], "bad: value 1 must be finite, or None for no score, got nan"),
+        ([1.0, 2.0, math.inf], "bad: value 2 must be finite, or None for no score, got inf"),
         (["1", 1, 1], "bad: value 0 must be a number or None, got '1'"),
         ([{}, 1, 1], "bad: value 0 must be a number or None, got {}"),
         ([[1], [], []], r"a step of completion 0 must be \(end_token, score\), got 1"),
@@ -168,9 +168,9 @@ def function_of(result):
         ([[(0, "x")], [], []], "step score 0 must be a number"),
     ],
 )
-def test_results_are_refused_by_function_and_value(result, message):
+def test_invalid_results_are_rejected_by_function_and_value(result, message):
     with pytest.raises(ValueError, match=message):
-        judged(function_of(result))
+        score(function_of(result))
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -186,7 +186,7 @@ def test_a_failing_reward_names_its_example(is_async):
         "prompt: '5\\?6='; completion: '66'"
     )
     with pytest.raises(RuntimeError, match=message) as raised:
-        judged(check_later if is_async else check)
+        score(check_later if is_async else check)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
@@ -200,7 +200,7 @@ def test_a_reward_that_fails_on_a_batch_only_says_so():
         return [1.0]
 
     with pytest.raises(RuntimeError, match=r"batches failed on 3 .* none alone \(KeyError: 'two'"):
-        judged(batches)
+        score(batches)
 
 
 def test_a_missing_column_is_named():
@@ -211,24 +211,28 @@ def test_a_missing_column_is_named():
         return [1.0] * 3
 
     for function in (needs, needs_it_too):
-        with pytest.raises(ValueError, match="needs.* wants solution, .*there are .*answer"):
-            judged(function)
+        with pytest.raises(ValueError, match="needs.* requires solution, .*available are .*answer"):
+            score(function)
 
 
 @pytest.mark.parametrize(
     "functions, weights, message",
     [
-        ([], None, "at least one function is needed"),
-        ([3], None, "a function is wanted, got 3"),
+        ([], None, "at least one function, got none"),
+        ([3], None, "must be functions or their names, got 3"),
         ([length], [1.0, 2.0], r"one finite number per reward, 1, got \[1.0, 2.0\]"),
         ([length], [math.nan], "one finite number per reward, 1"),
-        (["exact_mach"], None, r"exact_mach' is neither .*\(did you mean exact_match\?\)"),
+        (
+            ["exact_mach"],
+            None,
+            r"one of .*, got 'exact_mach' \(did you mean exact_match\?\)",
+        ),
         (["nowhere.py:f"], None, "there is no file nowhere.py"),
         (["no.such.module:f"], None, "module no.such.module cannot be imported"),
         (["math:gdc"], None, r"math has no function gdc \(did you mean gcd\?\)"),
     ],
 )
-def test_rewards_that_cannot_be_made(functions, weights, message):
+def test_rewards_that_cannot_be_resolved(functions, weights, message):
     with pytest.raises(ValueError, match=message):
         Rewards(functions, weights)
 
@@ -236,7 +240,9 @@ def test_rewards_that_cannot_be_made(functions, weights, message):
 def test_functions_by_path(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def good(completions, **kwargs):\n    return [7.0] * len(completions)\n")
-    rewards = Rewards([f"{path}:good", "grpo_fused.trainer.judges:exact_match", "exact_match"])
+    rewards = Rewards(
+        [f"{path}:good", "grpo_fused.trainer.rewards.builtin:exact_match", "exact_match"]
+    )
     assert list(rewards.functions) == ["good", "exact_match", "exact_match_2"]
     assert rewards(PROMPTS, COMPLETIONS, IDS, COLUMNS).total.tolist() == [9.0, 7.0, 7.0]
     path.write_text("1 / 0")
@@ -244,16 +250,17 @@ def test_functions_by_path(tmp_path):
         Rewards(f"{path}:good")
 
 
-def test_ready_ones():
+def test_builtin_rewards():
     chat = [[{"role": "assistant", "content": text}] for text in (" 2 ", "3", "x")]
     assert exact_match(chat, [2, "4", "y"]) == [1.0, 0.0, 0.0]
-    assert set(READY) == {"exact_match", "math_verify", "reasoning_gym"}
+    assert set(BUILTIN) == {"exact_match", "math_verify", "reasoning_gym"}
 
 
-@pytest.mark.parametrize("name", NEEDS)
-def test_a_ready_one_names_the_package_that_it_needs(monkeypatch, name):
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_builtin_names_the_package_that_it_needs(monkeypatch, name):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=f"{name} needs {NEEDS[name]}: pip install {NEEDS[name]}"):
+    package = PACKAGES[name]
+    with pytest.raises(ValueError, match=f"{name} needs {package}: pip install {package}"):
         Rewards(name)
 
 
@@ -273,7 +280,7 @@ def test_math_reads_answers_whole(answer):
     assert math_verify(texts, [answer] * 2) == [1.0, 0.0]
 
 
-def test_columns_of_the_data_do_not_stand_for_completions():
+def test_columns_of_the_data_do_not_replace_completions():
     """A data set of answers by another model, say."""
     columns = {"completions": ["a"] * 3, "completion_ids": ["b"] * 3, "trainer_state": ["c"] * 3}
     seen = {}
@@ -287,7 +294,7 @@ def test_columns_of_the_data_do_not_stand_for_completions():
     assert seen["trainer_state"] is None
 
 
-def test_names_of_rewards_are_their_own():
+def test_names_of_rewards_are_unique():
     def f(completions):
         return [1.0] * len(completions)
 
@@ -309,9 +316,9 @@ def test_numbers_where_other_ranks_have_steps():
     assert steps == [[(1, 1.0), (1, 0.0)], [(0, 0.0)], []]
 
 
-def test_a_task_judges_its_own_rows():
+def test_a_task_scores_its_own_rows():
     pytest.importorskip("reasoning_gym")
-    from grpo_fused.trainer.data import load_rows
+    from grpo_fused.trainer.run.data import load_rows
 
     rows = load_rows("reasoning_gym:basic_arithmetic", task_size=2)
     entries = [row["entry"] for row in rows]
@@ -330,7 +337,7 @@ def test_a_reward_model(tmp_path):
         saved = model if labels == 1 else LlamaForSequenceClassification(config)
         saved.save_pretrained(tmp_path / folder)
         tokenizer.save_pretrained(tmp_path / folder)
-    scores = judged(str(tmp_path / "one"))
+    scores = score(str(tmp_path / "one"))
     for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         ids = tokenizer(prompt + completion, return_tensors="pt")["input_ids"]
         assert abs(model(ids).logits.item() - scores.each["one"][i]) < 1e-5

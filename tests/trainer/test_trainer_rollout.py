@@ -1,18 +1,19 @@
-"""Rollouts: prompts in, completions, masks and log-probabilities out; what is refused."""
+"""Rollouts: prompts to completions, masks and log-probabilities; rejected prompts and outputs."""
 
 import numpy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import MODELS, tiny
-from trainer_runs import ROWS, Scores, judge, trainer_of
+from trainer_runs import ROWS, RewardScores, partial_credit, trainer_of
 
 from grpo_fused import GRPOTrainerConfig, rollout_weights
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.collect import collect, next_rows
 from grpo_fused.trainer.experience import Batch, collate
 from grpo_fused.trainer.policy import Policy, prepare_model
-from grpo_fused.trainer.rollout import Rollout, Sampler, pad
+from grpo_fused.trainer.rollouts.rollout import Rollout, pad
+from grpo_fused.trainer.rollouts.sampler import Sampler
 
 PAD, EOS = 0, 1
 
@@ -57,10 +58,10 @@ def test_a_completion_ends_at_its_first_end_token():
     model.generation_config.eos_token_id = [3, EOS]
     sampler = sampler_of(model=model)[0]
     assert sampler.eos_ids == [EOS, 3]
-    assert sampler.until_end([5, 3, EOS, 5]) == [5, 3]
-    assert sampler.until_end([5, 6]) == [5, 6]
+    assert sampler.cut_at_eos([5, 3, EOS, 5]) == [5, 3]
+    assert sampler.cut_at_eos([5, 6]) == [5, 6]
     assert [sampler.is_truncated(ids) for ids in ([5, 3], [5, EOS], [5], [])] == [0, 0, 1, 1]
-    for ids in sampler.sample(model, sampler.encode(["1?2="] * 64), temperature=1.0):
+    for ids in sampler.generate(model, sampler.encode(["1?2="] * 64), temperature=1.0):
         assert not {EOS, 3} & set(ids[:-1]) and 1 <= len(ids) <= 5
         assert len(ids) == 5 or ids[-1] in (EOS, 3)
 
@@ -68,13 +69,13 @@ def test_a_completion_ends_at_its_first_end_token():
 def test_the_batch_size_of_sampling_changes_no_greedy_completion():
     sampler, model = sampler_of()
     ids = sampler.encode([row["prompt"] for row in ROWS[:5]])
-    whole = sampler.sample(model, ids, temperature=0)
-    assert sampler.sample(model, ids, temperature=0, batch_size=2) == whole
+    whole = sampler.generate(model, ids, temperature=0)
+    assert sampler.generate(model, ids, temperature=0, batch_size=2) == whole
     assert model.generation_config.max_new_tokens == 2 and model.training
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_settings_of_sampling_are_the_config_s_not_the_model_s(adapted):
+def test_sampling_uses_the_settings_of_the_config_not_the_model(adapted):
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     model.generation_config.update(top_k=1, repetition_penalty=9.0, temperature=0.01)
@@ -82,11 +83,11 @@ def test_settings_of_sampling_are_the_config_s_not_the_model_s(adapted):
     if adapted:
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     prompts = sampler.encode(["1?2="] * 32)
-    assert len({ids[0] for ids in sampler.sample(model, prompts, temperature=1.0)}) > 5
+    assert len({ids[0] for ids in sampler.generate(model, prompts, temperature=1.0)}) > 5
     for options in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         narrow, _ = sampler_of(tokenizer, make_model(tokenizer), **options)
-        completions = narrow.sample(model, prompts, temperature=1.0)
-        assert completions == sampler.sample(model, prompts, temperature=0)
+        completions = narrow.generate(model, prompts, temperature=1.0)
+        assert completions == sampler.generate(model, prompts, temperature=0)
     assert model.generation_config.repetition_penalty == 9.0
 
 
@@ -106,7 +107,7 @@ def test_prompts_as_text_and_as_messages():
 
     def rewards(prompts, completions, completion_ids, columns):
         seen.update(prompts=prompts, completions=completions, columns=columns)
-        return Scores(torch.arange(16.0), {})
+        return RewardScores(torch.arange(16.0), {})
 
     rows = [{"prompt": message, "level": i} for i in range(4)]
     rows[2]["answer"] = "2"  # the others have none
@@ -148,10 +149,10 @@ def test_log_probabilities_do_not_depend_on_padding(name, loss_input):
     torch.testing.assert_close(logps[1, :2], expected[1], rtol=1e-4, atol=1e-5)
 
 
-def test_rows_of_a_batch_lose_the_columns_that_they_do_not_fill():
+def test_selected_rows_are_trimmed():
     ids, mask = torch.arange(12).view(3, 4), torch.ones(3, 4, dtype=torch.bool)
     batch = Batch(ids, mask, ids, mask, mask, advantages=torch.arange(3.0), old_logps=ids.float())
-    part = batch.rows(slice(1, 3), 2, 3)
+    part = batch.select(slice(1, 3), 2, 3)
     assert part.prompt_ids.tolist() == [[6, 7], [10, 11]]
     assert part.completion_ids.tolist() == part.old_logps.tolist() == [[4, 5, 6], [8, 9, 10]]
     assert part.advantages.tolist() == [1, 2] and part.ref_logps is None
@@ -179,7 +180,7 @@ def test_a_sampler_s_log_probabilities_become_weights(options):
 
     def rewards(prompts, completions, completion_ids, given):
         columns.update(given)
-        return judge(prompts, completions, completion_ids, given)
+        return partial_credit(prompts, completions, completion_ids, given)
 
     trainer, _ = trainer_of(
         "unused", rewards=rewards, rollout_fn=scored, max_completion_length=3, **options
@@ -209,24 +210,27 @@ def test_a_sampler_s_log_probabilities_become_weights(options):
         ({"logprobs": []}, "rollout_fn must return a dict with completion_ids"),
         (
             dict.fromkeys(["completion_ids", "env_mask", "completion_mask"], [[1]] * 16),
-            "env_mask is completion_mask by TRL's name, got both",
+            "either env_mask or completion_mask, got both",
         ),
-        ({"completion_ids": [[4]]}, "completion_ids must be one per prompt, 16, got 1"),
-        ({"completion_ids": [[4]] * 16, "prompt_ids": [[]] * 16}, "prompt_ids must have a token"),
-        ({"completion_ids": [[4, 4, 4]] * 16}, "completion 0 has 3 tokens, max_.* is 2"),
+        ({"completion_ids": [[4]]}, "completion_ids must have one entry per prompt, 16, got 1"),
+        ({"completion_ids": [[4]] * 16, "prompt_ids": [[]] * 16}, "prompt_ids must not be empty"),
+        (
+            {"completion_ids": [[4, 4, 4]] * 16},
+            "completion 0 must have at most .* = 2 tokens, got 3",
+        ),
         (
             {"completion_ids": [[4]] * 16, "logprobs": [[0.0]] * 15 + [[]]},
-            "logprobs of completion 15 must be one per token, 1, got 0",
+            "logprobs of completion 15 must have one entry per token, 1, got 0",
         ),
     ],
 )
-def test_what_a_rollout_fn_returns_is_checked(output, message):
+def test_the_output_of_a_rollout_fn_is_checked(output, message):
     trainer, _ = trainer_of("unused", rollout_fn=lambda prompts, trainer: output)
     with pytest.raises(ValueError, match=message):
         collect(trainer)
 
 
-def test_what_a_rollout_fn_returns_must_fit_the_context():
+def test_the_output_of_a_rollout_fn_must_fit_the_context():
     tokenizer = make_tokenizer()
     rows = {"prompt_ids": [[5] * 7] * 16, "completion_ids": [[5, 1]] * 16}
     trainer, _ = trainer_of(
@@ -244,7 +248,7 @@ def small_context(tokenizer):
     return model
 
 
-def test_what_does_not_fit_the_context_is_an_error_that_names_it():
+def test_prompts_must_fit_the_context():
     tokenizer = make_tokenizer()
     model = small_context(tokenizer)
     sampler, _ = sampler_of(tokenizer, model)
@@ -252,9 +256,11 @@ def test_what_does_not_fit_the_context_is_an_error_that_names_it():
         sampler.encode(["1?2="])
     cut, _ = sampler_of(tokenizer, model, max_prompt_length=3)
     assert cut.encode(["1?2="]) == [make_tokenizer()("?2=")["input_ids"]]
-    with pytest.raises(ValueError, match="max_completion_length: 9 tokens .* context of 8"):
+    with pytest.raises(
+        ValueError, match="max_completion_length: 9 tokens .* exceed the model's context of 8"
+    ):
         sampler_of(tokenizer, model, max_prompt_length=4)
-    with pytest.raises(ValueError, match="prompt has no tokens: ''"):
+    with pytest.raises(ValueError, match="prompt must have at least one token, got ''"):
         cut.encode([""])
     with pytest.raises(ValueError, match="prompt must be a str or a list of messages, got 7"):
         cut.encode([7])
@@ -278,8 +284,8 @@ def test_a_tokenizer_without_an_end_is_an_error_unless_the_model_has_one():
         sampler_of(tokenizer, make_model(tokenizer))
 
 
-def test_what_a_rollout_fn_leaves_out():
-    """None is as good as nothing, and arrays as good as lists."""
+def test_optional_output_of_a_rollout_fn():
+    """An entry may be None, and an array instead of a list."""
     output = {"completion_ids": [[4], [4, 1]] * 8, "logprobs": None, "prompt_ids": None}
     trainer, _ = trainer_of("unused", rollout_fn=lambda prompts, trainer: output)
     batch = collect(trainer).batch

@@ -1,0 +1,195 @@
+"""Arguments of the public functions, checked and turned into bundles."""
+
+from typing import NamedTuple
+
+import torch
+
+from grpo_fused import validation
+from grpo_fused.bundles import Scales, Tokens, TokenValues, TokenWeights, Weight
+from grpo_fused.losses.weights import evaluate, is_number, rule_weight
+from grpo_fused.ops import BACKENDS
+from grpo_fused.sequences import Packed, Padded
+
+
+class Layout(NamedTuple):
+    """How tokens are laid out: padded (B, T), or packed (N,) in `num_sequences` sequences."""
+
+    shape: tuple[int, ...]
+    num_sequences: int
+    cu_seqlens: torch.Tensor | None
+    device: torch.device
+
+    @property
+    def is_row(self):
+        """Whether tokens came as (N,) and are (1, N) inside the package."""
+        return len(self.shape) == 1
+
+    def per_token(self, value):
+        """A constant of the layout's shape as (B, T)."""
+        if value is None:
+            return None
+        return value.detach()[None] if self.is_row else value.detach()
+
+    def value(self, value):
+        """A constant per sequence as (B,), per token as (B, T); for N = B it is per sequence."""
+        if value is None:
+            return None
+        per_token = tuple(value.shape) == self.shape and value.shape != (self.num_sequences,)
+        value = self.per_token(value) if per_token else value.detach().flatten()
+        return value.contiguous()
+
+    def restore(self, values):
+        """Values (1, N) of tokens that came as (N,) in that shape; None and 0-d as they are."""
+        if values is None or values.dim() == 0 or not self.is_row:
+            return values
+        return values[0]
+
+
+# Keywords of `grpo_loss` with one value per token or, some of them, per sequence.
+TENSORS = ("old_logps", "ref_logps", "importance_sampling_ratio", "policy_mask")
+
+
+def lay_out(source, mask, advantages=None, options=None):
+    """(Layout, source with a dimension of sequences), after all tensors have been checked.
+
+    Args:
+        source: a class of `inputs`.
+        mask, advantages: as `grpo_loss`.
+        options: its keywords; None for log-probabilities alone.
+    """
+    named, cu_seqlens = {"mask": mask}, None
+    if options is not None:
+        named = {"completion_mask": mask, "advantages": advantages}
+        named |= {name: getattr(options, name) for name in TENSORS}
+        cu_seqlens = options.cu_seqlens
+    if source.ids is not None:
+        named = {source.ids_name: source.ids, **named}
+    shape = validation.check_layout(source, cu_seqlens)
+    number = shape[0] if len(shape) == 2 else 1
+    number = number if cu_seqlens is None else len(cu_seqlens) - 1
+    layout = Layout(shape, number, cu_seqlens, source.tensor.device)
+    validation.check_tokens(source, layout, named)
+    source = source.with_rows() if layout.is_row else source
+    source.check()
+    validation.check_ids(source, layout.per_token(mask))
+    return layout, source
+
+
+def make_sequences(layout, mask, implementation):
+    """`Padded` or `Packed` sequences."""
+    mask = layout.per_token(mask)
+    shape = (1, *layout.shape) if layout.is_row else layout.shape
+    if layout.cu_seqlens is None:
+        return Padded(shape, mask, layout.device)
+    locate = BACKENDS["triton"].locate if implementation == "triton" else None
+    return Packed(shape, mask, layout.cu_seqlens, layout.device, locate)
+
+
+def make_tokens(source, layout, sequences, temperature, advantages=None, options=None):
+    """`Tokens` without weights; advantages as they were given.
+
+    Args:
+        temperature, advantages: as `grpo_loss`.
+        options: its keywords; None for log-probabilities alone.
+    """
+    ids = None if source.ids is None else source.ids.contiguous()
+    temperature = _temperature(source, layout, sequences, temperature)
+    tokens = Tokens(ids, sequences.active, temperature)
+    if options is None:
+        return tokens
+
+    def floats(value):
+        return None if value is None else value.float().contiguous()
+
+    return tokens._replace(
+        advantages=floats(layout.value(advantages)),
+        old_logps=floats(layout.per_token(options.old_logps)),
+        ref_logps=floats(layout.per_token(options.ref_logps)),
+    )
+
+
+def _temperature(source, layout, sequences, temperature):
+    temperature = validation.check_temperature(source, layout, sequences, temperature)
+    if not isinstance(temperature, torch.Tensor) or temperature.dim() == 0:
+        return temperature
+    return sequences.broadcast(layout.value(temperature).float())
+
+
+def make_scales(source, logit_scale, logit_softcap):
+    """`Scales`, checked."""
+    if logit_softcap is not None:
+        logit_softcap = validation.check_scale(source, "logit_softcap", logit_softcap, True)
+    logit_scale = validation.check_scale(source, "logit_scale", logit_scale, positive=True)
+    return Scales(logit_scale, logit_softcap)
+
+
+def make_values(layout, sequences, advantages, normalizer, options, corrects=True):
+    """`TokenValues` of a loss, and the rollout ratio (B,) or (B, T), or None.
+
+    Args:
+        advantages: (B,) or (B, T).
+        normalizer: a rule, or None for reduction="none".
+        options: keywords of `grpo_loss`, checked.
+        corrects: whether the rollout ratio multiplies the policy term.
+    """
+    ratio = layout.value(options.importance_sampling_ratio)
+    ratio = None if ratio is None else ratio.float()
+    given = {
+        "num_items_in_batch": options.num_items_in_batch,
+        "num_sequences_in_batch": options.num_sequences_in_batch,
+        "max_completion_length": options.max_completion_length,
+    }
+    rule = "token-sum" if normalizer is None else normalizer
+    coefficient = ratio if corrects and ratio is not None else 1.0
+    policy = rule_weight(sequences, rule, coefficient, **given)
+    kl = policy._replace(coefficient=options.beta)
+    if options.kl_normalizer not in (None, rule):
+        kl = rule_weight(sequences, options.kl_normalizer, options.beta, **given)
+    if not isinstance(options.beta, torch.Tensor) and options.beta == 0:
+        kl = Weight(0.0, 1.0, 1.0)
+    entropy = None
+    if isinstance(options.entropy_coef, torch.Tensor) or options.entropy_coef != 0:
+        items = 1.0 if normalizer is None else sequences.total
+        entropy = Weight(options.entropy_coef, items, 1.0)
+    policy_mask = layout.value(options.policy_mask)
+    return TokenValues(advantages, policy_mask, policy, kl, entropy), ratio
+
+
+def weigh(tokens, values, sequences):
+    """Tokens with their weights; advantages stay as they are."""
+    entropy = None if values.entropy is None else evaluate(values.entropy, sequences)
+    return tokens._replace(
+        w_policy=evaluate(values.policy, sequences, values.policy_mask),
+        w_kl=evaluate(values.kl, sequences),
+        w_entropy=entropy,
+    )
+
+
+def weigh_and_broadcast(tokens, values, sequences, implementation):
+    """Tokens with their weights, and advantages per token: in one launch, if any is needed."""
+    if implementation == "torch":
+        tokens = weigh(tokens, values, sequences)
+        return tokens._replace(advantages=sequences.broadcast(values.advantages))
+
+    def memory(wanted):
+        shape, device = sequences.shape, sequences.device
+        return torch.empty(shape, dtype=torch.float32, device=device) if wanted else None
+
+    outputs = TokenWeights(
+        memory(values.advantages.dim() == 1),
+        memory(values.policy_mask is not None or not is_number(values.policy)),
+        memory(not is_number(values.kl)),
+        memory(values.entropy is not None and not is_number(values.entropy)),
+    )
+    if any(output is not None for output in outputs):
+        index = sequences.index if isinstance(sequences, Packed) else None
+        BACKENDS[implementation].token_weights(values, index, outputs)
+    advantages, w_policy, w_kl, w_entropy = outputs
+    if w_entropy is None and values.entropy is not None:
+        w_entropy = evaluate(values.entropy, sequences)
+    return tokens._replace(
+        advantages=values.advantages if advantages is None else advantages,
+        w_policy=evaluate(values.policy, sequences) if w_policy is None else w_policy,
+        w_kl=evaluate(values.kl, sequences) if w_kl is None else w_kl,
+        w_entropy=w_entropy,
+    )

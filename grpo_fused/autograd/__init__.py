@@ -1,0 +1,1 @@
+"""The autograd Functions: allocate, launch, save, return."""

@@ -1,0 +1,72 @@
+"""Helpers of the autograd Functions: outputs, saved scalars, errors of a second backward."""
+
+import functools
+
+import torch
+
+from grpo_fused.bundles import LossResults, Outputs
+from grpo_fused.losses.metrics import METRICS, SUMS
+
+
+def output(*shape, like):
+    # Each has its own memory: views of one buffer, written by an op, come out wrong when compiled.
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def make_outputs(shape, entropy, like):
+    """`Outputs` (B, T) of a token-level loss."""
+    loss, kl, clipped, ratio, logps = (output(*shape, like=like) for _ in range(5))
+    return Outputs(loss, kl, clipped, ratio, logps, output(*shape, like=like) if entropy else None)
+
+
+def reduce(backend, outputs, active):
+    """LossResults from the outputs of every token."""
+    like = outputs.logps
+    loss, sums = output(like=like), output(len(SUMS), like=like)
+    metrics = output(len(METRICS), like=like)
+    backend.reduce(outputs._replace(dlogits=None), active, loss, sums, metrics)
+    return LossResults(loss, sums, metrics, outputs.logps, outputs.entropies)
+
+
+def save(ctx, tensors, scalars):
+    """Save tensors, and numbers that may be 0-d tensors: autograd then notices changed tensors."""
+    ctx.numbers = tuple(None if isinstance(s, torch.Tensor) else (s,) for s in scalars)
+    ctx.save_for_backward(*tensors, *(s if isinstance(s, torch.Tensor) else None for s in scalars))
+
+
+def saved(ctx):
+    """(tensors, scalars) as they were saved."""
+    saved = ctx.saved_tensors  # read once: checkpointing unpacks them once
+    count = len(saved) - len(ctx.numbers)
+    scalars = zip(ctx.numbers, saved[count:], strict=True)
+    return saved[:count], [tensor if number is None else number[0] for number, tensor in scalars]
+
+
+def spend(ctx, what):
+    """Refuse a second backward: the first one has returned its only gradient buffer."""
+    if torch.compiler.is_compiling():
+        return
+    if ctx.spent:
+        raise RuntimeError(
+            f"second backward through {what}: its gradient lives in one buffer that the first "
+            "backward gave away. Call the function again, or sum the losses before one backward."
+        )
+    ctx.spent = True
+
+
+def first_order(backward):
+    """A backward that refuses to be differentiated: autograd would treat its gradient as constant.
+
+    `once_differentiable` refuses only if the upstream gradient itself requires a gradient.
+    """
+
+    @functools.wraps(backward)
+    def refuse(ctx, *upstream):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
+        if not torch.compiler.is_compiling():
+            raise RuntimeError("there is no second derivative here: create_graph must be False")
+        with torch.no_grad():
+            return backward(ctx, *upstream)
+
+    return refuse

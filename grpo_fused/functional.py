@@ -1,0 +1,345 @@
+"""The public functions: losses and log-probabilities over logits, a head, or log-probabilities."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from grpo_fused import arguments, validation
+from grpo_fused.checks import check_tensor
+from grpo_fused.head.order import order_tokens
+from grpo_fused.inputs import HeadInput, LogitsInput, LogpsInput
+from grpo_fused.loss import LossOutput, compute_loss
+from grpo_fused.options import (
+    FamilyOptions,
+    LossOptions,
+    ResolvedFamilyOptions,
+    ResolvedLossOptions,
+    ResolvedSoftmaxOptions,
+    SoftmaxOptions,
+    resolve,
+    with_options,
+)
+
+LogProbabilities = tuple[Tensor, Tensor | None]
+
+
+@with_options(LossOptions)
+def grpo_loss(
+    logits: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor | None,
+    advantages: Tensor,
+    *,
+    inplace: bool = False,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """Loss of the GRPO family over the logits of the policy.
+
+        loss = sum_bt w[b, t] (c[b, t] objective(logp, log_ratio, A)[b, t])
+             + sum_bt w_kl[b, t] beta kl(ref_logps - logp)[b, t]
+             - entropy_coef mean_bt H[b, t]
+
+    with logp the log-softmax at completion_ids, log_ratio = logp - old_logps of the token or of its
+    sequence, c the importance_sampling_ratio, 0 where policy_mask is, and w the weights of the
+    normalizer (`token_weights`). Gradients flow into the logits alone.
+
+    Token-level losses compute their gradient in the pass that reads the logits. Sequence-level
+    losses, reduction="none", and float16 without grad_scale compute it in backward and read the
+    logits twice. Masked tokens contribute nothing; nothing synchronises with the device.
+
+    Args:
+        logits: (B, T, V) or (B, T + 1, V) float32, bfloat16 or float16, last dimension contiguous,
+            raw: scale, softcap, temperature are applied here. Of T + 1 positions the last is
+            ignored and its gradient is zero: pass `model(..., logits_to_keep=T + 1).logits` whole.
+            Fills below -1e9 have probability 0; a row that is below -1e9 as a whole, or above 1e9,
+            is NaN. With cu_seqlens (N, V); what is (B, T) below is then (N,), and what may be
+            (B,) is that if N = B.
+        completion_ids: (B, T) integer. Any value is allowed where the mask is 0, -100 included. On
+            a GPU an active id outside [0, V) makes the results of its row NaN.
+        completion_mask: (B, T) bool, integer or float, nonzero = active; None = all active.
+            Masked values are never read: NaN there changes nothing.
+        advantages: (B,) or (B, T) float.
+        old_logps: (B, T) float, log-probabilities of the policy that sampled; None = on policy:
+            the ratio is 1, and its gradient is not 0.
+        ref_logps: (B, T) float, of the reference model; needed unless beta is 0.
+        importance_sampling_ratio: (B,), (B, 1) or (B, T) float, rollout correction
+            (`rollout_weights`): multiplies the policy term, never the KL.
+        policy_mask: (B,), (B, 1) or (B, T), 0 switches the policy term off (`off_policy_mask`,
+            `entropy_quantile_mask`); divisors stay as they are.
+        loss_type: a row of LOSSES.
+        objective: e.g. Clip(epsilon_low=0.2, epsilon_high=0.28); None = the row's.
+        importance_sampling_level: "token", "sequence" or "sequence_token"; None = the row's.
+        normalizer: a rule of `token_weights`; None = the row's.
+        kl_normalizer: the rule of the KL penalty; None = the normalizer.
+        reduction: "sum", or "none": unweighted losses per token, exactly 0 where masked.
+        beta: number or 0-d tensor, coefficient of the KL penalty. With ref_logps and beta 0 the
+            KL is still reported.
+        kl_estimator: "k1", "k2", "k3", "abs", or with the gradient of k2 "k1+", "k3+", "abs+".
+        use_bias_correction_kl: whether the KL is multiplied by the ratio of the level.
+        temperature: number or 0-d tensor > 0, or one per sequence (B,) or token (B, T).
+        logit_softcap, logit_scale: number or 0-d tensor > 0: logits become
+            softcap tanh(scale logits / softcap), or scale logits without a softcap.
+        entropy_coef: number or 0-d tensor, coefficient of the entropy bonus: the mean over the
+            active tokens of this call, whatever the normalizer. When accumulating gradients, pass
+            entropy_coef / steps.
+        compute_entropy: whether entropies and their mean are computed; they cost nothing when not.
+        num_items_in_batch, num_sequences_in_batch, max_completion_length: global divisors, see
+            `token_weights`.
+        cu_seqlens: (B + 1,) int32 or int64, for packed sequences: their first tokens, and N.
+        grad_scale: number or 0-d tensor != 0, the upstream gradient expected in backward (of a
+            loss scaler, or 1 / accumulation steps). A gradient computed in forward contains it, the
+            loss does not; another upstream gradient costs one more pass.
+        inplace: write the gradient over the logits, which then must not be read again and must
+            not be a leaf. A producer that saved its output raises autograd's version error.
+        implementation: "triton", "torch", or "auto": triton where the device of the logits has a
+            Triton driver. "triton" takes CPU tensors only under TRITON_INTERPRET=1.
+
+    Returns:
+        LossOutput. Without an active token the loss is a differentiable 0. A target whose logit is
+        -inf has logp -inf: on policy a clipped loss is -A, off policy its ratio is e^-80, and with
+        a KL penalty the loss is -inf; objectives of logp itself are infinite there. NaN in an
+        active token is NaN in the loss. A KL of e^80 times a ratio of e^80 overflows.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or value, named in the message;
+            incompatible arguments; an implementation that cannot run here.
+        TypeError: an unknown keyword.
+        RuntimeError: a second backward through a gradient that was computed in forward, or
+            inplace; create_graph=True.
+
+    References:
+        DeepSeekMath, https://arxiv.org/abs/2402.03300, eq. 3 and 4; the papers of LOSSES.
+    """
+    source = LogitsInput(logits, completion_ids, inplace=inplace)
+    return compute_loss(
+        source, completion_mask, advantages, resolve(ResolvedLossOptions, "grpo_loss", options)
+    )
+
+
+@with_options(LossOptions)
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor | None,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    upcast: bool = False,
+    main_grad: Tensor | None = None,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """`grpo_loss` of logits = hidden weight^T + bias, computed a chunk of tokens at a time.
+
+    The same numbers, without memory of the size of the logits. Masked tokens are not computed.
+    Tokens whose gradient is exactly 0 (no advantage, or switched off by policy_mask, without KL and
+    entropy bonus) cost one matmul instead of three; on a GPU only with a mask, whose count is the
+    one value that synchronises with the device. The gradients of hidden, weight and bias are
+    computed in forward wherever `grpo_loss` computes that of the logits, and for sequence-level
+    losses if every sequence fits a chunk. Otherwise backward computes the logits again.
+
+    Args:
+        hidden: (B, T, H), or (B, T + 1, H) whose last position is ignored, or with cu_seqlens
+            (N, H); float32, bfloat16 or float16. The output of the model's final norm.
+        weight: (V, H), the head's, in the dtype of hidden. Gradients of several chunks add up in
+            float32. A frozen head costs neither the matmul of its gradient nor its memory.
+        completion_ids, completion_mask, advantages, and keywords not listed here: as `grpo_loss`.
+        bias: (V,) or None.
+        chunk_bytes: memory for the logits of a chunk; None = 1 GiB, on a CPU 32 MiB or 240 rows.
+            A sequence-level loss computes logits twice if a sequence does not fit.
+        upcast: compute logits and gradients in float32, regardless of the dtypes of hidden and
+            weight.
+        main_grad: (V, H) float32 that any backward adds the gradient of weight to, as Megatron
+            keeps it; weight.grad stays as it is.
+
+    Under autocast the matmuls run in its dtype, as those of a linear layer do.
+
+    Returns:
+        LossOutput, as `grpo_loss`.
+
+    Raises:
+        ValueError: as `grpo_loss`; a weight, bias or main_grad that does not fit; a DTensor weight.
+        RuntimeError: a second backward where gradients were computed in forward;
+            create_graph=True; a weight whose memory was freed before a backward that needs it.
+
+    Example:
+        hidden = model.model(input_ids).last_hidden_state[:, -T - 1 :]
+        loss = linear_grpo_loss(hidden, model.lm_head.weight, ids, mask, advantages).loss
+    """
+    how = (chunk_bytes, upcast, main_grad)
+    source = HeadInput(hidden, weight, bias, completion_ids, "completion_ids", *how)
+    return compute_loss(
+        source,
+        completion_mask,
+        advantages,
+        resolve(ResolvedLossOptions, "linear_grpo_loss", options),
+    )
+
+
+@with_options(FamilyOptions)
+def grpo_loss_from_logps(
+    logps: Tensor,
+    completion_mask: Tensor | None,
+    advantages: Tensor,
+    *,
+    entropies: Tensor | None = None,
+    log_ratio_bounds: tuple[float, float] | None = None,
+    **options: Unpack[FamilyOptions],
+) -> LossOutput:
+    """Loss of the GRPO family over log-probabilities, for trainers whose losses get no logits.
+
+    The formula of `grpo_loss`, differentiable in logps, and in entropies under an entropy bonus.
+    Plain torch on (B, T) tensors. With log-probabilities from `selective_log_softmax` or
+    `linear_selective_log_softmax` nothing of size V is stored; `grpo_loss` reads the logits once
+    less.
+
+    Args:
+        logps: (B, T) float32, bfloat16 or float16, log-probabilities of the tokens under the
+            policy, at its temperature; (N,) with cu_seqlens. Masked values may be anything.
+        completion_mask, advantages: as `grpo_loss`.
+        entropies: float, the shape of logps, entropies of the policy; needed for entropy_coef.
+        log_ratio_bounds: (low, high), numbers that may be infinite: the log-ratio of the level is
+            clamped to them, and has no gradient outside. None = exponentials are clamped at +-80,
+            as everywhere in the package.
+        Other keywords: as `grpo_loss`.
+
+    Returns:
+        LossOutput, as `grpo_loss`; its logps and entropies are those given, detached, float32, 0
+        where masked.
+
+    Raises:
+        ValueError: as `grpo_loss`; logps that are not (B, T) or, with cu_seqlens, (N,); entropies
+            of another shape, or missing for an entropy bonus; bounds that are not an interval.
+
+    References:
+        As `grpo_loss`.
+
+    Example:
+        logps, entropies = linear_selective_log_softmax(hidden, weight, ids, mask)
+        loss = grpo_loss_from_logps(logps, mask, advantages, old_logps=old_logps).loss
+    """
+    validation.check_floats("logps", logps)
+    resolved = resolve(ResolvedFamilyOptions, "grpo_loss_from_logps", options)
+    coefficient = resolved.entropy_coef
+    if entropies is not None:
+        check_tensor("entropies", entropies, tuple(logps.shape), logps.device)
+    elif isinstance(coefficient, torch.Tensor) or coefficient != 0:
+        raise ValueError("entropies are needed unless entropy_coef is 0, got None")
+    bounds = _check_bounds(log_ratio_bounds)
+    return compute_loss(LogpsInput(logps, entropies), completion_mask, advantages, resolved, bounds)
+
+
+@with_options(SoftmaxOptions)
+def selective_log_softmax(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    **options: Unpack[SoftmaxOptions],
+) -> LogProbabilities:
+    """Log-probability of one token per row of logits, and the entropy of the row.
+
+        x = logit_softcap tanh(logit_scale logits / logit_softcap) / temperature
+        logp[b, t] = log_softmax(x[b, t])[ids[b, t]]
+        H[b, t] = -sum_v p[b, t, v] log p[b, t, v]
+
+    Both are differentiable in the logits with any upstream gradient:
+
+        dx_j = g (1[j = id] - p_j) - h p_j (log p_j + H)
+
+    for g = dL/dlogp and h = dL/dH. The softmax is never stored; backward recomputes it.
+
+    Args:
+        logits: (B, T, V), (B, T + 1, V) or (N, V), as in `grpo_loss`.
+        ids: (B, T) or (N,) integer.
+        mask: of the shape of ids, nonzero = active; None = all active. Masked results are 0.
+        temperature: number or 0-d tensor > 0, or one per sequence (B,) or token, as ids.
+        logit_softcap: number or 0-d tensor > 0; None = logits are not capped.
+        logit_scale: number or 0-d tensor > 0.
+        compute_entropy: whether to compute the entropies; they cost nothing when not.
+        inplace: write the gradient over the logits in backward, as in `grpo_loss`.
+        implementation: as in `grpo_loss`.
+
+    Returns:
+        (logps, entropies): float32 of the shape of ids; entropies is None without compute_entropy.
+
+    Raises:
+        ValueError: as `grpo_loss`.
+        RuntimeError: a second backward with inplace.
+    """
+    source = LogitsInput(logits, ids, "ids", inplace)
+    return _log_probabilities(
+        source, mask, resolve(ResolvedSoftmaxOptions, "selective_log_softmax", options)
+    )
+
+
+@with_options(SoftmaxOptions)
+def linear_selective_log_softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    upcast: bool = False,
+    main_grad: Tensor | None = None,
+    save_logits: bool = False,
+    **options: Unpack[SoftmaxOptions],
+) -> LogProbabilities:
+    """`selective_log_softmax` of logits = hidden weight^T + bias, a chunk of tokens at a time.
+
+    Differentiable in hidden, weight and bias with any upstream gradients. Backward computes the
+    logits again, so that neither pass holds more than a chunk of them.
+
+    Args:
+        hidden: (B, T, H), (B, T + 1, H) or (N, H).
+        weight, bias, chunk_bytes, upcast, main_grad: as `linear_grpo_loss`.
+        ids: (B, T) or (N,) integer.
+        mask: of the shape of ids, nonzero = active; None = all active. Masked tokens are not
+            computed.
+        save_logits: keep the logits of active tokens for backward, which writes their gradient
+            over them: three matmuls instead of four, for memory of the size of the logits.
+        temperature, logit_softcap, logit_scale, compute_entropy, implementation: as
+            `selective_log_softmax`.
+
+    Returns:
+        (logps, entropies): float32 of the shape of ids; entropies is None without compute_entropy.
+
+    Raises:
+        ValueError: as `linear_grpo_loss`.
+        RuntimeError: as there; a second backward with save_logits.
+    """
+    how = (chunk_bytes, upcast, main_grad, save_logits)
+    source = HeadInput(hidden, weight, bias, ids, "ids", *how)
+    return _log_probabilities(
+        source, mask, resolve(ResolvedSoftmaxOptions, "linear_selective_log_softmax", options)
+    )
+
+
+def _log_probabilities(source, mask, options):
+    layout, source = arguments.lay_out(source, mask)
+    sequences = arguments.make_sequences(layout, mask, "torch")
+    tokens = arguments.make_tokens(source, layout, sequences, options.temperature)
+    scales = arguments.make_scales(source, options.logit_scale, options.logit_softcap)
+    backend = validation.choose_implementation(options.implementation, source.tensor.device)
+    call = (tokens, scales, bool(options.compute_entropy), backend)
+    if isinstance(source, HeadInput):
+        call = (*call, order_tokens(sequences))
+    logps, entropies = source.log_probabilities(*call)
+    return layout.restore(logps), layout.restore(entropies)
+
+
+def _check_bounds(bounds):
+    if bounds is None:
+        return None
+    low, high = bounds if isinstance(bounds, tuple) and len(bounds) == 2 else (math.nan, math.nan)
+    numbers = isinstance(low, Real) and isinstance(high, Real)
+    if not (numbers and low <= high):
+        raise ValueError(f"log_ratio_bounds must be (low, high) with low <= high, got {bounds!r}")
+    return float(low), float(high)

@@ -1,0 +1,133 @@
+"""Policy objectives that couple the tokens of a sequence.
+
+The gradient at any token depends on the log-probabilities of all tokens, so they run in torch on
+log-probabilities, outside of the kernels, and autograd differentiates them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from grpo_fused.losses.objectives import Objective, by_sign, check_params, clamped_exp
+from grpo_fused.sequences import Padded
+
+
+class SequenceObjective(Objective):
+    """Base class of objectives whose value at a token depends on all tokens of its sequence.
+
+    A subclass is a frozen dataclass of its parameters and implements
+
+        evaluate(self, logp, log_ratio, advantage, correction, sequences) -> (loss, clipped)
+
+    on (B, T) tensors that are 0 where masked. correction is the importance_sampling_ratio, (B,),
+    (B, T) or None. `sequences` (`Padded` or `Packed`) reduces over the tokens of each sequence and
+    broadcasts to them.
+
+    Attributes:
+        uses_correction: whether `evaluate` applies the correction; if not, the caller multiplies
+            the loss by it.
+    """
+
+    uses_correction: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Vespo(SequenceObjective):
+    """Policy gradient weighted by a gamma-shaped function of the sequence importance weight.
+
+        -phi A logp,   phi = sg(exp(lambda + k S - lambda e^S))
+        S = clamp(sum_t clamp(logp - old_logp, -20, 20) + W, log 1e-8, 20)
+
+    with W = log clamp(w, 1e-8, e^20) for an importance_sampling_ratio w per sequence, or the sum
+    of these logarithms over the active tokens for w per token. w has no other effect on the loss.
+
+    Attributes:
+        k_pos, lambda_pos: shape of the weight for A >= 0.
+        k_neg, lambda_neg: shape of the weight for A < 0.
+
+    Raises:
+        ValueError: a parameter is not a finite number > 0.
+
+    References:
+        VESPO, https://arxiv.org/abs/2602.10693; clamps as in the authors' code and TRL.
+    """
+
+    levels: ClassVar[tuple[str, ...]] = ("token",)
+    uses_correction: ClassVar[bool] = True
+    k_pos: float = 2.0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_params(self, "k_pos", "lambda_pos", "k_neg", "lambda_neg")
+
+    def evaluate(
+        self,
+        logp: Tensor,
+        log_ratio: Tensor,
+        advantage: Tensor,
+        correction: Tensor | None,
+        sequences: Padded,
+    ) -> tuple[Tensor, Tensor]:
+        lowest = math.log(1e-8)
+        log_weight = sequences.sum(log_ratio.detach().clamp(-20.0, 20.0))
+        if correction is not None:
+            log_correction = correction.clamp(1e-8, math.exp(20.0)).log()
+            per_sequence = correction.dim() == 1
+            log_weight = log_weight + (
+                log_correction if per_sequence else sequences.sum(log_correction)
+            )
+        s = sequences.spread(log_weight.clamp(lowest, 20.0))
+        positive = advantage >= 0
+        k = by_sign(positive, self.k_pos, self.k_neg, advantage)
+        rate = by_sign(positive, self.lambda_pos, self.lambda_neg, advantage)
+        phi = torch.exp(rate + k * s - rate * s.exp())
+        nothing = advantage == 0
+        weight = torch.where(nothing, 0.0, -phi * advantage)
+        return torch.where(nothing, 0.0, weight * logp), torch.zeros_like(phi)
+
+
+@dataclass(frozen=True)
+class Gmpo(SequenceObjective):
+    """Geometric mean of the clipped token ratios of a sequence.
+
+        -exp(mean_t z) A,   z = min(d, clamp(d, -epsilon, epsilon)) if A > 0, else max(...)
+
+    with d = logp - old_logp and a one-sided clip per token in log space.
+
+    Attributes:
+        epsilon: bound of the log-ratio; the paper clips ratios to (e^-0.4, e^0.4).
+
+    Raises:
+        ValueError: epsilon is not a finite number > 0.
+
+    References:
+        GMPO, https://arxiv.org/abs/2507.20673.
+    """
+
+    levels: ClassVar[tuple[str, ...]] = ("sequence",)
+    epsilon: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_params(self, "epsilon")
+
+    def evaluate(
+        self,
+        logp: Tensor,
+        log_ratio: Tensor,
+        advantage: Tensor,
+        correction: Tensor | None,
+        sequences: Padded,
+    ) -> tuple[Tensor, Tensor]:
+        bounded = log_ratio.clamp(-self.epsilon, self.epsilon)
+        gains = advantage > 0
+        lower, upper = log_ratio < bounded, log_ratio > bounded
+        stopped = torch.where(gains, upper, lower)
+        used = torch.where(stopped, bounded.detach(), log_ratio)
+        loss = -sequences.spread(clamped_exp(sequences.mean(used))[0]) * advantage
+        clipped = (upper & gains).float() - (lower & (advantage < 0)).float()
+        return loss, clipped

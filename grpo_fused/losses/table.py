@@ -1,0 +1,125 @@
+"""LOSSES, the table of all losses of the family."""
+
+from dataclasses import dataclass
+
+from grpo_fused.losses.objectives import Cispo, Clip, Objective, PolicyGradient, Sapo
+from grpo_fused.losses.sequence_objectives import Gmpo, Vespo
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A row of LOSSES: the defaults of a loss_type.
+
+    Attributes:
+        objective: with the parameters of the paper.
+        normalizer: a rule of `token_weights`.
+        paper, url, equation: the source.
+        level: importance sampling level, "token", "sequence" or "sequence_token".
+    """
+
+    objective: Objective
+    normalizer: str
+    paper: str
+    url: str
+    equation: str
+    level: str = "token"
+
+
+LOSSES: dict[str, Loss] = {
+    "grpo": Loss(
+        Clip(),
+        "seq-mean-token-mean",
+        "DeepSeekMath",
+        "https://arxiv.org/abs/2402.03300",
+        "eq. 3",
+    ),
+    "bnpo": Loss(
+        Clip(),
+        "token-mean-local",
+        "TRL",
+        "https://huggingface.co/docs/trl/grpo_trainer",
+        "loss_type bnpo",
+    ),
+    "dapo": Loss(
+        Clip(epsilon_high=0.28),
+        "token-mean",
+        "DAPO",
+        "https://arxiv.org/abs/2503.14476",
+        "eq. 8",
+    ),
+    "dr_grpo": Loss(
+        Clip(),
+        "seq-mean-token-sum-norm",
+        "Dr. GRPO",
+        "https://arxiv.org/abs/2503.20783",
+        "section 3.2",
+    ),
+    # The loss of "grpo"; the algorithms differ in their advantages (`gae_advantages` for PPO).
+    "ppo": Loss(
+        Clip(),
+        "seq-mean-token-mean",
+        "PPO",
+        "https://arxiv.org/abs/1707.06347",
+        "eq. 7",
+    ),
+    "gspo": Loss(
+        Clip(3e-4, 4e-4),
+        "seq-mean-token-mean",
+        "GSPO",
+        "https://arxiv.org/abs/2507.18071",
+        "eq. 5 and 7",
+        "sequence",
+    ),
+    "gspo_token": Loss(
+        Clip(3e-4, 4e-4),
+        "seq-mean-token-mean",
+        "GSPO",
+        "https://arxiv.org/abs/2507.18071",
+        "eq. 13 and 14",
+        "sequence_token",
+    ),
+    "luspo": Loss(
+        Clip(),
+        "seq-mean-token-sum",
+        "LUSPO",
+        "https://arxiv.org/abs/2602.05261",
+        "the length-unbiased GSPO objective",
+        "sequence",
+    ),
+    "cispo": Loss(
+        Cispo(),
+        "token-mean",
+        "MiniMax-M1",
+        "https://arxiv.org/abs/2506.13585",
+        "eq. 4 and 5",
+    ),
+    "sapo": Loss(
+        Sapo(),
+        "seq-mean-token-mean",
+        "SAPO",
+        "https://arxiv.org/abs/2511.20347",
+        "the soft-gated objective",
+    ),
+    "vespo": Loss(
+        Vespo(),
+        "token-mean",
+        "VESPO",
+        "https://arxiv.org/abs/2602.10693",
+        "the gamma-shaped kernel",
+    ),
+    "gmpo": Loss(
+        Gmpo(),
+        "seq-mean-token-mean",
+        "GMPO",
+        "https://arxiv.org/abs/2507.20673",
+        "the clipped geometric mean",
+        "sequence",
+    ),
+    "gpg": Loss(
+        PolicyGradient(),
+        "token-mean",
+        "GPG",
+        "https://arxiv.org/abs/2504.02546",
+        "the policy gradient objective",
+    ),
+}

@@ -1,0 +1,1 @@
+"""Rollouts: completions sampled with `generate`, or returned by a user's `rollout_fn`."""

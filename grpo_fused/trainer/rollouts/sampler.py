@@ -1,0 +1,189 @@
+"""Sampling completions of prompts with the `generate` method of a transformers model."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from grpo_fused.trainer.rollouts.rollout import Prompt, Rollout, pad
+from grpo_fused.trainer.run.config import GRPOTrainerConfig
+from grpo_fused.trainer.run.errors import shorten
+
+
+class Sampler:
+    """Tokenizes prompts and samples completions.
+
+    Args:
+        tokenizer: tokenizer of the model. Without a padding token its end token is used, which is
+            safe: a completion ends at the first end token.
+        model: its config and generation config define the end tokens and the context length.
+        config: GRPOTrainerConfig.
+
+    Raises:
+        ValueError: neither tokenizer nor model has an end token; prompts and completions can
+            exceed the context length of the model.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, config: GRPOTrainerConfig
+    ):
+        self.tokenizer, self.config = tokenizer, config
+        self.eos_ids = find_eos_ids(tokenizer, model)
+        self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = (config.max_prompt_length or 1) + config.max_completion_length
+        if self.context and longest > self.context:
+            raise ValueError(
+                f"max_completion_length: {longest} tokens of prompt and completion exceed the "
+                f"model's context of {self.context}"
+            )
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Tokenizes prompts and keeps the last max_prompt_length tokens of each.
+
+        Raises:
+            ValueError: a prompt is neither text nor a list of messages, has no tokens, or does
+                not leave max_completion_length tokens of the model's context.
+        """
+        encoded: list[list[int]] = []
+        for i, prompt in enumerate(prompts):  # a group repeats its prompt
+            is_repeated = i > 0 and prompt == prompts[i - 1]
+            encoded.append(encoded[-1] if is_repeated else self._encode(prompt))
+        return encoded
+
+    def _encode(self, prompt):
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        elif isinstance(prompt, list):
+            ids = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        else:
+            raise ValueError(f"prompt must be a str or a list of messages, got {prompt!r}")
+        if self.config.max_prompt_length is not None:
+            ids = ids[-self.config.max_prompt_length :]
+        if not ids:
+            raise ValueError(f"prompt must have at least one token, got {prompt!r}")
+        max_completion_length = self.config.max_completion_length
+        if self.context and len(ids) + max_completion_length > self.context:
+            raise ValueError(
+                f"prompt of {len(ids)} tokens leaves {max(self.context - len(ids), 0)} of the "
+                f"model's context of {self.context} for max_completion_length = "
+                f"{max_completion_length}; set max_prompt_length to truncate it: {shorten(prompt)}"
+            )
+        return list(ids)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: Any,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        batch_size: int | None = None,
+    ) -> list[list[int]]:
+        """Samples a completion for each prompt, `batch_size` at once; temperature 0 is greedy."""
+        batch_size = batch_size or len(prompt_ids)
+        completions = []
+        with eval_mode(model), generation_defaults(model, self.generation_config(temperature)):
+            for first in range(0, len(prompt_ids), batch_size):
+                ids, mask = pad(prompt_ids[first : first + batch_size], self.pad_id, "left")
+                ids, mask = ids.to(model.device), mask.to(model.device)
+                tokens = model.generate(input_ids=ids, attention_mask=mask.long())
+                completions += [self.cut_at_eos(row) for row in tokens[:, ids.shape[1] :].tolist()]
+        return completions
+
+    def generation_config(self, temperature: float) -> GenerationConfig:
+        """Returns the sampling settings of the config, at this temperature."""
+        config = self.config
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": config.top_k}
+            sampling |= {"top_p": config.top_p, "min_p": config.min_p}
+        return GenerationConfig(
+            max_new_tokens=config.max_completion_length,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.pad_id,
+            **sampling,
+        )
+
+    def cut_at_eos(self, ids: list[int]) -> list[int]:
+        """Returns the tokens up to and including the first end token."""
+        ends = [ids.index(eos) for eos in self.eos_ids if eos in ids]
+        return ids[: min(ends) + 1] if ends else ids
+
+    def is_truncated(self, ids: Sequence[int]) -> bool:
+        """Returns whether a completion lacks an end token."""
+        return not ids or ids[-1] not in self.eos_ids
+
+    def decode(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the text of completions, without special tokens."""
+        return self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+    def rollout(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Prompt],
+        columns: dict[str, list],
+        *,
+        temperature: float,
+    ) -> Rollout:
+        """Samples one completion per prompt; a group repeats its prompt num_generations times."""
+        prompt_ids = self.encode(prompts)
+        completion_ids = self.generate(
+            model,
+            prompt_ids,
+            temperature=temperature,
+            batch_size=self.config.generation_batch_size,
+        )
+        truncated = [self.is_truncated(ids) for ids in completion_ids]
+        return Rollout(list(prompts), prompt_ids, completion_ids, truncated, None, None, columns)
+
+
+def find_eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[int]:
+    """Returns the end token of the tokenizer, then those of the model's generation config.
+
+    Raises:
+        ValueError: neither has one.
+    """
+    configured = getattr(model, "generation_config", None)
+    configured = None if configured is None else configured.eos_token_id
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    ids = [i for i in dict.fromkeys(ids) if i is not None]
+    if not ids:
+        raise ValueError(
+            "tokenizer has no eos_token and the model's generation config has none either, so no "
+            "completion would end; set tokenizer.eos_token"
+        )
+    return ids
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode within the context."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def generation_defaults(model: Any, generation_config: GenerationConfig) -> Iterator[None]:
+    """Replaces the generation config of a model within the context.
+
+    `generate(generation_config=...)` fills values that are None from the model's own generation
+    config. A top_k or repetition penalty in it would sample from another distribution than the
+    policy of the loss.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.generation_config
+    base.generation_config = generation_config
+    try:
+        yield
+    finally:
+        base.generation_config = before

@@ -1,0 +1,1 @@
+"""Everything around the algorithm: configuration, data, checkpoints, logs and the command."""

@@ -1,0 +1,86 @@
+"""The command `grpo-fused train`: builds a trainer from a config and trains."""
+
+from collections.abc import Sequence
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_fused.trainer.rewards import Rewards
+from grpo_fused.trainer.run.config import TrainConfig
+from grpo_fused.trainer.run.data import load_rows
+from grpo_fused.trainer.run.log import RunLog
+from grpo_fused.trainer.trainer import GRPOTrainer, TrainResult
+
+TRAIN_SEED, EVAL_SEED = 0, 1  # of generated tasks: no held-out row is a training row
+
+
+def make_trainer(config: TrainConfig) -> GRPOTrainer:
+    """Loads the model, data and rewards of a config and returns their trainer.
+
+    Raises:
+        ValueError: the model, data or rewards cannot be loaded or do not fit the settings.
+    """
+    data, eval_data = load_source(config, config.data, TRAIN_SEED), None
+    if config.eval_data is not None:
+        eval_data = load_source(config, config.eval_data, EVAL_SEED)
+    rewards = Rewards(config.rewards, config.reward_weights)
+    transformers.set_seed(config.seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
+        dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {config.model} cannot be loaded: {error}") from error
+    run_log = RunLog(config.output_dir, f"{config.model}, {config.loss_type} loss")
+    return GRPOTrainer(
+        model,
+        rewards,
+        config,
+        data,
+        tokenizer=tokenizer,
+        eval_data=eval_data,
+        peft_config=make_lora_config(config),
+        run_log=run_log,
+    )
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains, then prints how the run ended and where its results are."""
+    transformers.utils.logging.disable_progress_bar()
+    trainer = make_trainer(config)
+    result = trainer.train()
+    if trainer.accelerator.is_main_process:
+        ended = f"interrupted after {result.step}" if result.signal else f"trained {result.step}"
+        hint = "; --resume latest continues the run" if result.signal else ""
+        print(
+            f"{ended} of {config.max_steps} steps; model/ and metrics.jsonl in "
+            f"{config.output_dir}{hint}"
+        )
+    return result
+
+
+def load_source(config: TrainConfig, source: str, task_seed: int) -> Sequence[dict]:
+    """Loads rows of a source; `task_seed` is TRAIN_SEED or EVAL_SEED."""
+    return load_rows(
+        source,
+        columns=config.data_columns,
+        split=config.data_split,
+        system_prompt=config.system_prompt,
+        task_size=config.task_rows,
+        task_seed=2 * config.seed + task_seed,
+    )
+
+
+def make_lora_config(config: TrainConfig):
+    """Returns the LoraConfig of a config, or None without adapters."""
+    if not config.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.lora_target_modules or "all-linear",
+    )

@@ -1,0 +1,295 @@
+"""Settings of a training run: meaning, unit, default and accepted values of each."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from grpo_fused import LOSSES
+from grpo_fused.advantages import SCALES
+from grpo_fused.checks import nearest
+from grpo_fused.corrections import LEVELS, MODES
+from grpo_fused.losses.kl import KL_ESTIMATORS
+from grpo_fused.losses.objectives import LEVELS as RATIO_LEVELS
+from grpo_fused.trainer.run.options import check_field, option
+from grpo_fused.validation import check_objective
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+PRECISIONS = ("no", "bf16", "fp16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(kw_only=True)
+class GRPOTrainerConfig:
+    """Settings of `GRPOTrainer`; the model, the data and the rewards are arguments of its own.
+
+    A rollout consists of `prompts_per_rollout` prompts with `num_generations` completions each,
+    over all ranks. It is split into `minibatches`; each gives one optimizer step, and
+    `num_iterations` passes are made over them. A minibatch is processed in micro-batches of
+    `micro_batch_size` sequences per rank, which affects memory and time but not the gradient.
+    Fields named as in TRL mean the same as in TRL.
+
+    Raises:
+        ValueError: a field has an unsupported value; fields are incompatible with each other.
+    """
+
+    # The run
+    output_dir: str = option(
+        "runs/train", "folder for checkpoints, metrics and tracker files", mutable_on_resume=True
+    )
+    max_steps: int = option(500, "total number of optimizer steps", low=1)
+    seed: int = option(0, "seed of new weights, prompt order and sampling", low=0, high=2**32 - 1)
+
+    # The batch
+    prompts_per_rollout: int = option(8, "prompts per rollout, over all ranks", low=1)
+    num_generations: int = option(8, "completions per prompt: the group size", low=1)
+    minibatches: int = option(1, "optimizer steps per pass over a rollout", low=1)
+    num_iterations: int = option(1, "passes over each rollout (mu in the GRPO paper)", low=1)
+    micro_batch_size: int = option(8, "sequences per rank in one forward and backward pass", low=1)
+    generation_batch_size: int | None = option(
+        None, "sequences per rank sampled at once; none: the whole rollout", low=1
+    )
+
+    # Sampling
+    max_prompt_length: int | None = option(
+        None, "tokens to keep at the end of a longer prompt; none: prompts are not truncated", low=1
+    )
+    max_completion_length: int = option(256, "maximum number of sampled tokens", low=1)
+    temperature: float = option(
+        1.0, "temperature of sampling and of the policy in the loss", above=0
+    )
+    top_p: float = option(1.0, "probability mass of nucleus sampling; 1: off", above=0, high=1)
+    top_k: int = option(0, "number of most probable tokens to sample from; 0: all", low=0)
+    min_p: float | None = option(
+        None, "minimum probability relative to the most probable token; none: off", low=0, high=1
+    )
+    mask_truncated_completions: bool = option(
+        False, "exclude completions that reach max_completion_length from the loss (DAPO)"
+    )
+
+    # Rewards and advantages
+    scale_rewards: str = option(
+        "group",
+        "divide centred rewards by the standard deviation of the group or batch, or not at all",
+        choices=SCALES,
+    )
+
+    # The loss
+    loss_type: str = option("dapo", "a key of grpo_fused.LOSSES", choices=tuple(LOSSES))
+    objective: dict[str, float] = option(
+        {}, "parameters of the loss's objective that replace its defaults, as {epsilon_low: 0.1}"
+    )
+    importance_sampling_level: str | None = option(
+        None, "level of the importance ratio; none: the level of the loss", choices=RATIO_LEVELS
+    )
+    beta: float = option(0.0, "weight of the KL penalty; 0: no reference model", low=0)
+    kl_estimator: str = option("k3", "estimator of the KL penalty", choices=tuple(KL_ESTIMATORS))
+    use_bias_correction_kl: bool = option(
+        False, "multiply the KL penalty by the importance ratio, including its gradient"
+    )
+    entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0)
+    loss_input: str = option(
+        "hidden",
+        "hidden: the LM head is fused into the loss and the full logits never exist; logits: for "
+        "heads that cannot be fused",
+        choices=("hidden", "logits"),
+    )
+
+    # Rollout correction, for a rollout_fn that returns the sampler's log-probabilities
+    rollout_correction: str | None = option(
+        "truncate", "handling of correction weights out of bounds; none: no weights", choices=MODES
+    )
+    rollout_correction_level: str = option(
+        "token", "level of the correction weights", choices=LEVELS
+    )
+    rollout_correction_cap: float = option(3.0, "upper bound of the correction weights", above=0)
+    rollout_correction_floor: float | None = option(
+        None, "lower bound of the correction weights; none: 0", low=0
+    )
+
+    # The reference model (beta > 0)
+    reference_refresh_rollouts: int | None = option(
+        None, "rollouts between refreshes of the reference model; none: never refreshed", low=1
+    )
+    reference_mix: float = option(
+        1.0,
+        "weight of the policy in a refreshed reference; below 1: a moving average",
+        above=0,
+        high=1,
+    )
+
+    # The optimizer
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW", low=0)
+    adam_betas: list[float] = option([0.9, 0.999], "decay rates of AdamW's two moments", low=0)
+    weight_decay: float = option(0.0, "weight decay of AdamW", low=0)
+    max_grad_norm: float = option(1.0, "gradient norm to clip at; 0: no clipping", low=0)
+    lr_scheduler_type: str = option("constant", "learning rate schedule", choices=SCHEDULES)
+    warmup_steps: int = option(0, "optimizer steps of linear warmup from 0", low=0)
+
+    # Memory and precision
+    mixed_precision: str = option("no", "autocast precision of forward passes", choices=PRECISIONS)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    disable_dropout: bool = option(
+        True, "turn dropout off, so that an unchanged policy has ratio 1 to itself"
+    )
+
+    # Checkpoints
+    resume: str | None = option(
+        None,
+        "checkpoint folder, or latest: the newest complete checkpoint in output_dir, if any",
+        mutable_on_resume=True,
+    )
+    save_steps: int | None = option(
+        100,
+        "optimizer steps between checkpoints; none: only when a signal stops the run",
+        low=1,
+        mutable_on_resume=True,
+    )
+    save_total_limit: int | None = option(
+        2, "number of newest checkpoints to keep; none: all", low=1, mutable_on_resume=True
+    )
+
+    # Evaluation and logs
+    eval_steps: int | None = option(
+        None,
+        "optimizer steps between evaluations on held-out rows; none: no evaluation",
+        low=1,
+        mutable_on_resume=True,
+    )
+    eval_batch_size: int = option(
+        32, "held-out rows per rank sampled at once", low=1, mutable_on_resume=True
+    )
+    eval_temperature: float = option(
+        0.0, "sampling temperature of the evaluation; 0: greedy", low=0, mutable_on_resume=True
+    )
+    completions_steps: int | None = option(
+        None, "rollouts between tables of completions; none: no tables", low=1,
+        mutable_on_resume=True,
+    )  # fmt: skip
+    completions_rows: int = option(8, "completions per table", low=1, mutable_on_resume=True)
+    report_to: list[str] = option(
+        ["tensorboard"],
+        "trackers of Accelerate, such as wandb or trackio; [] or none: no tracker",
+        mutable_on_resume=True,
+    )
+    progress_bar: bool = option(True, "show a progress bar", mutable_on_resume=True)
+
+    def __post_init__(self):
+        if self.report_to in ("none", ["none"]):  # as transformers accepts
+            self.report_to = []
+        for field in fields(self):
+            check_field(field, getattr(self, field.name))
+        check_objective_parameters(self.loss_type, self.objective)
+        level = self.importance_sampling_level or LOSSES[self.loss_type].level
+        check_objective(self.objective_or_default, level)
+        if len(self.adam_betas) != 2 or max(self.adam_betas) >= 1:
+            raise ValueError(f"adam_betas must be two numbers below 1, got {self.adam_betas}")
+        rows = self.prompts_per_rollout * self.num_generations
+        if rows % self.minibatches:
+            raise ValueError(
+                f"minibatches must divide prompts_per_rollout x num_generations = {rows}, "
+                f"got {self.minibatches}"
+            )
+        floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
+        if floor is not None and floor >= cap:
+            raise ValueError(
+                f"rollout_correction_floor must be below rollout_correction_cap = {cap}, "
+                f"got {floor}"
+            )
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                "warmup_steps requires another lr_scheduler_type, such as constant_with_warmup, "
+                f"got {self.warmup_steps} with constant"
+            )
+        if self.reference_mix < 1 and not self.reference_refresh_rollouts:
+            raise ValueError(
+                "reference_mix below 1 requires reference_refresh_rollouts, "
+                f"got {self.reference_mix} without it"
+            )
+        if self.reference_refresh_rollouts and not self.beta:
+            raise ValueError(
+                "reference_refresh_rollouts requires beta > 0, because only the KL penalty uses "
+                f"a reference model, got {self.reference_refresh_rollouts} with beta {self.beta}"
+            )
+
+    @property
+    def objective_or_default(self) -> Any:
+        """The objective of the loss, with the parameters in `objective`."""
+        return replace(LOSSES[self.loss_type].objective, **self.objective)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps taken on each rollout."""
+        return self.minibatches * self.num_iterations
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Whether some optimizer steps train a policy that has changed since it sampled."""
+        return self.steps_per_rollout > 1
+
+
+@dataclass(kw_only=True)
+class TrainConfig(GRPOTrainerConfig):
+    """Settings of `grpo-fused train`: those of the trainer, and its model, data and rewards.
+
+    Raises:
+        ValueError: as for GRPOTrainerConfig; the model, the data or the rewards are missing.
+    """
+
+    model: str = option("", "folder or Hub name of a causal language model for transformers")
+    dtype: str = option("float32", "dtype of the model's weights", choices=DTYPES)
+    tokenizer: str | None = option(None, "folder or Hub name; none: the model's tokenizer")
+    data: str = option(
+        "", "training rows: a .jsonl, .parquet or .csv file, a saved data set, reasoning_gym:TASK"
+    )
+    eval_data: str | None = option(None, "held-out rows, as data", mutable_on_resume=True)
+    data_columns: dict[str, str] = option({}, "names of columns in the data, as {prompt: question}")
+    data_split: str = option("train", "split to use of a data set that has several")
+    task_rows: int = option(1000, "number of rows to generate for a reasoning_gym task", low=1)
+    system_prompt: str | None = option(
+        None, "instructions to put before text prompts, which become chats"
+    )
+    rewards: list[str] = option(
+        [],
+        "reward functions: path.py:function, module:function, exact_match, math_verify, "
+        "reasoning_gym, or the folder of a reward model",
+    )
+    reward_weights: list[float] | None = option(None, "one weight per reward; none: 1 each")
+    lora_rank: int = option(0, "rank of LoRA adapters; 0: train all weights", low=0)
+    lora_alpha: float = option(32.0, "LoRA scale before division by the rank", above=0)
+    lora_target_modules: list[str] | None = option(
+        None, "names of layers to adapt; none: all linear layers except the LM head"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("model", "data", "rewards"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is required, got {getattr(self, name)!r}")
+        if self.eval_data and not self.eval_steps:
+            raise ValueError(f"eval_data requires eval_steps, got {self.eval_data!r} without it")
+        if self.lora_target_modules and not self.lora_rank:
+            raise ValueError(
+                "lora_target_modules requires lora_rank, "
+                f"got {self.lora_target_modules} with rank 0"
+            )
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"reward_weights must be one per reward, {len(self.rewards)}, "
+                f"got {len(self.reward_weights)}"
+            )
+
+
+def check_objective_parameters(loss_type: str, parameters: dict[str, float]) -> None:
+    """Checks that the objective of a loss has these parameters; it checks their values itself."""
+    known = [field.name for field in fields(LOSSES[loss_type].objective)]
+    for name in parameters:
+        if name not in known:
+            raise ValueError(
+                f"objective: {loss_type} has {', '.join(known) or 'no parameters'}, got {name!r}"
+                f"{nearest(name, known)}"
+            )
+
+
+def tracker_config(config: GRPOTrainerConfig) -> dict[str, int | float | str]:
+    """Returns the settings in types that every tracker accepts: numbers, booleans and text."""
+    settings = asdict(config).items()
+    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings}

@@ -1,0 +1,47 @@
+"""Evaluation on held-out rows: one completion each, scored by the reward functions."""
+
+import torch
+
+from grpo_fused.trainer.collect import score
+from grpo_fused.trainer.run.data import split_columns
+from grpo_fused.trainer.run.state import random_states, set_random_states
+
+
+def evaluate(trainer) -> dict[str, float]:
+    """Completes every row of `trainer.eval_data` once and averages the rewards.
+
+    Rows are divided among the ranks. Some ranks repeat a row, so that all ranks process the same
+    number; repeated rows do not count. Training is not affected: random states are restored.
+
+    Returns:
+        Means over all ranks, as "eval/...": reward, each reward function, completion length. A
+        mean is NaN if no completion has a score.
+    """
+    config, accelerator = trainer.config, trainer.accelerator
+    num_ranks, num_rows = accelerator.num_processes, len(trainer.eval_data)
+    padded = -(-num_rows // num_ranks) * num_ranks
+    mine = range(accelerator.process_index, padded, num_ranks)
+    device = accelerator.device
+    sums = counts = 0.0
+    states = random_states(device)
+    try:
+        for start in range(0, len(mine), config.eval_batch_size):
+            part = mine[start : start + config.eval_batch_size]
+            prompts, columns = split_columns([trainer.eval_data[i % num_rows] for i in part])
+            with accelerator.autocast():
+                rollout = trainer.sampler.rollout(
+                    trainer.unwrapped, prompts, columns, temperature=config.eval_temperature
+                )
+            scores = score(trainer, rollout)
+            lengths = torch.tensor([float(len(ids)) for ids in rollout.completion_ids])
+            values = {"reward": scores.total, "completions/mean_length": lengths}
+            values |= {f"rewards/{name}": each for name, each in scores.each.items()}
+            matrix = torch.stack([v.detach().float().cpu() for v in values.values()])
+            counted = torch.tensor([i < num_rows for i in part]) & ~matrix.isnan()
+            sums = sums + matrix.where(counted, 0.0).sum(1)
+            counts = counts + counted.sum(1)
+    finally:
+        set_random_states(states, device)
+    sums, counts = accelerator.reduce(torch.stack([sums, counts]).to(device)).cpu()
+    means = (sums / counts).tolist()
+    return {f"eval/{name}": mean for name, mean in zip(values, means, strict=True)}

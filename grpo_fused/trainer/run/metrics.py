@@ -1,0 +1,113 @@
+"""Metrics of a rollout and of an optimizer step, combined over all ranks."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from grpo_fused.losses import metrics
+from grpo_fused.trainer.reference import full_tensor
+from grpo_fused.trainer.rewards import RewardScores
+from grpo_fused.trainer.rollouts.rollout import Rollout
+
+
+def rollout_metrics(
+    accelerator: Accelerator, rollout: Rollout, scores: RewardScores, group_size: int
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Combines rewards and lengths of all ranks, in one exchange of tensors.
+
+    Args:
+        accelerator: of the run.
+        rollout: completions of this rank.
+        scores: their rewards.
+        group_size: completions per prompt.
+
+    Returns:
+        (metrics, rewards): dict of floats; (B,) float32 on the CPU, total rewards of all ranks.
+    """
+    names = list(scores.each)
+    lengths = torch.tensor([float(len(ids)) for ids in rollout.completion_ids])
+    prompts = torch.tensor([float(len(ids)) for ids in rollout.prompt_ids])
+    truncated = torch.tensor(rollout.truncated, dtype=torch.float32)
+    columns = [scores.total, lengths, prompts, truncated, *(scores.each[name] for name in names)]
+    columns = torch.stack([column.detach().float().cpu() for column in columns], dim=1)
+    columns = accelerator.gather(columns.to(accelerator.device)).cpu()
+    rewards, lengths, prompts, truncated, *each = columns.unbind(1)
+
+    groups = rewards.view(-1, group_size)
+    stds = groups.std(1) if group_size > 1 else groups.new_zeros(len(groups))
+    missing = groups.isnan()
+    lowest = groups.masked_fill(missing, float("inf")).amin(1)
+    highest = groups.masked_fill(missing, -float("inf")).amax(1)
+    combined = {
+        "reward": rewards.nanmean(),
+        "reward_std": stds.nanmean(),
+        # Groups with equal rewards, or without any, contribute no gradient.
+        "frac_reward_zero_std": (highest <= lowest).float().mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": truncated.mean(),
+        "prompts/mean_length": prompts.mean(),
+    }
+    for name, values in zip(names, each, strict=True):
+        combined[f"rewards/{name}"] = values.nanmean()
+    logged = {}
+    for of_rank in gather_object([scores.metrics]):
+        for name, values in of_rank.items():
+            logged[name] = [*logged.get(name, ()), *values]
+    combined |= {name: sum(values) / len(values) for name, values in logged.items()}
+    return {name: float(value) for name, value in combined.items()}, rewards
+
+
+def step_metrics(
+    accelerator: Accelerator,
+    sums: torch.Tensor,
+    max_ratio: torch.Tensor,
+    grad_norm: torch.Tensor | float,
+    signal: int,
+    has_reference: bool,
+) -> tuple[dict[str, float], int | None]:
+    """Combines the metrics of an optimizer step over all ranks, in one exchange and one wait.
+
+    Args:
+        accelerator: of the run.
+        sums: (8,) `LossOutput.sums`, added up over micro-batches.
+        max_ratio: () largest importance ratio.
+        grad_norm: gradient norm; a DTensor for sharded models.
+        signal: number of the signal that this rank received, or 0.
+        has_reference: whether there is a KL to report.
+
+    Returns:
+        (metrics, signal): dict of floats; the signal of any rank, or None.
+    """
+    grad_norm = full_tensor(torch.as_tensor(grad_norm)).to(max_ratio)
+    own = torch.stack([max_ratio, max_ratio.new_tensor(signal), grad_norm])
+    every_rank = accelerator.gather(torch.cat([sums, own])[None]).cpu()
+    sums = every_rank[:, : len(metrics.SUMS)].sum(0)
+    max_ratios, signals, grad_norms = every_rank[:, len(metrics.SUMS) :].unbind(1)
+    combined = {"loss": float(sums[0]), "grad_norm": float(grad_norms[0])}
+    combined |= {name: float(value) for name, value in metrics.means(sums).items()}
+    combined |= {"ratio/max": float(max_ratios.max()), "num_tokens": float(sums[1])}
+    if not has_reference:
+        del combined["kl"]
+    return combined, int(signals.max()) or None
+
+
+def completions_table(
+    rollout: Rollout, texts: list[str], scores: RewardScores
+) -> list[dict[str, object]]:
+    """Makes a table row, with prompt, completion and rewards, for each of the first `texts`."""
+    rows = []
+    for i, text in enumerate(texts):
+        row = {"prompt": rollout.prompts[i], "completion": text, "reward": float(scores.total[i])}
+        row |= {name: float(values[i]) for name, values in scores.each.items()}
+        rows.append(row | {name: values[i] for name, values in scores.extra.items()})
+    return rows
+
+
+def progress_summary(values: dict[str, float]) -> str:
+    """Formats the most important metrics for a progress bar."""
+    shown = {"reward": "reward {:.2f}", "loss": "loss {:+.3f}", "kl": "KL {:.3f}"}
+    shown |= {"entropy": "entropy {:.2f}", "clip_ratio/region_mean": "clipped {:.1%}"}
+    shown |= {"completions/mean_length": "length {:.0f}"}
+    return ", ".join(text.format(values[name]) for name, text in shown.items() if name in values)

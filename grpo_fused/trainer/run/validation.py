@@ -1,0 +1,126 @@
+"""Checks of the settings, model, data and accelerator before the first training step."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Checks that all trackers are installed; Accelerate silently skips missing ones.
+
+    Raises:
+        ValueError: a tracker is not available.
+    """
+    available = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                f"report_to: {name} is not installed or unknown to Accelerate; available are "
+                f"{', '.join(available) or 'none'}"
+            )
+
+
+def check_accelerator(config, accelerator: Accelerator) -> None:
+    """Checks that a user's Accelerator agrees with the config and only splits data.
+
+    Raises:
+        ValueError: the accelerator has an unsupported setting.
+    """
+    num_accumulated = accelerator.gradient_accumulation_steps
+    if num_accumulated != 1:
+        raise ValueError(
+            "the accelerator's gradient_accumulation_steps must be 1, because micro_batch_size "
+            f"already controls accumulation, got {num_accumulated}"
+        )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and max(parallel.tp_size, parallel.cp_size) > 1:
+        raise ValueError(
+            "the accelerator must be data parallel (DDP or FSDP2), got tensor parallel size "
+            f"{parallel.tp_size}, context parallel size {parallel.cp_size}"
+        )
+    project = getattr(accelerator, "project_configuration", None)
+    if getattr(project, "automatic_checkpoint_naming", False):
+        raise ValueError(
+            "the accelerator's automatic_checkpoint_naming must be False, because the trainer "
+            "names checkpoints itself"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP must be version 2 (fsdp_version: 2), because version 1 passes flat shards to "
+            "generate and to the reference model"
+        )
+    if accelerator.mixed_precision != config.mixed_precision:
+        raise ValueError(
+            f"mixed_precision is {config.mixed_precision!r}, but the accelerator has "
+            f"{accelerator.mixed_precision!r}"
+        )
+
+
+def check_model(model, config) -> None:
+    """Checks a model before Accelerate prepares it.
+
+    Raises:
+        ValueError: the model is sharded already, or has float16 weights with mixed_precision fp16.
+    """
+    name, weight = next(iter(model.named_parameters()))
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"model must not be sharded, got {name} as a DTensor; the accelerator shards it when "
+            "it prepares the model with FSDP2"
+        )
+    if config.mixed_precision == "fp16" and weight.dtype == torch.float16:
+        raise ValueError(
+            "mixed_precision fp16 requires a float32 model, because gradients of float16 weights "
+            f"cannot be scaled, got {name} in {weight.dtype}"
+        )
+
+
+def check_rows(name: str, data: Sequence[dict]) -> Sequence[dict]:
+    """Checks that data is a non-empty sequence of dicts with a "prompt", and returns it.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if isinstance(data, dict):
+        raise ValueError(
+            f"{name} must be a sequence of rows, got a dict of {', '.join(map(str, data))}"
+        )
+    if data is not None and not hasattr(data, "__len__"):
+        raise ValueError(f"{name} must have a length, got {type(data).__name__}")
+    if data is None or len(data) == 0:
+        raise ValueError(f"{name} has no rows")
+    if not isinstance(data[0], dict) or "prompt" not in data[0]:
+        raise ValueError(f'{name} must have dicts with a "prompt" as rows, got {data[0]!r}')
+    return data
+
+
+def count_rows_per_rank(config, num_ranks: int) -> int:
+    """Returns the sequences per rank of a rollout: complete groups, equal minibatches.
+
+    Raises:
+        ValueError: prompts or minibatches cannot be divided among the ranks.
+    """
+    prompts = config.prompts_per_rollout
+    if prompts % num_ranks:
+        raise ValueError(
+            f"prompts_per_rollout must be a multiple of the {num_ranks} ranks, because a group "
+            f"is never split, got {prompts}"
+        )
+    rows = prompts // num_ranks * config.num_generations
+    if rows % config.minibatches:
+        raise ValueError(
+            f"minibatches must divide the {rows} sequences of each of {num_ranks} ranks, "
+            f"got {config.minibatches}"
+        )
+    if config.num_generations == 1:
+        warnings.warn(
+            "num_generations is 1: the advantage of an outcome reward in a group of one is 0, so "
+            "only process rewards train the model",
+            stacklevel=3,
+        )
+    return rows

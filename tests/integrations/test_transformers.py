@@ -1,0 +1,165 @@
+"""Models of transformers whose LM head is replaced by a loss give the numbers of their logits."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import (
+    MODELS,
+    OPTIONS,
+    T,
+    V,
+    batch,
+    fused_loss,
+    gradients,
+    quantised,
+    sharded,
+    tiny,
+)
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from grpo_fused import grpo_loss, linear_grpo_loss
+from grpo_fused.integrations.transformers import fuse_lm_head, head_scaling, why_not_fused
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_with_fused_head_equals_its_logits(name):
+    model = tiny(name)
+    input_ids, *tokens = batch()
+    logits = model(input_ids).logits[:, -T - 1 :]
+    expected = grpo_loss(logits, *tokens, num_items_in_batch=18)
+    expected.loss.backward()
+    expected_gradients = gradients(model)
+    model.zero_grad()
+
+    fuse_lm_head(model)
+    fuse_lm_head(model)  # a second call has no effect
+    output = fused_loss(model)
+    output.loss.backward()
+    torch.testing.assert_close(output.logps, expected.logps, rtol=1e-5, atol=1e-6)
+    assert gradients(model).keys() == expected_gradients.keys()
+    for parameter, gradient in gradients(model).items():
+        reference = expected_gradients[parameter]
+        assert (gradient - reference).norm() <= 2e-5 * reference.norm() + 1e-9, parameter
+
+
+def test_generation_and_logits_are_unchanged():
+    model = tiny()
+    input_ids = batch()[0]
+    expected = model.generate(input_ids, max_new_tokens=3, do_sample=False)
+    logits = model(input_ids).logits
+    fuse_lm_head(model)
+    assert torch.equal(model.generate(input_ids, max_new_tokens=3, do_sample=False), expected)
+    assert torch.equal(model(input_ids).logits, logits)
+    assert torch.equal(model(input_ids, logits_to_keep=2).logits, logits[:, -2:])
+
+
+def test_head_scaling():
+    assert head_scaling(tiny("granite").config) == {"logit_scale": 4.0, "logit_softcap": None}
+    assert head_scaling(tiny("gemma2").config) == {"logit_scale": 1.0, "logit_softcap": 0.05}
+
+
+def adapted(model):
+    class Adapter(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden) + 1
+
+    model.lm_head = Adapter(16, V)
+
+
+def headless(model):
+    model.get_output_embeddings = lambda: None
+
+
+def scaled_by_hand(model):
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    model.forward = scaled
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (quantised, "its weight is quantised"),
+        (adapted, "Adapter is not a plain linear layer"),
+        (headless, "the model has none"),
+        (scaled_by_hand, "Qwen3ForCausalLM transforms its logits"),
+    ],
+)
+def test_a_head_that_cannot_be_fused_raises(change, reason):
+    model = tiny()
+    model.train()
+    change(model)
+    with pytest.raises(ValueError, match=reason):
+        fuse_lm_head(model)
+    assert model.training, "the check left the model in evaluation mode"
+
+
+def test_an_exception_in_the_head_restores_the_model():
+    model = tiny()
+    fuse_lm_head(model)
+    expected = model(batch()[0]).logits
+    with pytest.raises(ValueError, match="advantages"):
+        model(batch()[0], head=lambda hidden, weight, **head: linear_grpo_loss(
+            hidden, weight, *batch()[:1], None, torch.ones(7), **head))  # fmt: skip
+    assert torch.equal(model(batch()[0]).logits, expected)
+
+
+def test_a_deep_copy_computes_its_own_logits():
+    model = tiny()
+    fuse_lm_head(model)
+    copied, input_ids = copy.deepcopy(model), batch()[0]
+    with torch.no_grad():
+        copied.lm_head.weight.mul_(2)
+    torch.testing.assert_close(copied(input_ids).logits, 2 * model(input_ids).logits)
+    assert not torch.equal(fused_loss(copied).logps, fused_loss(model).logps)
+
+
+def test_float32_head_of_a_bfloat16_model():
+    """TRL's cast_lm_head_to_fp32 builds such a model."""
+    model = tiny().bfloat16()
+    lm_head = model.lm_head.float()
+    lm_head.forward = lambda hidden: nn.functional.linear(hidden.float(), lm_head.weight)
+    input_ids, *tokens = batch()
+    expected = grpo_loss(model(input_ids).logits[:, -T - 1 :], *tokens, num_items_in_batch=18)
+    expected.loss.backward()
+    weight_gradient = lm_head.weight.grad
+    model.zero_grad()
+
+    fuse_lm_head(model)
+    output = fused_loss(model, upcast=True)
+    output.loss.backward()
+    assert output.logps.dtype == lm_head.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(output.logps, expected.logps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lm_head.weight.grad, weight_gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_head_sharded_over_the_vocabulary(tmp_path):
+    """Tensor parallelism never gathers the weight, unlike FSDP."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    model = tiny()
+    mesh = init_device_mesh("cpu", (1,))
+    model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight, mesh, [Shard(0)]))
+    reason = why_not_fused(model)
+    torch.distributed.destroy_process_group()
+    assert reason == "its weight is sharded over the vocabulary or over the hidden dimension"
+
+
+def test_sharded_by_fsdp(tmp_path):
+    """Two ranks agree with one; the head may be an FSDP unit, and may be fused after wrapping."""
+    model = tiny()
+    fuse_lm_head(model)
+    expected = {}
+    for options in OPTIONS:
+        model.zero_grad()
+        fused_loss(model, **options).loss.backward()
+        expected[str(options)] = gradients(model)
+    torch.multiprocessing.spawn(sharded, (str(tmp_path), expected), nprocs=2)
