@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from .launch import argument, arguments, kernel, launch_rows
-from .logprob import gradient_pointer
+from .logprob import gradient_argument, gradient_pointer
 from .objective import KL_ESTIMATORS, OBJECTIVES
 from .row_gradient import row_gradient
 from .softmax import (
@@ -77,9 +77,9 @@ def _fused_loss_kernel(
             if outputs.entropies is not None:
                 tl.store(outputs.entropies + token, entropy)
         if outputs.dlogits is not None:
-            dx_ptr = gradient_pointer(
-                outputs.dlogits, x_ptr, logits_ptr, sequence * positions + position, V, blocks
-            )
+            # Not i, which is a Python number in the interpreter.
+            index = sequence * positions + position
+            dx_ptr = gradient_pointer(outputs.dlogits, x_ptr, index, V, blocks)
             row_gradient(
                 row,
                 dx_ptr,
@@ -119,7 +119,7 @@ def fused_loss(logits, tokens, scales, formula, outputs):
         arguments(tokens),
         arguments(scales),
         formula,
-        outputs,
+        outputs._replace(dlogits=gradient_argument(outputs.dlogits, logits)),
         dlogits=outputs.dlogits,
         persistent=True,
         min_blocks_per_sm=1,

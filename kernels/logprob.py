@@ -19,18 +19,23 @@ from .softmax import (
 
 
 @triton.jit
-def gradient_pointer(dlogits_ptr, x_ptr, logits_ptr, row, V, blocks: tl.constexpr):
-    """Start of a row of the gradient: contiguous or, in place, where the logits are."""
-    ITEMSIZE: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
-    ALIGNED: tl.constexpr = blocks.STORE_VECTOR
-    BYTES: tl.constexpr = ALIGNED * ITEMSIZE
-    inplace = dlogits_ptr.to(tl.int64) == logits_ptr.to(tl.int64)
-    offset = (x_ptr.to(tl.int64) - logits_ptr.to(tl.int64)) // ITEMSIZE
-    # The offset is selected, not the pointer: `multiple_of` has no effect on the result of an
-    # if-statement, and for AMD GPUs Triton 3.9 cannot compile a selected pointer. It forgets the
-    # alignment of the sum there, but not that of the offset.
-    offset = tl.multiple_of(tl.where(inplace, offset, row.to(tl.int64) * V), ALIGNED)
-    return tl.multiple_of(dlogits_ptr + offset, BYTES)
+def gradient_pointer(dlogits, x_ptr, row, V, blocks: tl.constexpr):
+    """Start of a row of the gradient: contiguous or, for `IN_PLACE`, where the logits are."""
+    if hasattr(dlogits, "dtype"):
+        BYTES: tl.constexpr = blocks.STORE_VECTOR * x_ptr.dtype.element_ty.primitive_bitwidth // 8
+        return tl.multiple_of(dlogits + row.to(tl.int64) * V, BYTES)
+    else:
+        return x_ptr
+
+
+# Stands for the pointer to the logits, whose alignment in a bundle would make a variant.
+IN_PLACE = tl.constexpr(True)
+
+
+def gradient_argument(dlogits, logits):
+    """The gradient as an entry of a bundle."""
+    in_place = dlogits is not None and dlogits.data_ptr() == logits.data_ptr()
+    return IN_PLACE if in_place else dlogits
 
 
 @kernel
@@ -91,7 +96,7 @@ def _logprob_bwd_kernel(
     i = tl.program_id(0)
     sequence, position, token = locate(i, positions, num_tokens)
     x_ptr = row_pointer(logits_ptr, sequence, position, stride_sequence, stride_position, blocks)
-    dx_ptr = gradient_pointer(derivatives.dlogits, x_ptr, logits_ptr, i, V, blocks)
+    dx_ptr = gradient_pointer(derivatives.dlogits, x_ptr, i, V, blocks)
     active = position < num_tokens
     if active:
         active = is_active(tokens.active, token)
@@ -151,7 +156,8 @@ def logprob_bwd(logits, tokens, scales, statistics, derivatives):
         derivatives: `grpo_fused.bundles`; derivatives.dlogits is contiguous or logits itself.
     """
     dlogits = derivatives.dlogits
-    derivatives = arguments(derivatives._replace(dlogits=None))._replace(dlogits=dlogits)
+    derivatives = arguments(derivatives._replace(dlogits=None))
+    derivatives = derivatives._replace(dlogits=gradient_argument(dlogits, logits))
     launch_rows(
         _logprob_bwd_kernel,
         logits,

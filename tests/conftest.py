@@ -59,7 +59,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores: threads of threads only wait for each other
 
-# Where outputs, and what stands for them on the way, are allocated.
+# Modules that allocate outputs and intermediate results.
 POISONED = (
     *(grpo_fused.arguments, grpo_fused.autograd.common, grpo_fused.autograd.head),
     *(grpo_fused.autograd.logits, grpo_fused.head.chunks, grpo_fused.torch_backend.rows),
@@ -67,15 +67,23 @@ POISONED = (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# Rows of LOSSES that launch the same kernels as another one: in the interpreter, which takes a
-# second for what a device does in a microsecond, that one stands for them.
-STANDS_FOR = {"grpo": ("bnpo", "ppo"), "gspo": ("gspo_token", "luspo", "vespo", "gmpo")}
-REPRESENTED = {name for names in STANDS_FOR.values() for name in names}
+# Rows of LOSSES that launch the same kernels as another one, which represents them in Triton's slow
+# interpreter wherever a test has both: kernels know weights, not normalisers.
+REPRESENTS = {
+    "grpo": ("bnpo", "ppo", "dr_grpo", "dapo"),
+    "gspo": ("gspo_token", "luspo", "vespo", "gmpo"),
+}
+REPRESENTED_BY = {name: by for by, names in REPRESENTS.items() for name in names}
 
 
-def is_represented(item):
+def is_represented(item, nodeids):
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return params.get("implementation") == "triton" and params.get("loss_type") in REPRESENTED
+    loss_type = params.get("loss_type")
+    if params.get("implementation") != "triton" or loss_type not in REPRESENTED_BY:
+        return False
+    test, _, ids = item.nodeid.partition("[")
+    names = [REPRESENTED_BY[loss_type] if x == loss_type else x for x in ids[:-1].split("-")]
+    return f"{test}[{'-'.join(names)}]" in nodeids
 
 
 def pytest_addoption(parser):
@@ -92,9 +100,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
-    represented = [item for item in items if is_represented(item)]
+    nodeids = {item.nodeid for item in items}
+    represented = [item for item in items if is_represented(item, nodeids)]
     config.hook.pytest_deselected(items=represented)
-    items[:] = [item for item in items if not is_represented(item)]
+    items[:] = [item for item in items if not is_represented(item, nodeids)]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,8 +20,15 @@ from grpo_fused.bundles import (
 from grpo_fused.ops import BACKENDS
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "luspo"])
-@pytest.mark.parametrize("save_logits", [False, True], ids=["again", "saved"])
+@pytest.mark.parametrize(
+    ("loss_type", "save_logits"),
+    [
+        ("dapo", False),
+        ("luspo", True),
+        pytest.param("dapo", True, marks=pytest.mark.slow),
+        pytest.param("luspo", False, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_equals_eager(save_logits, loss_type, implementation, device):
     head = make_head_batch(device=device)
 

@@ -222,7 +222,7 @@ def test_upcast_makes_no_copy_of_the_weight(monkeypatch):
     assert storages.larger_than(budget) == []
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 8, 32])
+@pytest.mark.parametrize("chunks", [1, 16])
 def test_rounding_of_the_weights_gradient_is_flat_in_chunks(chunks, implementation, device):
     """Liger adds up chunks in bfloat16: 1.0 % off where one chunk is 0.36 % off."""
     head = make_head_batch(

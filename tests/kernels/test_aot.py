@@ -80,10 +80,10 @@ HOPPER = {
     ("target", "dtype"),
     [
         ("sm_90", "bf16"),
-        ("sm_90", "fp16"),
-        ("sm_90", "fp32"),
-        ("sm_80", "bf16"),
-        ("sm_100", "bf16"),
+        pytest.param("sm_90", "fp16", marks=pytest.mark.slow),
+        pytest.param("sm_90", "fp32", marks=pytest.mark.slow),
+        pytest.param("sm_80", "bf16", marks=pytest.mark.slow),
+        pytest.param("sm_100", "bf16", marks=pytest.mark.slow),
         ("gfx942", "bf16"),
     ],
 )
