@@ -23,8 +23,8 @@ from grpo_fused.ops import BACKENDS
 @pytest.mark.parametrize(
     ("loss_type", "save_logits"),
     [
-        ("dapo", False),
         ("luspo", True),
+        pytest.param("dapo", False, marks=pytest.mark.slow),
         pytest.param("dapo", True, marks=pytest.mark.slow),
         pytest.param("luspo", False, marks=pytest.mark.slow),
     ],

@@ -84,7 +84,7 @@ HOPPER = {
         pytest.param("sm_90", "fp32", marks=pytest.mark.slow),
         pytest.param("sm_80", "bf16", marks=pytest.mark.slow),
         pytest.param("sm_100", "bf16", marks=pytest.mark.slow),
-        ("gfx942", "bf16"),
+        pytest.param("gfx942", "bf16", marks=pytest.mark.slow),
     ],
 )
 @offline

@@ -69,7 +69,9 @@ def run(function, T, device, options):
     return loss.detach(), *others, hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize(
+    "inplace", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fresh", "inplace"]
+)
 def test_compiled_equals_eager(inplace, implementation, device):
     """Over several lengths, so that dynamic shapes are traced too (Liger#1366: fp64 floats)."""
     compiled = compile_whole(step)
