@@ -1,11 +1,11 @@
-"""What the compiler makes of every kernel, for GPUs that need not be there.
+"""Registers, spills and instructions of every kernel, compiled for GPUs that need not be there.
 
     python -m benchmarks.aot [--target sm_90 ...] [--json FILE]
 
-The launchers run as they would on the device, on small CPU tensors and under a driver that only
-names a target; each launch is compiled instead of started. So block sizes, specialisation and
-flags are those of production. Registers, spills, load widths and instructions per element are
-read from the machine code. Not for a process in which Triton interprets.
+The launchers run as on the device, with small CPU tensors and a driver that only names a target;
+each launch is compiled instead of started. So block sizes, specialisation and flags are those of
+production. Registers, spills, load widths and instructions per element are read from the machine
+code. Needs a process without TRITON_INTERPRET.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Completions of one length after another, as training makes them: who compiles again?
+"""Completions of one length after another, as in training, and how often providers compile again.
 
     pytest benchmarks/bench_lengths.py --benchmark-json runs/lengths.json
 
-Every provider meets every length once, after a first one that may compile. What it compiled then,
-kernels of Triton and graphs of `torch.compile`, stands beside its time. Ours must compile nothing.
+Every provider gets every length once, after a first one for which it may compile. Reported are its
+time and how many Triton kernels and graphs of `torch.compile` it compiled afterwards; for ours that
+must be 0.
 """
 
 import functools
@@ -29,7 +30,7 @@ SEQUENCES = 4
 
 
 def meet(function, name, batches, device):
-    """(seconds, what was compiled) for all but the first of the batches."""
+    """(seconds, number of compilations) for all but the first of the batches."""
 
     def step(batch):
         function(leaf_for(name, batch.logits), *batch[1:]).backward()

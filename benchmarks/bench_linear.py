@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_linear.py --benchmark-json benchmarks/results/cpu-linear.json
 
-Every case is held to float64 on fresh data before it is timed. So are the others: their errors
-stand beside their figures.
+Before it is timed, every provider is compared with float64 on other data of the same shape; errors
+are reported with the figures.
 """
 
 import functools
@@ -18,7 +18,7 @@ from benchmarks.record import errors_of, record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_SHAPE = ((256, 128, 64, 32), 256, 32_000)
-SHORT = ((8,), 256, 32_000)  # one sequence of 8 tokens: what a call costs by itself
+SHORT = ((8,), 256, 32_000)  # one sequence of 8 tokens: the cost of a call
 LOSSES = ("fused", "fused_torch", "eager", "float32", "compiled")
 LOSSES += ("trl", "trl_active", "liger_linear", "cce", "quack_linear")
 LOGPS = ("fused", "eager", "trl", "trl_active", "cce")
@@ -88,7 +88,7 @@ def logps_steps(make, functions):
 
 
 def record_steps(benchmark, case, device, build, errors, *, backward):
-    """Measure the steps, and the matmuls that none of them can do without."""
+    """Measure the steps, and the matmuls that every one of them contains."""
 
     def floors(batch):
         hidden, weight, mask = batch[0], batch[1], batch[3]
@@ -129,7 +129,7 @@ def time_logps(benchmark, case, shape, dtype, device):
 
 
 def functions_of(names, device, suffix="", **formula):
-    """{name: provider}; on a GPU TRL leaves the masked rows out by itself."""
+    """{name: provider}; on a GPU TRL itself leaves masked rows out."""
     found = {}
     for name in names:
         module = linear_providers if hasattr(linear_providers, name + suffix) else peers

@@ -2,8 +2,8 @@
 
     pytest benchmarks --benchmark-json benchmarks/results/cpu.json
 
-Every case is held to float64 on fresh data before it is timed. So are the others: their errors
-stand beside their figures.
+Before it is timed, every provider is compared with float64 on other data of the same shape; errors
+are reported with the figures.
 """
 
 import functools
@@ -59,7 +59,7 @@ def functions_of(case):
 
 
 def leaf_for(name, logits):
-    """Logits as a provider takes them, a leaf: some want a position more than there are tokens."""
+    """A leaf with the logits as a provider takes them: some take one position more than tokens."""
     logits = logits.detach()
     if name in peers.ONE_MORE_POSITION:
         return torch.cat([logits, logits[:, :1]], dim=1).requires_grad_()
@@ -104,7 +104,7 @@ def build(case, device):
         run = torch.no_grad()(lambda function: function(*batch[:3], case.entropy))
         return batch, {n: functools.partial(run, f) for n, f in functions.items()}, lambda: None
     logits = batch.logits.requires_grad_()
-    longer = functools.cache(lambda: leaf_for("liger", batch.logits))  # only if someone takes it
+    longer = functools.cache(lambda: leaf_for("liger", batch.logits))  # only if a provider takes it
     source = logits.detach().clone() if device != "cpu" else None
 
     def step(name, function):
@@ -123,7 +123,7 @@ def build(case, device):
 
 
 def bench(benchmark, case, device):
-    """Measure a case, with the bytes that a perfect one would move and the time that takes."""
+    """Measure a case, the bytes that it must move at least, and the time that moving them takes."""
     fresh = make_batch(case.lengths, case.V, case.dtype, device, seed=1, on_policy=case.on_policy)
     errors = gradient_errors(case, fresh) if case.loss else logps_errors(case, fresh)
     ours = case.providers[0]
@@ -161,10 +161,10 @@ def bench_logits_cuda(benchmark, case):
 
 
 def need_memory(case):
-    """Skip where ours alone, its floors and the float64 truth do not fit."""
+    """Skip where our loss, its floors and the float64 reference do not fit."""
     torch.cuda.empty_cache()
     rows = len(case.lengths) * max(case.lengths)
-    truth = 4 * 8 * max(case.lengths) * case.V
-    needed = 6 * DTYPES[case.dtype].itemsize * rows * case.V + truth
+    reference = 4 * 8 * max(case.lengths) * case.V
+    needed = 6 * DTYPES[case.dtype].itemsize * rows * case.V + reference
     if torch.cuda.get_device_properties().total_memory < needed:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of device memory")

@@ -1,4 +1,4 @@
-"""A whole training step: model, loss, backward, AdamW; with the loss made in different ways.
+"""A whole training step, model, loss, backward and AdamW, with the loss of different providers.
 
     pytest benchmarks/bench_step.py --benchmark-json runs/step.json
 

@@ -1,11 +1,11 @@
-"""What the trainer adds to generation, model and loss, at most 5 %; its steps beside TRL's.
+"""Overhead of the trainer over generation, model and loss, at most 5 %, and its time against TRL's.
 
     pytest benchmarks/bench_trainer.py --benchmark-json runs/trainer.json
 
 Seconds inside of `generate`, forward passes with the loss in them, backward and the optimizer are
-set against those of the whole: rollout, rewards, advantages, old and reference log-probabilities,
-two updates, metrics. TRL 1.16's trainer does the same on the same model, in the same run. One
-thread and its processor time, which a busy machine does not stretch.
+compared with those of the whole: rollout, rewards, advantages, old and reference log-probabilities,
+two updates, metrics. TRL 1.16's trainer does the same on the same model, in the same run. Measured
+is the CPU time of one thread, which other work on the machine hardly changes.
 """
 
 import importlib

@@ -3,7 +3,7 @@
     pytest benchmarks/bench_trl.py --benchmark-json runs/trl.json
 
 The model, the batch and the optimizer are the same, and so are loss and metrics before anything is
-timed. Generation and rewards, which the drop-in leaves to TRL, are left out.
+timed. Generation and rewards, which the drop-in leaves to TRL, are not part of the step.
 """
 
 import functools
@@ -28,11 +28,11 @@ CLASSES = {
     "fused": ("grpo_fused.integrations.trl", "FusedGRPOTrainer"),
     "trl": ("trl", "GRPOTrainer"),
 }
-LOSSES = ("dapo", "vespo")  # in one with the head; on log-probabilities, in TRL's own loss
+LOSSES = ("dapo", "vespo")  # fused with the head; TRL's own loss on our log-probabilities
 
 
 def make_trainer(name, loss_type, sizes, device, dtype):
-    """A trainer that never generates: what `_compute_loss` needs is there without it."""
+    """A trainer on which `_compute_loss` works without a rollout."""
     module, trainer_class = CLASSES[name]
     trl, datasets = importlib.import_module("trl"), importlib.import_module("datasets")
     demo = importlib.import_module("grpo_fused.demo")
@@ -58,7 +58,7 @@ def make_trainer(name, loss_type, sizes, device, dtype):
 
 
 def make_inputs(lengths, V, device):
-    """What TRL hands to `_compute_loss`."""
+    """The inputs that TRL passes to `_compute_loss`."""
     input_ids, ids, mask, advantages, old_logps = make_batch(lengths, V, device)
     return {
         "prompt_ids": input_ids[:, :PROMPT],

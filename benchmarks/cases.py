@@ -1,7 +1,7 @@
 """The cases over logits: a table for each kind of machine.
 
-Sequences have `lengths` active tokens and room for the longest. Of several sizes on an `axis`,
-`benchmarks.report` fits slopes.
+Sequences have `lengths` active tokens and are padded to the longest. From cases of several sizes on
+an `axis` `benchmarks.report` fits slopes.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ class Case(NamedTuple):
     """A loss with its gradient, or with `loss` False log-probabilities alone.
 
     Attributes:
-        name: what is special about it; empty for the plain ones.
+        name: its difference from a plain case; empty for those.
         entropy: an entropy bonus in the loss, entropies next to log-probabilities.
-        inplace: whether ours writes the gradient over the logits.
+        inplace: whether our loss writes the gradient over the logits.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
 
 def special_cases(lengths, V, few, half, dtype):
-    """Losses and log-probabilities that differ from the plain ones in one thing each."""
+    """Losses and log-probabilities, each with one difference from the plain ones."""
     plain = {"lengths": lengths, "V": V, "dtype": dtype}
     return [
         Case("entropy bonus", **plain, entropy=True),

@@ -1,4 +1,4 @@
-"""What got slower, or larger, than in a committed run on the same kind of machine.
+"""Lists the figures that are worse than in a committed run on the same kind of machine.
 
     python -m benchmarks.compare benchmarks/results/cpu.json runs/cpu.json
 
@@ -40,7 +40,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--provider", default="fused", help="whose figures; default: ours")
+    parser.add_argument("--provider", default="fused", help="compared provider; default: ours")
     options = parser.parse_args(argv)
     old, new = figures(options.old), figures(options.new)
     keys = [key for key in new if key in old and key[1].startswith(options.provider)]

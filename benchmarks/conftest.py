@@ -1,4 +1,4 @@
-"""Skips what needs a GPU, and keeps of pytest-benchmark's JSON what is worth committing."""
+"""Skips benchmarks that need a GPU, and reduces pytest-benchmark's JSON to what is committed."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ def pytest_runtest_setup(item):
 
 
 def pytest_benchmark_update_json(output_json):
-    """Drop the raw rounds, and whatever would name the host, its user or a path."""
+    """Drop the raw rounds, and all fields with names of the host, its user or a path."""
     machine, commit = output_json["machine_info"], output_json["commit_info"]
     output_json["machine_info"] = {
         **{key: machine[key] for key in ("system", "machine", "python_version")},

@@ -1,4 +1,4 @@
-"""What is timed over hidden states and a head: losses and log-probabilities of one signature.
+"""Losses and log-probabilities over hidden states and a head that are timed; all share a signature.
 
 A loss is `(hidden, weight, ids, mask, advantages, old_logps, *, level) -> ()`, that of `providers`,
 differentiable in hidden (B, T, H) and weight (V, H).
@@ -96,17 +96,14 @@ def _trl_rows(hidden, weight, ids, entropy):
 
 
 def bare_matmuls(hidden, weight, mask, backward):
-    """A step of matmuls alone, over packed active rows in chunks as ours: what cannot be saved.
+    """A step of the matmuls that no implementation avoids, over packed active rows in our chunks.
 
     h W^T, and with `backward` G W and G^T h, into memory that is already there.
     """
-    rows = hidden.detach()[mask != 0]
-    weight, (V, H) = weight.detach(), weight.shape
+    rows, weight = hidden.detach()[mask != 0], weight.detach()
+    V = len(weight)
     budget = default_chunk_bytes(hidden.device, V, hidden.dtype)
-    processors = 1
-    if hidden.is_cuda:
-        processors = torch.cuda.get_device_properties().multi_processor_count
-    length = chunk_rows(len(rows), chunk_limit(V, hidden.dtype, budget), H, processors)
+    length = chunk_rows(len(rows), chunk_limit(V, hidden.dtype, budget))
     memory = logits_memory(length, V, hidden.dtype, hidden.device)
     drows, dweight = torch.empty_like(rows), torch.empty_like(weight)
 
@@ -123,7 +120,7 @@ def bare_matmuls(hidden, weight, mask, backward):
 
 
 def rounded_logits(hidden, weight):
-    """Yield (T, V) float64 logits, rounded to the dtype of the head as everybody's are."""
+    """Yield (T, V) float64 logits, rounded to the dtype of the head, as in every provider."""
     wide = weight.detach().double()
     for states in hidden.detach():
         yield (states.double() @ wide.T).to(hidden.dtype).double()

@@ -59,7 +59,7 @@ def count_launches(step):
 
 
 class Compilations:
-    """Counts, while active, what was compiled: Triton kernels, and graphs of `torch.compile`."""
+    """Counts, while active, compiled Triton kernels and graphs of `torch.compile`."""
 
     def __enter__(self):
         self.kernels, self.graphs_before = 0, self._graphs()
@@ -86,10 +86,10 @@ class Compilations:
 
 
 def peak_bytes(step, device, prepare=lambda: None):
-    """Most memory that `step` held at a time, beyond what was there when `prepare` had run.
+    """Peak memory of `step`, in addition to the memory in use after `prepare`.
 
-    On a CPU what the system gave this process, the least of a few runs: the C library keeps some of
-    what was freed, now more and now less.
+    On a CPU this is resident memory, the minimum of a few runs: the C library keeps a varying part
+    of freed memory.
     """
     if device == "cpu":
         return min(_resident_peak(step, prepare) for _ in range(RESIDENT_RUNS))
@@ -103,9 +103,9 @@ def peak_bytes(step, device, prepare=lambda: None):
 
 
 def keep_no_freed_memory():
-    """From now on this process maps every piece of memory from 1 MiB by itself, until it is freed.
+    """From now on allocations of 1 MiB and more are mapped, and unmapped when they are freed.
 
-    The C library would raise that limit to 32 MiB, and keep what is smaller.
+    The C library would raise that limit to 32 MiB, and keep smaller pieces.
     """
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
@@ -113,20 +113,20 @@ def keep_no_freed_memory():
 def _resident_peak(step, prepare):
     prepare()
     ctypes.CDLL(None).malloc_trim(0)
-    CLEAR_REFS.write_text("5")  # the high-water mark falls to what is held now
+    CLEAR_REFS.write_text("5")  # the high-water mark falls to the present size
     before = _status_bytes("VmRSS")
     step()
     return _status_bytes("VmHWM") - before
 
 
 def _status_bytes(name):
-    """A figure of /proc/self/status: memory of this process that the system has given it."""
+    """A figure of /proc/self/status: resident memory of this process."""
     lines = (line.split() for line in STATUS.read_text().splitlines())
     return next(1024 * int(words[1]) for words in lines if words[0] == f"{name}:")
 
 
 def check_peak_bytes(device):
-    """Hold `peak_bytes` to a step of which it is known: 48 MiB kept, 64 and then 32 on top."""
+    """Assert `peak_bytes` of a step with a known peak: 48 MiB kept, 64 and then 32 on top."""
 
     def step():
         kept = torch.ones(48 << 20, dtype=torch.uint8, device=device)
@@ -161,7 +161,7 @@ def _wall_seconds(step):
 
 
 def rounds_within(seconds, steps, prepare, least, most):
-    """How many rounds of all steps fit, after one that warms them up."""
+    """How many rounds of all steps fit, after a warm-up round."""
     for _ in range(2):
         start = time.perf_counter()
         for step in steps.values():
@@ -174,7 +174,7 @@ def rounds_within(seconds, steps, prepare, least, most):
 
 
 def interleave(benchmark, steps, prepare, device, rounds, warmup_rounds=1):
-    """Time steps {name: step} in turns, A, B, A, B, ..., so that drift hits them alike.
+    """Time steps {name: step} alternately, A, B, A, B, ..., so that drift changes all of them.
 
     pytest-benchmark times the first, the others run in its setup. On a GPU the first runs there
     too, for its device time: the fixture then has the wall time from an idle device.

@@ -1,7 +1,7 @@
 """Other projects' losses, of the signature of `providers` and `linear_providers`.
 
-Each is imported when it is called. One that is not installed, or does not do what a case asks for,
-says so by an exception: `record.attempt` makes it a remark in the place of figures.
+Each is imported when it is called. One that is not installed, or does not support a case, raises an
+exception, which `record.attempt` reports in the place of figures.
 """
 
 import torch
@@ -10,12 +10,12 @@ from benchmarks import providers
 from benchmarks.providers import NotSupported, need
 
 DISTRIBUTIONS = ("trl", "liger-kernel", "quack-kernels", "cut-cross-entropy", "fla-core")
-# Their logits are those of T + 1 positions, the last of no meaning, as TRL's trainer once had them.
+# These take logits of T + 1 positions, the last without meaning, as TRL's trainer once made them.
 ONE_MORE_POSITION = ("liger", "liger_inplace", "fla")
 
 
 def on_gpu(tensor):
-    """Kernels of Triton want a GPU; the tests run them in its interpreter."""
+    """Triton kernels need a GPU; tests run them in the interpreter."""
     from grpo_fused.kernels.launch import INTERPRETED
 
     need(tensor.is_cuda or INTERPRETED, "needs a GPU")
@@ -32,7 +32,7 @@ def trl(logits, ids, mask, *tokens, entropy_coef=0.0, **formula):
 
 
 def trl_logps(logits, ids, mask, entropy):
-    """It always makes both."""
+    """It always computes both."""
     from trl.kernels import selective_log_softmax_and_entropy
 
     on_gpu(logits)
@@ -62,12 +62,12 @@ def liger(
 
 
 def liger_inplace(logits, *tokens, **formula):
-    """As it is by default."""
+    """With its default, inplace=True."""
     return liger(providers.Output.apply(logits), *tokens, inplace=True, **formula)
 
 
 def fla(logits, ids, mask, advantages, old_logps, *, level="token", entropy_coef=0.0):
-    """flash-linear-attention's loss per token: on policy alone, its ratio is always 1."""
+    """flash-linear-attention's loss per token: on policy only, its ratio is always 1."""
     from fla.modules.grpo import fused_grpo_loss
 
     need(logits.is_cuda, "needs a GPU")
@@ -104,7 +104,7 @@ def cce(hidden, weight, ids, mask, *tokens, **formula):
 
 
 def cce_logps(hidden, weight, ids, mask, entropy):
-    """With its gradient filter off: exact, as the others are."""
+    """Without its gradient filter: exact, as the others are."""
     from cut_cross_entropy import linear_cross_entropy
 
     need(hidden.is_cuda, "needs a GPU")

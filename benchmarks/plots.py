@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import linear_regression
 
-# Who is shown, in which order; colours that the colour-blind tell apart (Okabe and Ito).
+# Providers in the order of legends, with colours for the colour-blind (Okabe and Ito).
 STYLES = {
     "fused": ("ours", "#0072B2", "o"),
     "fused_inplace": ("ours, in place", "#009E73", "P"),
@@ -35,7 +35,7 @@ def shown(infos):
 
 
 def slopes(infos):
-    """Columns and rows of a table: what a thousand more tokens, or columns, cost each provider."""
+    """Columns and rows of a table: the cost of 1,000 more tokens, or columns, for each provider."""
     names = shown(infos)
     columns = ["1,000 more"]
     columns += [f"{STYLES[name][0]} {unit}" for unit in ("ms", "MB") for name in names]
@@ -107,7 +107,7 @@ def over_floor(infos):
 
 
 def draw_floors(groups, title, path):
-    """How many times the floor's time everybody takes, over the vocabulary.
+    """Time of every provider over that of the floor, by vocabulary.
 
     Args:
         groups: {title: infos}, a picture each.

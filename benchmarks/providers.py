@@ -1,4 +1,4 @@
-"""What is timed over logits: losses of one signature, log-probabilities of another; their truth.
+"""Losses and log-probabilities over logits that are timed, and their float64 reference.
 
 A loss is `(logits, ids, mask, advantages, old_logps, *, level, entropy_coef) -> ()`, differentiable
 in the logits: GRPO's, the ratio of tokens or whole sequences clipped to 1 +- 0.2, averaged over the
@@ -6,10 +6,10 @@ tokens of a sequence, then over sequences, less an entropy bonus. Shapes are (B,
 (B, T) int64, (B,) and (B, T) float32; old_logps may be None: on policy. Log-probabilities are
 `(logits, ids, mask, entropy) -> (logps, entropies or None)`.
 
-`eager` is what TRL 1.16 runs where none of its kernels serve, at temperature 1, at which it does
-not divide the logits: `selective_log_softmax` and `entropy_from_logits` of `trl/trainer/utils.py`,
-the loss of `GRPOTrainer._compute_loss`. `float32` is the formula over float32 logits, `compiled`
-that under `torch.compile`. The others are in `peers`.
+`eager` is the path of TRL 1.16 without its kernels, at temperature 1, at which it does not divide
+the logits: `selective_log_softmax` and `entropy_from_logits` of `trl/trainer/utils.py`, the loss of
+`GRPOTrainer._compute_loss`. `float32` is the formula over float32 logits, `compiled` the same under
+`torch.compile`. The others are in `peers`.
 """
 
 import functools
@@ -23,7 +23,7 @@ EPSILON = 0.2
 
 
 class NotSupported(Exception):
-    """Why a provider takes no part in a case."""
+    """Why a provider does not run a case."""
 
 
 def need(condition, reason):
@@ -45,7 +45,7 @@ def fused(
 
 
 class Output(torch.autograd.Function):
-    """Makes of a leaf what a model puts out: the same memory, but no leaf."""
+    """Turns a leaf into the output of an operation, as of a model, with the same memory."""
 
     @staticmethod
     def forward(ctx, leaf):
@@ -57,20 +57,20 @@ class Output(torch.autograd.Function):
 
 
 def fused_inplace(logits, *tokens, **formula):
-    """As `fused`, the gradient written over the logits and handed to the leaf without a copy."""
+    """As `fused`, the gradient written over the logits and given to the leaf without a copy."""
     return fused(Output.apply(logits), *tokens, inplace=True, **formula)
 
 
 def fused_torch(logits, *tokens, **formula):
-    """The implementation that a CPU gets."""
-    need(logits.is_cuda, "it is what `fused` runs here")
+    """The torch backend, the default on a CPU."""
+    need(logits.is_cuda, "the same as `fused` on a CPU")
     return fused(logits, *tokens, implementation="torch", **formula)
 
 
 def surrogate(
     logps, mask, advantages, old_logps, entropies=None, *, level="token", entropy_coef=0.0
 ):
-    """The loss from log-probabilities (B, T), and from entropies (B, T) if they count."""
+    """The loss from log-probabilities (B, T) and, with an entropy bonus, entropies (B, T)."""
     counts = mask.sum(-1).clamp(min=1.0)
     log_ratio = logps - (logps.detach() if old_logps is None else old_logps)
     if level == "sequence":
@@ -113,7 +113,7 @@ def fused_logps(logits, ids, mask, entropy, **implementation):
 
 
 def fused_torch_logps(*batch):
-    need(batch[0].is_cuda, "it is what `fused` runs here")
+    need(batch[0].is_cuda, "the same as `fused` on a CPU")
     return fused_logps(*batch, implementation="torch")
 
 
@@ -165,9 +165,9 @@ def exact_gradients(sequences, ids, tokens, loss, exact):
 
     Args:
         sequences: the logits, one sequence at a time.
-        tokens: (mask, advantages, old_logps), what `loss` takes after log-probabilities.
+        tokens: (mask, advantages, old_logps), the arguments of `loss` after log-probabilities.
         loss: as `surrogate`.
-        exact: (logps, entropies) of all of them, of which the loss makes what it weighs them with.
+        exact: (logps, entropies) of all of them.
     """
     leaves = [values.requires_grad_() for values in exact]
     value = loss(leaves[0], *(t if t is None else t.double() for t in tokens), leaves[1])

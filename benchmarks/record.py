@@ -1,4 +1,4 @@
-"""Time and peak memory of ours and of the others, measured in turns, into a case's `extra_info`."""
+"""Time and peak memory of all providers of a case, measured alternately, for its `extra_info`."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -8,12 +8,12 @@ import torch
 from benchmarks import measure
 from benchmarks.providers import NotSupported
 
-ROUNDS, SECONDS = (5, 15), 6  # of a case: rounds as many as fit, within bounds
+ROUNDS, SECONDS = (5, 15), 6  # of a case: bounds on the rounds, and the time that they should take
 REASON_LENGTH = 100
 
 
 def attempt(function):
-    """(what it returns, None), or (None, why there is nothing): others may fail, ours may not."""
+    """(result, None), or (None, reason) if the function fails."""
     try:
         return function(), None
     except NotSupported as error:
@@ -31,7 +31,7 @@ def attempt(function):
 
 
 def errors_of(functions, error):
-    """{name: error of a function, or why there is none}; the first, ours, is not excused."""
+    """{name: error of a function, or the reason why there is none}; the first, ours, must run."""
     ours = next(iter(functions))
     found = {ours: error(functions[ours])}
     for name, function in list(functions.items())[1:]:
@@ -55,11 +55,11 @@ def peaks(build, device, refused=None):
 
 
 def peaks_in_new_process(build, device, refused=None):
-    """`peaks` where nothing was allocated before and all that is freed goes back to the system.
+    """`peaks` in a process without earlier allocations; it returns freed memory to the system.
 
-    Here the C library keeps what was freed, to be fast, and that is left alone because it is timed:
-    after four cases the 112 MiB of `check_peak_bytes` were 144, eager's 262 MB of loss and gradient
-    over float32 logits between 491 and 655.
+    In the timed process the C library keeps freed memory: after four cases the 112 MiB of
+    `check_peak_bytes` were 144, eager's 262 MB of loss and gradient over float32 logits between 491
+    and 655.
     """
     context = multiprocessing.get_context("spawn")
     keep_nothing = measure.keep_no_freed_memory
@@ -71,14 +71,14 @@ def record(benchmark, case, device, build, make_floors, errors=None):
     """Measure the steps, the first of them ours, and the floors; figures go into `extra_info`.
 
     Args:
-        errors: {name: error, or why there is none} of `errors_of`: who could not run there is not
-            asked again, the others' errors stand beside their figures.
-        build: returns (batch, {name: step}, prepare); what `pickle` takes. A step is a function
-            without arguments, `prepare` runs before each.
+        errors: {name: error or reason} of `errors_of`. Providers with a reason are not measured;
+            the errors of the others are recorded with their figures.
+        build: picklable, returns (batch, {name: step}, prepare). A step is a function without
+            arguments; `prepare` runs before each.
         make_floors: batch -> {name: step}.
 
     Returns:
-        (batch, {name: seconds} of what ran).
+        (batch, {name: seconds} of the steps that ran).
     """
     errors = errors or {}
     refused = {name: reason for name, reason in errors.items() if isinstance(reason, str)}

@@ -2,9 +2,9 @@
 
     python -m benchmarks.report benchmarks/results/*.json [--plots docs]
 
-A column for every provider that ran in some case of a table; who ran in none, and why, stands below
-it. The floor is the time in which the bytes that nobody can save are read, or read and written, or
-in which the matmuls alone run; it is measured in turns with the rest.
+A table has a column for every provider that ran in some case; the reasons of the others are listed
+below it. The floor is the time of the memory traffic that every implementation needs, or of the
+matmuls alone; it is measured alternately with the rest.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def number(value):
 
 
 def cell(info, name, key, scale=1.0):
-    """A provider's figure, what kind of reason there is for none, or - where it took no part."""
+    """A provider's figure, the kind of reason for none, or - where it was not run."""
     figures = info["providers"].get(name, "-")
     return figures.split(":")[0] if isinstance(figures, str) else number(figures[key] * scale)
 
@@ -56,7 +56,7 @@ def split(infos):
 
 
 def remarks(infos):
-    """Lines on who took no part in any case of a table, or not in all, and why."""
+    """Lines with the reasons of providers that did not run in some or all cases of a table."""
     infos = [info for info in infos if "providers" in info]
     found, reasons = split(infos)
     lines = [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
@@ -69,7 +69,7 @@ def remarks(infos):
 
 
 def cases_table(infos):
-    """Every case in a row: its sizes, its floor, then time and peak memory of all who ran."""
+    """Every case in a row: its sizes, its floor, then time and peak memory of the providers."""
     found, _ = split(infos)
     head, floor = "H" in infos[0], "floor_ms" in infos[0]
     columns = ["case", "active rows", *(["H"] if head else []), "V"]
@@ -100,7 +100,7 @@ def steps_table(infos):
 
 
 def lengths_table(infos):
-    """What meeting new completion lengths took, and what was compiled for them."""
+    """Time and number of compilations for new completion lengths."""
     found, _ = split(infos)
     rows = []
     for info in infos:
@@ -111,7 +111,7 @@ def lengths_table(infos):
 
 
 def trainers_table(infos):
-    """Processor time of whole trainers, and how much of ours is the trainer's own."""
+    """CPU time of whole trainers, and the share of our trainer's own code."""
     parts = []
     for info in infos:
         rows = [[name_of(name), number(s)] for name, s in info["rollout_seconds"].items()]
@@ -121,11 +121,11 @@ def trainers_table(infos):
 
 
 def slopes_table(infos):
-    """What a thousand more tokens or columns cost."""
+    """The cost of 1,000 more tokens or columns."""
     return table(*plots.slopes(infos))
 
 
-# Titles of tables, in order, each with what makes it.
+# Titles of tables, in order, each with the function that makes it.
 KINDS = {
     "Trainers": trainers_table,
     "Training steps": steps_table,
@@ -138,7 +138,7 @@ KINDS = {
 
 
 def kind(info):
-    """The table that a case belongs to, None for a benchmark with a report of its own."""
+    """The table that a case belongs to; None for a benchmark with its own report."""
     if "rollout_seconds" in info:
         return "Trainers"
     if "providers" not in info:
@@ -159,7 +159,7 @@ def grouped(results):
 
 
 def heading(results, info):
-    """On what the cases were measured."""
+    """The hardware and the versions of the measurement."""
     cpu = results["machine_info"]["cpu"]["brand_raw"]
     device = f"{cpu}, {info['threads']} threads" if info["device"] == "cpu" else info["device"]
     versions = f"torch {info['torch']}, Triton {info['triton']}, Python {info['python']}"

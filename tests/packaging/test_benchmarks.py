@@ -1,4 +1,4 @@
-"""The suite of benchmarks itself: who takes part, what is right, what a report says."""
+"""The benchmark suite itself: providers agree with float64, cases, comparisons, reports."""
 
 import functools
 import json
@@ -72,15 +72,15 @@ def test_providers_over_a_head_have_one_loss(level, device):
 
 
 def test_a_wrong_gradient_is_seen(device, monkeypatch):
-    """The first, ours, is what every case asserts."""
+    """Every case asserts the error of the first provider, ours."""
     fused = providers.fused
     monkeypatch.setattr(providers, "fused", lambda *a, **k: fused(*a, **k) * 1.001)
     case = SMALL["tokens"]
     assert bench_logits.gradient_errors(case, batch_of(case, device))["fused"] > 5e-4
 
 
-def test_who_is_absent_says_why(monkeypatch):
-    """Never a number, and never nothing."""
+def test_a_provider_that_cannot_run_has_a_reason(monkeypatch):
+    """Never a number, and never an empty cell."""
 
     def fail():
         raise RuntimeError("first line\nsecond line")
@@ -95,7 +95,7 @@ def test_who_is_absent_says_why(monkeypatch):
         fail: "failed: RuntimeError: first line",
         outgrow: "out of memory",
         import_nothing: "not installed: no_such_module",
-        lambda: peers.need(False, "needs wings"): "not supported: needs wings",
+        lambda: peers.need(False, "needs a GPU"): "not supported: needs a GPU",
     }
     for function, reason in reasons.items():
         assert record.attempt(function) == (None, reason)
@@ -115,7 +115,7 @@ def test_peers_that_are_not_here(monkeypatch):
         assert errors[name].startswith(("not installed: ", "not supported: "))
 
 
-def test_cases_have_names_of_their_own_and_what_was_asked_for():
+def test_cases_are_distinct_and_cover_the_plan():
     for table in (cases.CPU, cases.CUDA):
         assert len({case.id for case in table}) == len(table)
         for axis in ("rows", "V"):
@@ -129,8 +129,8 @@ def test_cases_have_names_of_their_own_and_what_was_asked_for():
     assert active == pytest.approx(0.45, abs=0.001)
 
 
-def test_what_is_compiled_is_counted():
-    """Graphs here; kernels need a device, or the offline compiler of `test_aot`."""
+def test_compilations_are_counted():
+    """Graphs; kernels would need a device."""
     torch._dynamo.reset()
     double = torch.compile(lambda x: 2 * x, dynamic=False, backend="eager")
     double(torch.ones(3))
@@ -175,7 +175,7 @@ def figure(ms, peak=10_000_000, spread=0.02):
         (figure(10, peak=100), figure(10, peak=103), True),
     ],
 )
-def test_what_got_worse_is_flagged(old, new, worse, tmp_path, capsys):
+def test_worse_figures_are_listed(old, new, worse, tmp_path, capsys):
     paths = [tmp_path / "old.json", tmp_path / "new.json"]
     for path, ours in zip(paths, (old, new), strict=True):
         others = {"eager": figure(1000 * new["ms"] if path is paths[1] else 1), "trl": "failed: x"}
@@ -184,13 +184,13 @@ def test_what_got_worse_is_flagged(old, new, worse, tmp_path, capsys):
     assert ("WORSE bench.py::case fused" in capsys.readouterr().out) == worse
 
 
-def test_what_has_no_spread_is_not_compared(tmp_path):
+def test_figures_without_a_spread_are_not_compared(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run_of({"fused": {"ms": 1.0, "compiled": 0}})))
     assert compare.figures(path) == {}
 
 
-def test_report_shows_all_who_ran_and_says_why_others_did_not():
+def test_report_shows_figures_and_reasons():
     run = run_of({"fused": figure(12.3), "eager": figure(4), "fla": "not installed: fla"})
     second = run_of({"fused": figure(5), "eager": "out of memory", "fla": "not installed: fla"})
     run["benchmarks"] += second["benchmarks"]
@@ -242,7 +242,7 @@ def test_pictures_are_drawn(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"logits-cpu.png", "floor-cpu.png"}
 
 
-def test_everybody_in_a_picture_looks_different():
-    """Colour and marker, but for the two Ligers, of which a picture has one."""
+def test_providers_in_a_picture_look_different():
+    """In colour and marker, except the two Ligers, of which a picture has one."""
     styles = {(colour, marker) for _, colour, marker in plots.STYLES.values()}
     assert len(styles) == len(plots.STYLES) - 1
