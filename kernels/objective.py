@@ -9,6 +9,7 @@ OBJECTIVES and KL_ESTIMATORS resolve.
 """
 
 import importlib.util
+from typing import Any, NamedTuple
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -26,6 +27,21 @@ OBJECTIVES = {}  # name -> per_token, filled when objective classes are defined
 # Filled by `grpo_fused.losses.metrics`.
 SUMS = {}  # name -> jit function of the terms of a token
 MEANS = {}  # name -> (numerator, denominator), each the sums whose bits are set
+
+
+class Terms(NamedTuple):
+    """Summands of the sums, 0 where masked.
+
+    Ratios are per sequence at sequence level with advantages (B,), otherwise per token.
+    """
+
+    loss: Any  # per token; weighted, or unweighted for reduction="none"
+    kl: Any  # per token
+    entropy: Any  # per token
+    token: Any  # 1 per active token
+    clipped: Any  # per ratio: -1, 0, +1
+    ratio: Any  # per ratio
+    unit: Any  # 1 per active ratio
 
 
 @jit

@@ -1,27 +1,15 @@
 """Small kernels: sums and metrics of a batch, the upstream gradient, where packed sequences lie."""
 
-from typing import NamedTuple
+import functools
 
 import triton
 import triton.language as tl
 
 from .launch import argument, kernel, launch_rows, launch_small
-from .objective import MEANS, SUMS, greater
+from .objective import MEANS, SUMS, Terms, greater
 from .softmax import row_pointer, scalar, split_columns
 
 BLOCK = 512
-
-
-class Terms(NamedTuple):
-    """Terms of the sums, with the fields of `grpo_fused.losses.metrics.Terms`."""
-
-    loss: tl.tensor
-    kl: tl.tensor
-    entropy: tl.tensor
-    token: tl.tensor
-    clipped: tl.tensor
-    ratio: tl.tensor
-    unit: tl.tensor
 
 
 @triton.jit
@@ -94,11 +82,18 @@ def reduce(outputs, active, loss, sums, metrics):
         loss, sums, metrics: (), (8,), (7,) float32; the first of the sums is the loss.
     """
     num_tokens, outputs = outputs.loss.numel(), outputs._replace(dlogits=None)
-    args = (outputs, active, num_tokens, tuple(SUMS.values()), loss, sums, metrics)
+    functions, constexprs = _tables()
+    args = (outputs, active, num_tokens, functions, loss, sums, metrics)
+    launch_small(_reduce_kernel, 1, loss, *args, **constexprs, BLOCK=BLOCK, num_warps=8)
+
+
+@functools.cache
+def _tables():
+    """(functions of the sums, constexprs): the tables are full once the package is imported."""
     numerators, denominators = zip(*MEANS.values(), strict=True)
-    constexprs = {"NUMERATORS": numerators, "DENOMINATORS": denominators}
-    constexprs |= {"PLACES": triton.next_power_of_2(len(SUMS)), "BLOCK": BLOCK}
-    launch_small(_reduce_kernel, 1, loss, *args, **constexprs, num_warps=8)
+    places = triton.next_power_of_2(len(SUMS))
+    constexprs = {"NUMERATORS": numerators, "DENOMINATORS": denominators, "PLACES": places}
+    return tuple(SUMS.values()), constexprs
 
 
 @kernel

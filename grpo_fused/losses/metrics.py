@@ -8,29 +8,12 @@ A sum is defined by a function of the `Terms` of a token or ratio, which runs bo
 a jit function in the kernel. A new metric is one such function, and a row in SUMS and MEANS.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from grpo_fused.kernels.objective import HAS_TRITON, jit, tl  # noqa: F401 (the interpreter's)
+from grpo_fused.kernels.objective import HAS_TRITON, Terms, jit, tl  # noqa: F401 (the interpreter's)
 from grpo_fused.kernels.objective import MEANS as KERNEL_MEANS
 from grpo_fused.kernels.objective import SUMS as KERNEL_SUMS
-
-
-class Terms(NamedTuple):
-    """Summands of the sums, 0 where masked.
-
-    Ratios are per sequence at sequence level with advantages (B,), otherwise per token.
-    """
-
-    loss: Tensor  # per token; weighted, or unweighted for reduction="none"
-    kl: Tensor  # per token
-    entropy: Tensor  # per token
-    token: Tensor  # 1 per active token
-    clipped: Tensor  # per ratio: -1, 0, +1
-    ratio: Tensor  # per ratio
-    unit: Tensor  # 1 per active ratio
 
 
 @jit
