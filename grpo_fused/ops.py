@@ -138,7 +138,7 @@ def launcher(function, name, suffix):
     hints = list(parameters.values())
     arguments = [pair for item in parameters.items() for pair in _arguments(*item)]
     outputs = [n for n, _ in arguments if n in written or n.split("_")[0] in written]
-    marks = {output: letter for output, letter in zip(outputs, ascii_lowercase, strict=False)}
+    marks = dict(zip(outputs, ascii_lowercase, strict=False))
     assert len(marks) == len(outputs)
     schema = ", ".join(
         f"{kind.replace('Tensor', f'Tensor({marks[n]}!)') if n in marks else kind} {n}"

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from grpo_fused.bundles import LossResults, Outputs
+from grpo_fused.bundles import LossResults, Outputs, Statistics
 from grpo_fused.losses.metrics import METRICS, SUMS
 
 
@@ -17,6 +17,12 @@ def make_outputs(shape, entropy, like):
     """`Outputs` (B, T) of a token-level loss."""
     loss, kl, clipped, ratio, logps = (output(*shape, like=like) for _ in range(5))
     return Outputs(loss, kl, clipped, ratio, logps, output(*shape, like=like) if entropy else None)
+
+
+def make_statistics(shape, entropy, gradient, like):
+    """`Statistics` (B, T); those that only a gradient needs are None without one."""
+    wanted = (True, entropy, gradient, gradient)
+    return Statistics(*(output(*shape, like=like) if want else None for want in wanted))
 
 
 def reduce(backend, outputs, active):

@@ -2,7 +2,7 @@
 
 import torch
 
-from grpo_fused.autograd.common import first_order, output, save, saved, spend
+from grpo_fused.autograd.common import first_order, make_statistics, save, saved, spend
 from grpo_fused.bundles import Derivatives, Gradients, Head, Scales, Statistics, Tokens
 from grpo_fused.head.chunks import chunk_limit, logits_memory
 from grpo_fused.ops import BACKENDS
@@ -85,9 +85,7 @@ def run_linear_logprob(
     head, tokens, scales, chunking, entropy, backend, save_logits, gradient=False
 ):
     """(`Statistics`, logits (n, V) or None) of hidden states."""
-    shape = tokens.ids.shape
-    wanted = (True, entropy, gradient, gradient)
-    statistics = Statistics(*(output(*shape, like=head.hidden) if w else None for w in wanted))
+    statistics = make_statistics(tokens.ids.shape, entropy, gradient, head.hidden)
     logits = None
     if save_logits and gradient:
         rows, V = num_rows(tokens, chunking), len(head.weight)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_fused.autograd.common import make_outputs, output, reduce
+from grpo_fused.autograd.common import make_outputs, make_statistics, reduce
 from grpo_fused.autograd.head import in_dtype
 from grpo_fused.bundles import (
     Chunking,
@@ -20,7 +20,6 @@ from grpo_fused.bundles import (
     LossResults,
     Number,
     Scales,
-    Statistics,
     Tokens,
 )
 from grpo_fused.head.chunks import ChunkedHead, slice_tokens
@@ -76,9 +75,7 @@ class SequenceLosses(NamedTuple):
         shape, like = self.tokens.ids.shape, head.hidden
         head = in_dtype(head, self.chunking)
         chunked = ChunkedHead(head, self.chunking, self.tokens.ids, gradients, packs=True)
-        results = Statistics(
-            *(output(*shape, like=like) if w else None for w in (True, self.entropy))
-        )
+        results = make_statistics(shape, self.entropy, False, like)
         packed = chunked.pack_outputs(results)
         starts = [0, *accumulate(self.by_sequence.on_host)]
         ends = [starts[last] for _, last in self.groups]
@@ -127,8 +124,7 @@ class SequenceLosses(NamedTuple):
     def _chunk(self, logits, tokens, sequences, n):
         """Statistics of a chunk; writes the gradient of its first n rows over their logits."""
         launchers, shape = BACKENDS[self.backend], tokens.ids.shape
-        wanted = (True, self.entropy, n, n)
-        found = Statistics(*(output(*shape, like=logits) if w else None for w in wanted))
+        found = make_statistics(shape, self.entropy, n > 0, logits)
         launchers.logprob_fwd(logits[None], tokens.of_softmax(), self.scales, found)
         if n:
             derivatives = self._derivatives(found, tokens, sequences)

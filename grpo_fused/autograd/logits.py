@@ -5,7 +5,7 @@ import torch
 from grpo_fused.autograd.common import (
     first_order,
     make_outputs,
-    output,
+    make_statistics,
     reduce,
     save,
     saved,
@@ -40,9 +40,7 @@ def run_fused_loss(logits, tokens, scales, formula, entropy, backend, dlogits=No
 
 def run_logprob(logits, tokens, scales, entropy, backend, gradient=False):
     """`Statistics` of the logits; those that only a gradient needs are None without one."""
-    wanted = (True, entropy, gradient, gradient)
-    outputs = (output(*tokens.ids.shape, like=logits) if want else None for want in wanted)
-    statistics = Statistics(*outputs)
+    statistics = make_statistics(tokens.ids.shape, entropy, gradient, logits)
     BACKENDS[backend].logprob_fwd(logits, tokens, scales, statistics)
     return statistics
 
