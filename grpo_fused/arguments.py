@@ -155,21 +155,28 @@ def make_values(layout, sequences, advantages, normalizer, options, corrects=Tru
     return TokenValues(advantages, policy_mask, policy, kl, entropy), ratio
 
 
-def weigh(tokens, values, sequences):
-    """Tokens with their weights; advantages stay as they are."""
-    entropy = None if values.entropy is None else evaluate(values.entropy, sequences)
-    return tokens._replace(
-        w_policy=evaluate(values.policy, sequences, values.policy_mask),
-        w_kl=evaluate(values.kl, sequences),
-        w_entropy=entropy,
-    )
+NOTHING = TokenWeights(None, None, None, None)
+
+
+def weigh(tokens, values, sequences, computed=NOTHING):
+    """Tokens with their weights; those that `token_weights` has computed are taken as they are."""
+    advantages, w_policy, w_kl, w_entropy = computed
+    if w_policy is None:
+        w_policy = evaluate(values.policy, sequences, values.policy_mask)
+    if w_kl is None:
+        w_kl = evaluate(values.kl, sequences)
+    if w_entropy is None and values.entropy is not None:
+        w_entropy = evaluate(values.entropy, sequences)
+    if advantages is None:
+        advantages = values.advantages
+    return tokens._replace(advantages=advantages, w_policy=w_policy, w_kl=w_kl, w_entropy=w_entropy)
 
 
 def weigh_and_broadcast(tokens, values, sequences, implementation):
     """Tokens with their weights, and advantages per token: in one launch, if any is needed."""
     if implementation == "torch":
-        tokens = weigh(tokens, values, sequences)
-        return tokens._replace(advantages=sequences.broadcast(values.advantages))
+        advantages = sequences.broadcast(values.advantages)
+        return weigh(tokens, values._replace(advantages=advantages), sequences)
 
     def memory(wanted):
         shape, device = sequences.shape, sequences.device
@@ -184,12 +191,4 @@ def weigh_and_broadcast(tokens, values, sequences, implementation):
     if any(output is not None for output in outputs):
         index = sequences.index if isinstance(sequences, Packed) else None
         BACKENDS[implementation].token_weights(values, index, outputs)
-    advantages, w_policy, w_kl, w_entropy = outputs
-    if w_entropy is None and values.entropy is not None:
-        w_entropy = evaluate(values.entropy, sequences)
-    return tokens._replace(
-        advantages=values.advantages if advantages is None else advantages,
-        w_policy=evaluate(values.policy, sequences) if w_policy is None else w_policy,
-        w_kl=evaluate(values.kl, sequences) if w_kl is None else w_kl,
-        w_entropy=w_entropy,
-    )
+    return weigh(tokens, values, sequences, outputs)
