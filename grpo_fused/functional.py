@@ -9,7 +9,6 @@ from typing_extensions import Unpack
 
 from grpo_fused import arguments, validation
 from grpo_fused.checks import check_tensor
-from grpo_fused.head.order import order_tokens
 from grpo_fused.inputs import HeadInput, LogitsInput, LogpsInput
 from grpo_fused.loss import LossOutput, compute_loss
 from grpo_fused.options import (
@@ -328,10 +327,8 @@ def _log_probabilities(source, mask, options):
     tokens = arguments.make_tokens(source, layout, sequences, options.temperature)
     scales = arguments.make_scales(source, options.logit_scale, options.logit_softcap)
     backend = validation.choose_implementation(options.implementation, source.tensor.device)
-    call = (tokens, scales, bool(options.compute_entropy), backend)
-    if isinstance(source, HeadInput):
-        call = (*call, order_tokens(sequences))
-    logps, entropies = source.log_probabilities(*call)
+    entropy = bool(options.compute_entropy)
+    logps, entropies = source.log_probabilities(tokens, scales, entropy, backend, sequences)
     return layout.restore(logps), layout.restore(entropies)
 
 

@@ -70,7 +70,7 @@ class LogitsInput:
     def wants_gradient(self):
         return torch.is_grad_enabled() and self.tensor.requires_grad
 
-    def log_probabilities(self, tokens, scales, entropy, backend):
+    def log_probabilities(self, tokens, scales, entropy, backend, sequences):
         """(logps, entropies) (B, T), differentiable; entropies is None without `entropy`."""
         arguments = (self.tensor, tokens.of_softmax(), scales, entropy, backend)
         if self.wants_gradient():
@@ -86,7 +86,7 @@ class LogitsInput:
 
     def logps_loss(self, tokens, scales, formula, entropy, backend, sequences, grad_scale):
         """LossResults of a loss on log-probabilities."""
-        logps, entropies = self.log_probabilities(tokens, scales, entropy, backend)
+        logps, entropies = self.log_probabilities(tokens, scales, entropy, backend, sequences)
         results = loss_on_logps(logps, entropies, tokens, formula, sequences)
         return LossResults(*results, logps, entropies)
 
@@ -140,9 +140,13 @@ class HeadInput:
         wanted = any(t is not None and t.requires_grad for t in parameters)
         return torch.is_grad_enabled() and wanted
 
-    def log_probabilities(self, tokens, scales, entropy, backend, order):
-        """(logps, entropies) (B, T), differentiable; entropies is None without `entropy`."""
-        chunking = self._chunking(order)
+    def log_probabilities(self, tokens, scales, entropy, backend, sequences, order=None):
+        """(logps, entropies) (B, T), differentiable; entropies is None without `entropy`.
+
+        Args:
+            order: of the tokens; None: active ones as they come.
+        """
+        chunking = self._chunking(order_tokens(sequences) if order is None else order)
         arguments = (tokens.of_softmax(), scales, chunking, entropy, backend, self.save_logits)
         if self.wants_gradient():
             inputs = (self.tensor, self.weight, self.bias, self.main_grad)
@@ -176,7 +180,8 @@ class HeadInput:
                 return self._run(SequenceLosses(*arguments, *how))
         else:
             order = order_tokens(sequences, wanted)
-        logps, entropies = self.log_probabilities(tokens, scales, entropy, backend, order)
+        arguments = (tokens, scales, entropy, backend, sequences, order)
+        logps, entropies = self.log_probabilities(*arguments)
         results = loss_on_logps(logps, entropies, tokens, formula, sequences)
         return LossResults(*results, logps, entropies)
 
