@@ -152,8 +152,10 @@ def _locate_kernel(
     sequence also own the tokens outside of all, so that every token gets an index.
     """
     sequence = tl.program_id(0)
-    start = tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0).to(tl.int32)
-    stop = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_tokens).to(tl.int32)
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), num_tokens)
+    stop = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), 0), num_tokens)
+    start = start.to(tl.int32)
+    stop = stop.to(tl.int32)
     first = tl.where(sequence == 0, 0, start)
     last = tl.where(sequence == num_sequences - 1, num_tokens, stop)
     count = tl.zeros((BLOCK,), tl.float32)

@@ -45,7 +45,9 @@ def test_every_token_finds_its_sequence(lengths, masked, dtype, implementation, 
 
 
 @pytest.mark.parametrize(
-    "ends", [[0, 3, 9], [-4, 2, 6], [2, 3, 4], [0, 4, 2], [5, -1, 7], [9, 9, 9]]
+    "ends",
+    [[0, 3, 9], [-4, 2, 6], [2, 3, 4], [0, 4, 2], [5, -1, 7], [9, 9, 9]]
+    + [[0, 2**31, 6], [2**31 + 1, 2**31 + 4, 2**40], [0, 3, -(2**31) - 1]],
 )
 def test_wrong_ends_name_sequences_that_exist(ends, implementation, device):
     """A device cannot be asked about them: every token gets a number, no count goes outside."""
