@@ -57,6 +57,8 @@ def check_cu_seqlens(cu_seqlens, num_tokens, device):
         raise ValueError(f"cu_seqlens must be int32 or int64 on {device}, got {got}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.shape[0] == 1 and num_tokens:
+        raise ValueError(f"cu_seqlens must end with N = {num_tokens}, got shape (1,): no sequences")
     if is_readable(device):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != num_tokens or ends != sorted(ends):

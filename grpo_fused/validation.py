@@ -92,10 +92,22 @@ def check_logits(logits, inplace):
             "inplace=True would overwrite the values of a leaf or of a view of one: logits must be "
             "the output of an operation, or inplace False"
         )
-    if inplace and any(
-        n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)
-    ):
-        raise ValueError("inplace=True requires logits without expanded dimensions")
+    if inplace and _rows_overlap(logits):
+        raise ValueError(
+            "inplace=True requires logits without expanded or overlapping dimensions, got shape "
+            f"{tuple(logits.shape)} and strides {logits.stride()}"
+        )
+
+
+def _rows_overlap(logits):
+    """Whether two rows of (B, L, V) share memory."""
+    extent = logits.shape[2]
+    pairs = zip(logits.stride()[:2], logits.shape[:2], strict=True)
+    for stride, size in sorted(pair for pair in pairs if pair[1] > 1):
+        if stride < extent:
+            return True
+        extent += stride * (size - 1)
+    return False
 
 
 def holds_values_of_a_leaf(logits):

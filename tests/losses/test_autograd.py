@@ -142,6 +142,12 @@ def test_in_place_refuses_leaves_and_shared_rows(implementation, device):
             function(batch.leaf().view_as(batch.logits))
         with pytest.raises(ValueError, match="expanded"):
             function((batch.leaf()[:1] * 1).expand(4, -1, -1))
+        B, L, V = batch.logits.shape
+        memory = batch.leaf().flatten() * 1
+        with pytest.raises(ValueError, match="overlapping"):
+            function(memory.as_strided((B, L, V), (L * V, V - 1, 1)))
+        with pytest.raises(ValueError, match="overlapping"):
+            function(memory.as_strided((B, L, V), ((L - 1) * V, V, 1)))
 
 
 def test_in_place_log_probabilities(implementation, device):

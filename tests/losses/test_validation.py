@@ -132,6 +132,7 @@ BAD = {
 
 PACKED = {
     "a list": ([0, 2, 6], "cu_seqlens must be a tensor"),
+    "no sequences": (torch.tensor([0]), "cu_seqlens must end with N = 6, got shape"),
     "floats": (torch.tensor([0.0, 2.0, 6.0]), "cu_seqlens must be int32 or int64"),
     "2-D": (torch.zeros(2, 2).long(), r"cu_seqlens must have shape \(B \+ 1,\), got \(2, 2\)"),
     "not from 0": (
