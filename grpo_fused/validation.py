@@ -101,13 +101,15 @@ def check_logits(logits, inplace):
 
 def _rows_overlap(logits):
     """Whether two rows of (B, L, V) share memory."""
-    extent = logits.shape[2]
-    pairs = zip(logits.stride()[:2], logits.shape[:2], strict=True)
-    for stride, size in sorted(pair for pair in pairs if pair[1] > 1):
-        if stride < extent:
-            return True
-        extent += stride * (size - 1)
-    return False
+    (B, L, V), (batch, row, _) = logits.shape, logits.stride()
+    return not (_nested(V, row, L, batch, B) or _nested(V, batch, B, row, L))
+
+
+def _nested(extent, inner, inner_size, outer, outer_size):
+    """Whether the outer dimension steps over all that the inner one spans."""
+    if inner_size > 1 and inner < extent:
+        return False
+    return outer_size <= 1 or outer >= extent + inner * (inner_size - 1)
 
 
 def holds_values_of_a_leaf(logits):

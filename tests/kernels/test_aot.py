@@ -241,5 +241,26 @@ def test_chunks_of_a_head_make_no_variants():
     assert not found, found
 
 
+@offline
+def test_gradients_in_place_make_no_variants():
+    """Rows of an odd vocabulary start anywhere, and so does a gradient that overwrites them."""
+
+    def launch(*starts):
+        memory, values = torch.zeros(2, 24, 1001, dtype=torch.bfloat16), torch.zeros(2, 16)
+        formula = Formula(Clip().name(), Clip().params(), "k3", True, 1.0)
+        for start in starts:
+            logits = memory[:, start : start + 16]
+            tokens = Tokens(values.long(), None, 1.0, *(values for _ in range(3)), values, 0.1)
+            outputs = Outputs(*(values for _ in range(6)), logits)
+            aot.launchers.fused_loss(logits, tokens, Scales(), formula, outputs)
+            derivatives = Derivatives(values, values, logits)
+            softmax, statistics = tokens.of_softmax(), Statistics(*(values for _ in range(4)))
+            aot.launchers.logprob_bwd(logits, softmax, Scales(), statistics, derivatives)
+
+    assert {(1001 * start * 2) % 16 == 0 for start in range(4)} == {True, False}
+    found = new_variants(functools.partial(launch, 0), functools.partial(launch, 1, 2, 3))
+    assert not found, found
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]].__wrapped__(**json.loads(sys.argv[2]))
