@@ -94,17 +94,19 @@ def make_tokens(source, layout, sequences, temperature, advantages=None, options
     """
     ids = None if source.ids is None else source.ids.contiguous()
     temperature = _temperature(source, layout, sequences, temperature)
-    tokens = Tokens(ids, sequences.active, temperature)
     if options is None:
-        return tokens
+        return Tokens(ids, sequences.active, temperature)
 
     def floats(value):
         return None if value is None else value.float().contiguous()
 
-    return tokens._replace(
-        advantages=floats(layout.value(advantages)),
-        old_logps=floats(layout.per_token(options.old_logps)),
-        ref_logps=floats(layout.per_token(options.ref_logps)),
+    return Tokens(
+        ids,
+        sequences.active,
+        temperature,
+        floats(layout.value(advantages)),
+        floats(layout.per_token(options.old_logps)),
+        floats(layout.per_token(options.ref_logps)),
     )
 
 
@@ -142,7 +144,7 @@ def make_values(layout, sequences, advantages, normalizer, options, corrects=Tru
     rule = "token-sum" if normalizer is None else normalizer
     coefficient = ratio if corrects and ratio is not None else 1.0
     policy = rule_weight(sequences, rule, coefficient, **given)
-    kl = policy._replace(coefficient=options.beta)
+    kl = Weight(options.beta, policy.items, policy.divisor)
     if options.kl_normalizer not in (None, rule):
         kl = rule_weight(sequences, options.kl_normalizer, options.beta, **given)
     if not isinstance(options.beta, torch.Tensor) and options.beta == 0:

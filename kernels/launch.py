@@ -116,6 +116,30 @@ def choose(V, itemsize, device):
             return choice
 
 
+@functools.cache
+def _plan(choices, device, V, itemsize, width, store, min_blocks_per_sm):
+    """(programs that fill the device once, keywords of a launch) for a kernel over rows.
+
+    Args:
+        choices: CHOICES, a key of the cache.
+        width, store: `vector_width` of the logits and of the gradient.
+        min_blocks_per_sm: as `launch_rows`.
+    """
+    choice = choose(V, itemsize, device)
+    unroll = choice.unroll * (16 // itemsize) // width  # as many columns per thread
+    options = {
+        "blocks": Blocks(choice.threads, unroll, width, store, math.gcd(V, width)),
+        "num_warps": choice.threads // device.warp_size,
+        "enable_fp_fusion": True,
+    }
+    if min_blocks_per_sm and itemsize == 2 and device.architecture.startswith("sm_"):
+        # ptxas alone spills to fit more programs than the grid has, or takes so many registers
+        # that half as many fit. float32 fits anyway.
+        resident = choice.threads * choice.programs * min_blocks_per_sm
+        options["maxnreg"] = REGISTERS // resident
+    return device.multiprocessors * choice.programs, options
+
+
 def vector_width(matrix):
     """Columns, at most 128 bits, to which every row of a matrix (B, L, V) is aligned."""
     itemsize = matrix.element_size()
@@ -153,31 +177,16 @@ def launch_rows(function, logits, *args, dlogits=None, persistent=False, min_blo
     rows = programs = sequences * positions
     if rows == 0:
         return
-    itemsize = logits.element_size()
+    width = vector_width(logits)
+    store = width if dlogits is None else min(width, vector_width(dlogits))
     with on_device(logits):
         device = device_of(logits.device.index)
-        choice = choose(V, itemsize, device)
+        itemsize = logits.element_size()
+        fill, options = _plan(CHOICES, device, V, itemsize, width, store, min_blocks_per_sm)
         if persistent:
-            programs = min(rows, device.multiprocessors * choice.programs)
-        width = vector_width(logits)
-        store = width if dlogits is None else min(width, vector_width(dlogits))
-        unroll = choice.unroll * (16 // itemsize) // width  # as many columns per thread
-        options = {}
-        if min_blocks_per_sm and itemsize == 2 and device.architecture.startswith("sm_"):
-            # ptxas alone spills to fit more programs than the grid has, or takes so many registers
-            # that half as many fit. float32 fits anyway.
-            resident = choice.threads * choice.programs * min_blocks_per_sm
-            options["maxnreg"] = REGISTERS // resident
-        launch(
-            function,
-            programs,
-            *(logits, *logits.stride()[:2], rows, positions, V),
-            *args,
-            blocks=Blocks(choice.threads, unroll, width, store, math.gcd(V, width)),
-            num_warps=choice.threads // device.warp_size,
-            enable_fp_fusion=True,
-            **options,
-        )
+            programs = min(rows, fill)
+        shape = (logits, *logits.stride()[:2], rows, positions, V)
+        launch(function, programs, *shape, *args, **options)
 
 
 def launch_small(function, programs, tensor, *args, **options):

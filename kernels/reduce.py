@@ -77,13 +77,12 @@ def reduce(outputs, active, loss, sums, metrics):
     """Write the sums of `grpo_fused.losses.metrics`, their means, and the greatest ratio.
 
     Args:
-        outputs: what `fused_loss` has written; dlogits is not read.
+        outputs: what `fused_loss` has written; dlogits is None.
         active: (B, T) contiguous, nonzero = active, or None: all are.
         loss, sums, metrics: (), (8,), (7,) float32; the first of the sums is the loss.
     """
-    num_tokens, outputs = outputs.loss.numel(), outputs._replace(dlogits=None)
     functions, constexprs = _tables()
-    args = (outputs, active, num_tokens, functions, loss, sums, metrics)
+    args = (outputs, active, outputs.loss.numel(), functions, loss, sums, metrics)
     launch_small(_reduce_kernel, 1, loss, *args, **constexprs, BLOCK=BLOCK, num_warps=8)
 
 

@@ -66,6 +66,8 @@ def _argument(value):
 
     Not a NamedTuple: Triton's cache compares tuples, and those with equal fields are equal.
     """
+    if isinstance(value, tuple):  # a `Weight`
+        return value._make(map(_argument, value))
     value = argument(value)
     return (value, value) if isinstance(value, torch.Tensor) and value.dim() == 1 else value
 
@@ -81,9 +83,11 @@ def token_weights(values, index, outputs):
         outputs: `grpo_fused.bundles.TokenWeights`; None = not computed.
     """
     like = next(output for output in outputs if output is not None)
+    advantages, w_policy, w_kl, w_entropy = outputs
+    written = (advantages, w_policy, w_policy, w_kl, w_entropy)  # of each value
     values = values._make(
-        value._make(map(_argument, value)) if isinstance(value, tuple) else _argument(value)
-        for value in values
+        None if output is None else _argument(value)
+        for value, output in zip(values, written, strict=True)
     )
     num_tokens = like.numel()
     args = (values, index, like.shape[-1], num_tokens, outputs)

@@ -30,28 +30,9 @@ import grpo_fused.kernels.token_weights  # noqa: E402
 import grpo_fused.torch_backend.rows  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    # Triton patches its language again for every call of a device function, 60 % of the time of a
-    # launch. The launch has done that; what a function's module needs lasts from its first call.
-    from triton.runtime import interpreter
+    import interpreter
 
-    InterpretedFunction = interpreter.InterpretedFunction
-    patch_and_call, called = InterpretedFunction.__call__, set()
-
-    def call(self, *args, **kwargs):
-        if self in called:
-            return self.rewrite()(*args, **kwargs)
-        called.add(self)
-        return patch_and_call(self, *args, **kwargs)
-
-    InterpretedFunction.__call__ = call
-
-    def fma(self, x, y, z):
-        product = x.data.astype("float64") * y.data
-        return interpreter.TensorHandle((product + z.data).astype(z.data.dtype), z.dtype.scalar)
-
-    if not hasattr(interpreter._interpreter, "fma_fp32"):
-        # Triton 3.7, which torch 2.13 brings with CUDA, rounds the product as well; no device does.
-        interpreter.InterpreterBuilder.create_fma = fma
+    interpreter.speed_up()
     # The interpreter calls a reduction's function once an element.
     grpo_fused.kernels.reduce.BLOCK = 32
     grpo_fused.kernels.token_weights.BLOCK = 32

@@ -13,10 +13,12 @@ def output(*shape, like):
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def make_outputs(shape, entropy, like):
-    """`Outputs` (B, T) of a token-level loss."""
-    loss, kl, clipped, ratio, logps = (output(*shape, like=like) for _ in range(5))
-    return Outputs(loss, kl, clipped, ratio, logps, output(*shape, like=like) if entropy else None)
+def make_outputs(shape, entropy, like, dlogits=None):
+    """`Outputs` of a token-level loss: (B, T), and the gradient as it is given."""
+    loss = output(*shape, like=like)
+    kl, clipped, ratio, logps = (torch.empty_like(loss) for _ in range(4))
+    entropies = torch.empty_like(loss) if entropy else None
+    return Outputs(loss, kl, clipped, ratio, logps, entropies, dlogits)
 
 
 def make_statistics(shape, entropy, gradient, like):

@@ -33,7 +33,7 @@ def _note_overwritten(logits, dlogits):
 def run_fused_loss(logits, tokens, scales, formula, entropy, backend, dlogits=None):
     """LossResults of a token-level loss; writes the gradient into dlogits (B, L, V) or None."""
     launchers = BACKENDS[backend]
-    outputs = make_outputs(tokens.ids.shape, entropy, logits)._replace(dlogits=dlogits)
+    outputs = make_outputs(tokens.ids.shape, entropy, logits, dlogits)
     launchers.fused_loss(logits, tokens, scales, formula, outputs)
     return reduce(launchers, outputs, tokens.active)
 

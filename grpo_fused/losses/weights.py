@@ -112,9 +112,9 @@ def is_number(weight):
 
 def evaluate(weight, sequences, policy_mask=None):
     """A `Weight` times the policy mask, as a number, a 0-d tensor or (B, T) float32."""
-    coefficient, items, divisor = (
-        sequences.spread(v) if isinstance(v, torch.Tensor) and v.dim() else v for v in weight
-    )
+    if not is_number(weight):
+        weight = [sequences.spread(v) if isinstance(v, torch.Tensor) else v for v in weight]
+    coefficient, items, divisor = weight
     items = items.float().clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1.0)
     weight = coefficient / (items * divisor)
     if policy_mask is not None:  # no product: a masked coefficient may be NaN

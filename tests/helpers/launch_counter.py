@@ -16,6 +16,7 @@ FREE |= {
     "slice",
     "as_strided",
     "lift_fresh",
+    "empty_like",
     "empty_strided",
 }
 
