@@ -18,11 +18,11 @@ demo-lm: .venv/ready
 	$(BIN)/grpo-fused train examples/sums.yaml
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n $(if $(filter cpu,$(DEVICE)),auto,0)
+	$(BIN)/python -m pytest -n $(if $(filter cpu,$(DEVICE)),auto,0) --dist worksteal
 
 # With the full matrices of options that `test` covers pairwise.
 test-all: .venv/ready
-	$(BIN)/python -m pytest --slow -n $(if $(filter cpu,$(DEVICE)),auto,0)
+	$(BIN)/python -m pytest --slow -n $(if $(filter cpu,$(DEVICE)),auto,0) --dist worksteal
 
 # A run that was cut goes on with `tests/mutation/mutate.py --resume runs/mutation.jsonl`.
 mutate: .venv/ready

@@ -10,12 +10,11 @@ from trl_runs import train
 from grpo_fused.integrations.trl import FusedGRPOTrainer
 
 OPTIONS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "beta": 0.1}
-LOSSES = ("grpo", "dapo", "vespo")
 
 if __name__ == "__main__":
     gc.freeze()  # accelerate collects garbage after each run
-    folder, output = sys.argv[1:]
-    for loss in LOSSES:
+    folder, output, *losses = sys.argv[1:]
+    for loss in losses:
         for trainer in (GRPOTrainer, FusedGRPOTrainer):
             run = train(trainer, folder, output, num_iterations=2, loss_type=loss, **OPTIONS)
             assert run.trainer.accelerator.num_processes == 2

@@ -79,6 +79,8 @@ SLOW = {
     for level, options in {"": {}, "-sequence": SEQUENCE}.items()
 }
 SLOW = {name: options for name, options in SLOW.items() if name not in CASES}
+SEQUENCE_LEVEL = [f"{loss}-sequence-kl" for loss in ("bnpo", "dr_grpo", "sapo", "luspo")]
+SLOW |= {name: CASES.pop(name) for name in (*SEQUENCE_LEVEL, "vespo-kl", "vespo-on-policy")}
 if RECENT:
     entropy = {
         f"entropy-{loss}": {"entropy_coef": 0.02, "loss_type": loss} | ACCUMULATED
@@ -319,15 +321,16 @@ def test_wrapped_reference_model(folder, tmp_path, monkeypatch):
     assert not fused.warnings and calls and fused.trainer.ref_model is wrapped[1]
 
 
-def test_two_ranks(folder, tmp_path):
+@pytest.mark.parametrize("losses", ["vespo", pytest.param("grpo dapo", marks=pytest.mark.slow)])
+def test_two_ranks(folder, tmp_path, losses):
     """DDP averages gradients; metrics cover both ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    command += [trl_ranks.__file__, str(folder), str(tmp_path)]
+    command += [trl_ranks.__file__, str(folder), str(tmp_path), *losses.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    for loss in trl_ranks.LOSSES:
+    for loss in losses.split():
         stock, fused = (
             trl_runs.Run(**torch.load(tmp_path / f"{loss}-{trainer}.pt"))
             for trainer in ("GRPOTrainer", "FusedGRPOTrainer")

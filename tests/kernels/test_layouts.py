@@ -98,8 +98,13 @@ DTYPES = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 INTERPRETED = 8e-3  # Triton's interpreter truncates float32 to bfloat16
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "in place"])
-@pytest.mark.parametrize("V", [1031, 4101, 4102, 4104])
+FAST = ((1031, False), (4101, True), (4102, False), (4104, True))
+
+
+@pytest.mark.parametrize(
+    ("V", "inplace"),
+    [*FAST, *(pytest.param(V, not other, marks=pytest.mark.slow) for V, other in FAST)],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_start_anywhere(dtype, V, inplace, device):
     """Loads are as wide as the worst aligned row allows; nothing beside the rows is touched."""

@@ -20,8 +20,11 @@ def gradient(batch, **options):
 
 
 @FAMILY
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("correction", [False, True], ids=["plain", "corrected"])
+@pytest.mark.parametrize(
+    ("reduction", "correction"),
+    [("sum", True), ("none", False)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("sum", False), ("none", True))],
+)
 def test_an_infinite_divergence_without_weight(
     correction, reduction, loss_type, implementation, device
 ):

@@ -64,7 +64,7 @@ SPLITS = {"one": [8], "two": [3, 5], "four": [1, 4, 2, 1]}
 LOCAL = {name for name, row in LOSSES.items() if row.normalizer == "token-mean-local"}
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [pytest.param("one", marks=pytest.mark.slow), "two", "four"])
 @pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - LOCAL))
 def test_any_cut_into_micro_batches_gives_the_same_gradient(
     loss_type, split, implementation, device

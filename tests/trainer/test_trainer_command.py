@@ -151,6 +151,7 @@ def test_sigterm_saves_and_the_run_can_be_resumed(files, tmp_path, capsys):
     assert list(steps_of(tmp_path)) == list(range(1, done + 2))
 
 
+@pytest.mark.slow
 def test_sigterm_of_a_launcher_and_its_ranks(files, tmp_path):
     """The launcher forwards the signal to ranks that have it already, and waits 30 s for them."""
     start = "-m torch.distributed.run --standalone --nproc_per_node 2 -m grpo_fused.cli".split()
