@@ -131,7 +131,8 @@ class ChunkedHead:
 
     def slice(self, bundle, start, stop):
         """Of a bundle from `pack` or `pack_outputs` the tokens [start, stop)."""
-        return bundle if self.single_chunk else slice_tokens(bundle, start, stop)
+        whole = self.single_chunk or stop - start == self.active
+        return bundle if whole else slice_tokens(bundle, start, stop)
 
     def batch(self, logits):
         """Logits (n, V) of a chunk as launchers take them: (1, n, V) or (B, T, V)."""

@@ -58,7 +58,7 @@ def corrected(estimator, difference, ratio, dratio):
 def weighted(weight, value):
     """weight * value, and 0 where the weight is 0, even if the value is infinite or NaN."""
     if isinstance(weight, torch.Tensor):
-        return torch.where(weight == 0.0, 0.0, weight * value)
+        return (weight * value).masked_fill(weight == 0.0, 0.0)
     return weight * value if weight else torch.zeros_like(value)
 
 

@@ -8,6 +8,9 @@ A sum is defined by a function of the `Terms` of a token or ratio, which runs bo
 a jit function in the kernel. A new metric is one such function, and a row in SUMS and MEANS.
 """
 
+import functools
+import operator
+
 import torch
 from torch import Tensor
 
@@ -97,9 +100,11 @@ def means(sums: Tensor) -> dict[str, Tensor]:
 
 def _means(sums):
     named = dict(zip(SUMS, sums.unbind(), strict=True))
-    numerators = torch.stack([sum(named[x] for x in names) for names, _ in MEANS.values()])
+    numerators = [
+        functools.reduce(operator.add, map(named.get, names)) for names, _ in MEANS.values()
+    ]
     denominators = torch.stack([named[name] for _, name in MEANS.values()])
-    return numerators / denominators.clamp(min=1)
+    return torch.stack(numerators) / denominators.clamp(min=1)
 
 
 def total(terms: Terms) -> tuple[Tensor, Tensor]:

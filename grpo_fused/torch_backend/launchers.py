@@ -135,7 +135,7 @@ def locate(cu_seqlens, active, index, counts):
 
 def reduce(outputs, active, loss, sums, metrics):
     """As `grpo_fused.kernels.reduce.reduce`."""
-    counted = torch.ones_like(outputs.loss, dtype=torch.bool) if active is None else active != 0
+    counted = torch.ones_like(outputs.loss, dtype=torch.bool) if active is None else active
     entropy = 0.0 if outputs.entropies is None else outputs.entropies
     of_tokens = (outputs.loss, outputs.kl, entropy, counted)
     values = total(Terms(*of_tokens, outputs.clipped, outputs.ratio, counted))

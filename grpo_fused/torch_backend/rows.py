@@ -78,8 +78,8 @@ def active_rows(tokens, positions):
     if positions == shape[1]:
         if active is None or (active.device.type == "cpu" and bool(active.all())):
             return None
-    active = torch.ones_like(tokens.ids) if active is None else active
-    return _of_rows(active, positions) != 0
+    active = torch.ones_like(tokens.ids, dtype=torch.bool) if active is None else active
+    return _of_rows(active, positions)
 
 
 def _of_rows(value, positions):
