@@ -134,7 +134,7 @@ def test_nothing_is_written_behind_the_tokens(implementation, device):
     outputs = torch.full((4, B * T + T), 7.0, device=device)
     ids = torch.zeros(B * T + T, dtype=torch.long, device=device)
     ids[: B * T] = batch.ids.flatten()
-    active = torch.ones_like(ids)
+    active = torch.ones_like(ids, dtype=torch.bool)
     tokens = Tokens(*(t[: B * T].view(B, T) for t in (ids, active)))
     statistics = Statistics(*(row[: B * T].view(B, T) for row in outputs))
     BACKENDS[implementation].logprob_fwd(batch.logits, tokens, Scales(), statistics)

@@ -24,7 +24,7 @@ settings.register_profile("ci", derandomize=True, database=None, **COMMON)
 settings.register_profile("long", **COMMON)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 settings.load_profile(PROFILE)
-CASES = {"ci": {"torch": 300, "triton": 60}, "long": {"torch": 10_000, "triton": 3_000}}[PROFILE]
+CASES = {"ci": {"torch": 300, "triton": 40}, "long": {"torch": 10_000, "triton": 3_000}}[PROFILE]
 
 T = 5
 

@@ -30,12 +30,14 @@ def test_example_of_a_hand_written_loop():
     assert float(first) < 0.3 and float(last) > 0.7
 
 
+@pytest.mark.slow
 def test_example_for_trl():
     pytest.importorskip("trl", reason="trl is not installed: make test installs it")
     first, last = re.findall(r"\d\.\d\d", example("trl_grpo").splitlines()[-1])
     assert float(first) < 0.65 and float(last) > 0.85
 
 
+@pytest.mark.slow
 def test_example_for_verl():
     pytest.importorskip("verl", reason="verl 0.9.1 is installed by `make` for Python below 3.13")
     theirs, ours = (line.split(": ")[1] for line in example("verl_policy_loss").splitlines()[-2:])
