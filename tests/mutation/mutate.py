@@ -190,20 +190,31 @@ def table(verdicts):
     return "\n".join(lines)
 
 
+def absolute(path):
+    """A path that holds while the tests run in the directory of a copy."""
+    return Path(path).resolve()
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="FILE", choices=KILLERS, default=[*KILLERS])
     parser.add_argument("--limit", type=int, help="number of mutants, evenly spread over all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--quick", action="store_true", help="only the tests that kill fast")
-    parser.add_argument("--log", type=Path, help="append every verdict to this file as it comes")
-    parser.add_argument("--resume", type=Path, metavar="LOG", help="go on with a run that was cut")
-    parser.add_argument("--again", type=Path, metavar="LOG", help="only what survived there")
-    parser.add_argument("--hints", type=Path, metavar="LOG", help="first try what killed there")
+    parser.add_argument(
+        "--log", type=absolute, help="append every verdict to this file as it comes"
+    )
+    parser.add_argument(
+        "--resume", type=absolute, metavar="LOG", help="go on with a run that was cut"
+    )
+    parser.add_argument("--again", type=absolute, metavar="LOG", help="only what survived there")
+    parser.add_argument("--hints", type=absolute, metavar="LOG", help="first try what killed there")
     parser.add_argument(
         "--thorough", action="store_true", help="try all quick tests on what is explained, too"
     )
-    parser.add_argument("--markdown", type=Path, help="write the table of the summary to this file")
+    parser.add_argument(
+        "--markdown", type=absolute, help="write the table of the summary to this file"
+    )
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     parser.add_argument("--check", action="store_true", help="check tables and explanations only")
     parser.add_argument("--rekey", action="store_true", help="write the explanations anew")
