@@ -31,8 +31,9 @@ mutate: .venv/ready
 
 bench: .venv/ready
 	mkdir -p runs
-	$(BIN)/python -m pytest benchmarks --benchmark-json runs/$(DEVICE).json
-	$(BIN)/python -m benchmarks.report runs/$(DEVICE).json --plots runs
+	rm -f runs/$(DEVICE).jsonl
+	$(BIN)/python -m pytest benchmarks --lines runs/$(DEVICE).jsonl
+	$(BIN)/python -m benchmarks.report runs/$(DEVICE).jsonl --json runs/$(DEVICE).json --plots runs
 	if [ -f benchmarks/results/$(DEVICE).json ]; then \
 	  $(BIN)/python -m benchmarks.compare benchmarks/results/$(DEVICE).json runs/$(DEVICE).json; fi
 

@@ -1,6 +1,6 @@
 """Completions of one length after another, as in training, and how often providers compile again.
 
-    pytest benchmarks/bench_lengths.py --benchmark-json runs/lengths.json
+    pytest benchmarks/bench_lengths.py --lines runs/lengths.jsonl
 
 Every provider gets every length once, after a first one for which it may compile. Reported are its
 time and how many Triton kernels and graphs of `torch.compile` it compiled afterwards; for ours that

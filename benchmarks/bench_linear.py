@@ -1,6 +1,6 @@
 """The loss and the log-probabilities with the LM head inside, against eager, TRL's and Liger's.
 
-    pytest benchmarks/bench_linear.py --benchmark-json benchmarks/results/cpu-linear.json
+    pytest benchmarks/bench_linear.py --lines runs/linear.jsonl
 
 Before it is timed, every provider is compared with float64 on other data of the same shape; errors
 are reported with the figures.

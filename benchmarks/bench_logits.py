@@ -1,6 +1,6 @@
 """The loss and the log-probabilities over given logits: `cases`, against `providers` and `peers`.
 
-    pytest benchmarks --benchmark-json benchmarks/results/cpu.json
+    pytest benchmarks --lines runs/cpu.jsonl
 
 Before it is timed, every provider is compared with float64 on other data of the same shape; errors
 are reported with the figures.

@@ -1,6 +1,6 @@
 """How time and peak memory grow with the number of tokens, and with the vocabulary.
 
-    pytest benchmarks/bench_memory.py --benchmark-json runs/cpu.json
+    pytest benchmarks/bench_memory.py --lines runs/cpu.jsonl
 
 Four sizes an axis; `benchmarks.report` fits the slopes. A sequence is as long as the batch is wide,
 every token is active.

@@ -1,6 +1,6 @@
 """A whole training step, model, loss, backward and AdamW, with the loss of different providers.
 
-    pytest benchmarks/bench_step.py --benchmark-json runs/step.json
+    pytest benchmarks/bench_step.py --lines runs/step.jsonl
 
 Models are Qwen3-like with random weights, completions of several lengths behind one prompt length.
 Before anything is timed the providers' losses must agree. `longest` is the longest completion of a

@@ -1,6 +1,6 @@
 """Overhead of the trainer over generation, model and loss, at most 5 %, and its time against TRL's.
 
-    pytest benchmarks/bench_trainer.py --benchmark-json runs/trainer.json
+    pytest benchmarks/bench_trainer.py --lines runs/trainer.jsonl
 
 Seconds inside of `generate`, forward passes with the loss in them, backward and the optimizer are
 compared with those of the whole: rollout, rewards, advantages, old and reference log-probabilities,

@@ -1,6 +1,6 @@
 """A step of TRL's trainer, stock and with the drop-in: `_compute_loss`, backward, AdamW.
 
-    pytest benchmarks/bench_trl.py --benchmark-json runs/trl.json
+    pytest benchmarks/bench_trl.py --lines runs/trl.jsonl
 
 The model, the batch and the optimizer are the same, and so are loss and metrics before anything is
 timed. Generation and rewards, which the drop-in leaves to TRL, are not part of the step.

@@ -1,15 +1,16 @@
 """Lists the figures that are worse than in a committed run on the same kind of machine.
 
-    python -m benchmarks.compare benchmarks/results/cpu.json runs/cpu.json
+    python -m benchmarks.compare benchmarks/results/cpu.json runs/cpu.jsonl
 
 A time counts as worse when it is above the old one by more than both runs' spreads together and by
 more than 5 %; memory by more than 2 %. Exit status 1 if anything is worse.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+from benchmarks import lines
 
 TIME, MEMORY = 0.05, 0.02
 
@@ -17,7 +18,7 @@ TIME, MEMORY = 0.05, 0.02
 def figures(path):
     """{(case name, provider): figures} of a run."""
     found = {}
-    for benchmark in json.loads(path.read_text())["benchmarks"]:
+    for benchmark in lines.read(path)["benchmarks"]:
         for name, values in benchmark["extra_info"].get("providers", {}).items():
             if isinstance(values, dict) and "spread" in values:
                 found[benchmark["fullname"], name] = values

@@ -8,8 +8,6 @@ over the active rows on a GPU, over all rows on a CPU. `trl_active` is the same 
 active rows, on a CPU too. The others are in `peers`.
 """
 
-import functools
-
 import torch
 
 from benchmarks import providers
@@ -32,7 +30,7 @@ def fused(hidden, weight, ids, mask, advantages, old_logps, *, level="token", **
 
 def fused_torch(*batch, **formula):
     """The implementation that a CPU gets."""
-    providers.need(batch[0].is_cuda, "it is what `fused` runs here")
+    providers.need(batch[0].is_cuda, "the same as `fused` on a CPU")
     return fused(*batch, implementation="torch", **formula)
 
 
@@ -46,12 +44,7 @@ def float32(hidden, weight, *tokens, **formula):
 
 def compiled(*batch, **formula):
     """`float32`, fused for these shapes."""
-    return _compiled()(*batch, **formula)
-
-
-@functools.cache
-def _compiled():
-    return torch.compile(float32, dynamic=False)
+    return providers.compile_whole(float32)(*batch, **formula)
 
 
 def trl(hidden, weight, ids, mask, *tokens, **formula):

@@ -1,5 +1,6 @@
 """Time, peak memory and error of steps; a step is a function without arguments."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import platform
@@ -26,19 +27,24 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def environment(device):
-    """Device, versions (None: not installed), threads and commit, for `extra_info`."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    folder = Path(__file__).parent
-    commit = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout.strip()
+    """Device, versions and commit (None: there is none), and threads, for `extra_info`."""
     return {
         "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if HAS_TRITON else None,
         "threads": torch.get_num_threads(),
-        "commit": commit,
+        "commit": _commit(),
         "peers": {name: version(name) for name in DISTRIBUTIONS},
     }
+
+
+def _commit():
+    """Name of the commit, or None where there is no git or no repository."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() or None
 
 
 def version(distribution):

@@ -12,9 +12,11 @@ the logits: `selective_log_softmax` and `entropy_from_logits` of `trl/trainer/ut
 `torch.compile`. The others are in `peers`.
 """
 
+import contextlib
 import functools
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 from grpo_fused import Clip, grpo_loss, selective_log_softmax
@@ -100,12 +102,24 @@ def float32(logits, ids, *tokens, entropy_coef=0.0, **formula):
 
 def compiled(*batch, **formula):
     """`float32`, fused for these shapes."""
-    return _compiled(float32)(*batch, **formula)
+    return compile_whole(float32)(*batch, **formula)
 
 
 @functools.cache
-def _compiled(function):
-    return torch.compile(function, dynamic=False)
+def compile_whole(function):
+    """`function` compiled for the shapes of each call, or an error: it never runs eagerly."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+@contextlib.contextmanager
+def fresh_compiler():
+    """Forget the graphs of earlier cases: from the ninth on a function would not be compiled."""
+    torch._dynamo.reset()
+    compile_whole.cache_clear()
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()
 
 
 def fused_logps(logits, ids, mask, entropy, **implementation):
@@ -128,7 +142,7 @@ def float32_logps(logits, ids, mask, entropy):
 
 
 def compiled_logps(*batch):
-    return _compiled(float32_logps)(*batch)
+    return compile_whole(float32_logps)(*batch)
 
 
 def _eager_logps(logits, ids):

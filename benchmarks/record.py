@@ -4,6 +4,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from benchmarks import measure
 from benchmarks.providers import NotSupported
@@ -13,9 +14,15 @@ REASON_LENGTH = 100
 
 
 def attempt(function):
-    """(result, None), or (None, reason) if the function fails."""
+    """(result, None), or (None, reason) if the function fails.
+
+    Raises:
+        FailOnRecompileLimitHit: a function was to run eagerly where it should be compiled.
+    """
     try:
         return function(), None
+    except FailOnRecompileLimitHit:
+        raise
     except NotSupported as error:
         reason = f"not supported: {error}"
     except ModuleNotFoundError as error:

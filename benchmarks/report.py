@@ -1,6 +1,6 @@
 """Markdown tables and pictures of results.
 
-    python -m benchmarks.report benchmarks/results/*.json [--plots docs]
+    python -m benchmarks.report benchmarks/results/*.json [--plots docs] [--json FILE]
 
 A table has a column for every provider that ran in some case; the reasons of the others are listed
 below it. The floor is the time of the memory traffic that every implementation needs, or of the
@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import plots
+from benchmarks import lines, plots
 
 NAMES = {
     **{"fused": "ours", "fused_inplace": "ours, in place", "fused_torch": "ours, in torch"},
@@ -201,10 +201,14 @@ def draw(results, folder):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("results", nargs="+", type=Path, help="JSON of pytest-benchmark")
+    parser.add_argument("results", nargs="+", type=Path, help="files of `benchmarks.lines`")
     parser.add_argument("--plots", type=Path, help="a folder for pictures")
+    parser.add_argument("--json", type=Path, help="write the one run to this file, to be committed")
     options = parser.parse_args(argv)
-    runs = [json.loads(path.read_text()) for path in options.results]
+    runs = [lines.read(path) for path in options.results]
+    if options.json:
+        (run,) = runs
+        options.json.write_text(json.dumps(run, indent=1) + "\n")
     print("\n\n".join(map(render, runs)))
     for run in runs if options.plots else []:
         draw(run, options.plots)

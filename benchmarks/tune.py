@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, providers
+from benchmarks import lines, measure, providers
 from grpo_fused import Clip
 from grpo_fused.bundles import Formula, Outputs, Scales, Tokens
 from grpo_fused.kernels import launch
@@ -26,14 +26,14 @@ from grpo_fused.ops import BACKENDS
 
 launchers = BACKENDS["triton"]
 THREADS, UNROLL, PROGRAMS = (256, 512, 1024), (2, 4, 8), (1, 2, 3, 4)
-RESIDENT_THREADS = 2048  # of a multiprocessor
+RESIDENT_THREADS = 2048  # of a multiprocessor: with so many each has 32 registers, and spills
 GRADIENT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 def candidates():
     """Every choice worth a measurement, for rows of any length."""
     for threads, unroll, programs in itertools.product(THREADS, UNROLL, PROGRAMS):
-        if threads * programs <= RESIDENT_THREADS:
+        if threads * programs < RESIDENT_THREADS:
             yield launch.Choice("", math.inf, threads, unroll, programs, "")
 
 
@@ -128,8 +128,7 @@ def sweep(V, dtype, rows, device, timer, choices, where, output=None):
         found = result(seconds, choice, V, str(dtype)[6:], rows)
         print(f"# {json.dumps(found)}", flush=True)
         if output is not None:
-            with output.open("a") as file:
-                file.write(json.dumps(found | {"where": where}) + "\n")
+            lines.append(output, found | {"where": where})
         if seconds is not None:
             best = min(best, (seconds, choice), key=lambda pair: pair[0])
     if best[1] is not None:

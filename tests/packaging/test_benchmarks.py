@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 import grpo_fused.kernels.launch as launch
 from benchmarks import (
@@ -14,6 +15,7 @@ from benchmarks import (
     cases,
     compare,
     linear_providers,
+    lines,
     measure,
     peers,
     plots,
@@ -157,6 +159,43 @@ def run_of(figures, name="bench.py::case", **info):
         "machine_info": {"cpu": {"brand_raw": "A processor"}},
         "benchmarks": [{"fullname": name, "extra_info": plain | info | {"providers": figures}}],
     }
+
+
+def test_results_survive_a_cut(tmp_path):
+    """At any byte: the lines before it are read, the same as from a committed file."""
+    run, file, whole = run_of({"fused": figure(1)}), tmp_path / "run.jsonl", tmp_path / "run.json"
+    lines.append(file, {"machine_info": run["machine_info"]})
+    for benchmark in run["benchmarks"] * 2:
+        lines.append(file, benchmark)
+    assert lines.read(file) == run | {"benchmarks": run["benchmarks"] * 2}
+    assert report.main([str(file), "--json", str(whole)]) == 0
+    assert lines.read(whole) == lines.read(file)
+    written = file.read_bytes()
+    for length in (len(written) - 1, len(written) - 40):
+        file.write_bytes(written[:length])
+        assert lines.read(file) == run
+
+
+def test_a_function_that_is_no_longer_compiled_is_an_error():
+    """Dynamo runs a function eagerly after so many graphs: no case may time that, or hide it."""
+
+    def attempt(*vocabularies):
+        ids, mask = torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2)
+        for V in vocabularies:
+            batch = (torch.randn(1, 2, V), ids, mask)
+            assert record.attempt(lambda b=batch: providers.compiled_logps(*b, False))[1] is None
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for V in (5, 6):
+            with providers.fresh_compiler():
+                attempt(V)
+        with pytest.raises(FailOnRecompileLimitHit), providers.fresh_compiler():
+            attempt(5, 6)
+
+
+def test_no_git_is_no_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert measure.environment("cpu")["commit"] is None
 
 
 def figure(ms, peak=10_000_000, spread=0.02):
