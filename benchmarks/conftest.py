@@ -3,7 +3,6 @@
 import platform
 from pathlib import Path
 
-import cpuinfo
 import pytest
 import torch
 
@@ -17,6 +16,8 @@ def pytest_addoption(parser):
 def pytest_sessionstart(session):
     file = session.config.getoption("--lines")
     if file is not None and not file.exists():
+        import cpuinfo  # of pytest-benchmark
+
         cpu = {"brand_raw": cpuinfo.get_cpu_info()["brand_raw"], "count": torch.get_num_threads()}
         machine = {"system": platform.system(), "machine": platform.machine(), "cpu": cpu}
         lines.append(

@@ -39,11 +39,13 @@ def test_real_vocabularies(V, dtype, inplace):
     advantages = torch.randn(B, device="cuda")
     leaf = logits.clone().requires_grad_(True)
     out = grpo_loss(leaf * 1, ids, None, advantages, temperature=0.9, inplace=inplace)
-    out.loss.backward()
+    # Without a loss scale most of the float16 gradient is subnormal: up to 3e-3 of it is rounding.
+    scale = 2.0**14 if dtype == torch.float16 else 1.0
+    (scale * out.loss).backward()
     weights = -advantages[:, None].expand(B, T).double() / (B * T)
     logps, grad = exact(logits, ids, weights, 0.9)
     assert relative_error(out.logps, logps) < 5e-7
-    assert relative_error(leaf.grad, grad) < TOLERANCE[dtype]
+    assert relative_error(leaf.grad.double() / scale, grad) < TOLERANCE[dtype]
 
 
 def test_triton_is_chosen_without_being_told():
