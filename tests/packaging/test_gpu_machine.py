@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 BLOCKER = """
 import sys
 
-NAMES = {"accelerate", "datasets", "hypothesis", "liger_kernel", "peft", "transformers", "trl", "verl"}
+NAMES = {"accelerate", "datasets", "liger_kernel", "peft", "transformers", "trl", "verl"}
 
 
 class Finder:
