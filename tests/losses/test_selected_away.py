@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from batches import make_batch
+from batches import make_batch, relative_error
 
 from grpo_fused import LOSSES, grpo_loss
 from grpo_fused.losses.kl import KL_ESTIMATORS
@@ -141,6 +141,21 @@ def test_wrong_ends_read_nothing_outside(implementation, device, monkeypatch):
 
     for wrong, cut in (([0, 3, 9], [0, 3, 6]), ([0, -5, 6], [0, 0, 6]), ([0, 4, 2], [0, 4, 4])):
         assert torch.isfinite(loss(wrong)) and torch.equal(loss(wrong), loss(cut))
+
+
+def test_an_unknown_ratio_of_a_token_that_is_off_counts_as_1_in_a_geometric_mean(device):
+    batch = make_batch(B=2, T=3, V=7, extra=0, mask=torch.ones(2, 3), device=device)
+    batch.advantages[1], off = 1.5, torch.ones(2, 3, device=device)
+    off[1, 2] = 0.0
+    options = {"loss_type": "gmpo", "policy_mask": off}
+    logps = grpo_loss(batch.logits, batch.ids, None, batch.advantages).logps
+    results = []
+    for value in (logps[1, 2], torch.nan):
+        batch.old_logps[1, 2] = value
+        results.append(gradient(batch, old_logps=batch.old_logps, **options))
+    (want, plain), (out, grad) = results
+    assert want.loss.item() == pytest.approx(out.loss.item(), rel=1e-6)
+    assert relative_error(grad, plain) < 1e-6
 
 
 @pytest.mark.parametrize("loss_type", ["vespo", "gmpo", "gspo", "gspo_token", "dapo"])

@@ -112,6 +112,14 @@ def test_local_mean_is_local():
     assert LOCAL == {"bnpo"}
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo"])
+def test_sums_of_what_is_not_computed_are_zero(loss_type, implementation, device):
+    batch = make_batch(device=device)
+    arguments = (batch.logits, batch.ids, batch.mask, batch.advantages)
+    sums = grpo_loss(*arguments, loss_type=loss_type, implementation=implementation).sums
+    assert means(sums)["kl"] == 0.0 and means(sums)["entropy"] == 0.0
+
+
 def test_kl_is_reported_without_beta(implementation, device):
     batch = make_batch(device=device)
     arguments = (batch.leaf(), batch.ids, batch.mask, batch.advantages)

@@ -9,6 +9,7 @@ EQUIVALENT = {
         "8e35a674-ca20 order.order_sequences `Is -> IsNot` if wanted is None:",
     ],
     "an assertion of our own: both are of one length": [
+        "2b068389-3b84 metrics.means `True -> False` ...ict(zip(MEANS, _means(sums), strict=True))",
         "bb06bb21-599e head_losses.SequenceLosses.run `True -> False` ...unks(ends), strict=True):",
     ],
     "any order of tokens will do, and so few sequences are sorted stably in any case": [
@@ -33,7 +34,16 @@ EQUIVALENT = {
         "e82fa854-e16c objectives.Objective.__init_subclass__ `Add -> Sub` number += 1",
         "1f6678c2-e16c objectives.Objective.__init_subclass__ `1 -> 2` number += 1",
     ],
+    "items are clamped to 1 at least": [
+        "a82a2e6c-e5a2 weights.rule_weight `1.0 -> 0.0` ...ight(coefficient, 1.0, number * length)",
+        "4bb38058-00de weights.rule_weight `1.0 -> 0.0` return Weight(coefficient, 1.0, number)",
+        "902001d2-8bba weights.rule_weight `1.0 -> 0.0` return Weight(coefficient, 1.0, 1.0)",
+    ],
+    "what it multiplies is 0 there": [
+        "5ea6aadc-4882 on_logps._penalty `0.0 -> 1.0` ... = penalty * torch.where(off, 0.0, ratio)",
+    ],
     "on the bound both branches are the same number": [
+        "5b91be8c-bce5 kl.k3 `Gt -> GtE` cut = difference > 80.0",
         "4b435feb-86ea objectives.Sapo.per_token `Gt -> GtE` ... = tl.where(ratio > 1.0, large, sm",
         "f3871bba-2957 objective.k3 `Lt -> LtE` near = tl.abs(d) < 1.0",
         "10950f33-17a6 softmax.softcapped `Lt -> LtE` ... = tl.where(v < 0.0, e - 1.0, 1.0 - e) *",
