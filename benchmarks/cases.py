@@ -19,6 +19,7 @@ class Case(NamedTuple):
         name: its difference from a plain case; empty for those.
         entropy: an entropy bonus in the loss, entropies next to log-probabilities.
         inplace: whether our loss writes the gradient over the logits.
+        only: providers to measure, ours first; empty: all.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case(NamedTuple):
     inplace: bool = False
     on_policy: bool = False
     axis: str | None = None
+    only: tuple[str, ...] = ()
 
     @property
     def title(self):
@@ -52,6 +54,8 @@ class Case(NamedTuple):
     @property
     def providers(self):
         """Names of `providers` and `peers`, ours first."""
+        if self.only:
+            return self.only
         names = LOSSES if self.loss else LOGPS
         return ("fused_inplace", *names) if self.inplace else names
 
