@@ -237,12 +237,11 @@ def _tokens(mask, cu_seqlens, **tensors):
     if mask is not None:
         check_tensor("mask", mask, shape, device)
     if cu_seqlens is None:
-        tensors = list(tensors.values())
-        return Padded(tensors[0].shape, mask, tensors[0].device), tensors
-    check_cu_seqlens(cu_seqlens, shape[0], device)
+        return Padded(shape, mask, device), list(tensors.values())
+    check_cu_seqlens(cu_seqlens, *shape, device)
     tensors = [tensor[None] for tensor in tensors.values()]
     mask = None if mask is None else mask[None]
-    return Packed(tensors[0].shape, mask, cu_seqlens), tensors
+    return Packed((1, *shape), mask, cu_seqlens), tensors
 
 
 def _difference(logps, sampling_logps):

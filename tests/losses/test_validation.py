@@ -189,6 +189,9 @@ def test_invalid_arguments(case):
 def test_devices_must_match():
     with pytest.raises(ValueError, match="old_logps is on meta, logits are on cpu"):
         grpo_loss(**arguments(old_logps=torch.ones(2, 3, device="meta")))
+    with pytest.raises(ValueError, match="completion_ids is on meta, logits are on cpu"):
+        ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
+        grpo_loss(**arguments(completion_ids=ids))
 
 
 def test_invalid_arguments_of_log_probabilities():

@@ -9,6 +9,7 @@ EQUIVALENT = {
         "8e35a674-ca20 order.order_sequences `Is -> IsNot` if wanted is None:",
     ],
     "an assertion of our own: both are of one length": [
+        "5c228046-5e41 metrics._means `True -> False` ...ct(zip(SUMS, sums.unbind(), strict=True))",
         "2b068389-3b84 metrics.means `True -> False` ...ict(zip(MEANS, _means(sums), strict=True))",
         "bb06bb21-599e head_losses.SequenceLosses.run `True -> False` ...unks(ends), strict=True):",
     ],
@@ -38,6 +39,9 @@ EQUIVALENT = {
         "a82a2e6c-e5a2 weights.rule_weight `1.0 -> 0.0` ...ight(coefficient, 1.0, number * length)",
         "4bb38058-00de weights.rule_weight `1.0 -> 0.0` return Weight(coefficient, 1.0, number)",
         "902001d2-8bba weights.rule_weight `1.0 -> 0.0` return Weight(coefficient, 1.0, 1.0)",
+    ],
+    "Triton's interpreter, in which the tests run, calls a jit function as a Python function": [
+        "e80b3405-749f metrics.total `not HAS_TRITON` ...ction.fn if HAS_TRITON else function for",
     ],
     "what it multiplies is 0 there": [
         "5ea6aadc-4882 on_logps._penalty `0.0 -> 1.0` ... = penalty * torch.where(off, 0.0, ratio)",
