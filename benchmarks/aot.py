@@ -216,6 +216,7 @@ def launch_locate(dtype, V):
 CASES = {
     "statistics": launch_logprob,
     "statistics, entropy": functools.partial(launch_logprob, entropy=True),
+    "statistics, padded rows": functools.partial(launch_logprob, padding=7),
     "gradient": functools.partial(launch_logprob, gradient=True),
     "gradient, entropy": functools.partial(launch_logprob, gradient=True, entropy=True),
     "gradient, padded rows": functools.partial(launch_logprob, gradient=True, padding=7),

@@ -59,8 +59,9 @@ def _fused_loss_kernel(
         maximum = 0.0
         total = 1.0
         if active:
+            EVICTION: tl.constexpr = "evict_first" if outputs.dlogits is None else "evict_last"
             maximum, total, weighted = row_statistics(
-                row, outputs.entropies is not None, "evict_last", blocks
+                row, outputs.entropies is not None, EVICTION, blocks
             )
             logp = log_probability(target.x, row, maximum, total)
             if outputs.entropies is not None:

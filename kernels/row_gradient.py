@@ -17,6 +17,17 @@ from .softmax import (
 
 
 @triton.jit
+def _gradient(x, row, maximum, constant, slope, ENTROPY: tl.constexpr):
+    """2^z (constant + slope z) du / dx of columns with logits x."""
+    x, dx = softcapped(x, row)
+    z = tl.fma(x, row.sharpness * LOG2E, -maximum)
+    factor = constant
+    if ENTROPY:
+        factor = tl.fma(tl.maximum(z, FLOOR), slope, constant)
+    return tl.exp2(z) * factor * dx
+
+
+@triton.jit
 def _write_block(
     x_ptrs,
     dx_ptrs,
@@ -29,12 +40,8 @@ def _write_block(
     blocks: tl.constexpr,
 ):
     """Write the gradient of a block from pointers to its first line, up to column `remaining`."""
-    x, dx = softcapped(load(x_ptrs, remaining, "evict_first", blocks), row)
-    z = tl.fma(x, row.sharpness * LOG2E, -maximum)
-    factor = constant
-    if ENTROPY:
-        factor = tl.fma(tl.maximum(z, FLOOR), slope, constant)
-    dx = (tl.exp2(z) * factor * dx).to(dx_ptrs.dtype.element_ty)
+    x = load(x_ptrs, remaining, "evict_first", blocks)
+    dx = _gradient(x, row, maximum, constant, slope, ENTROPY).to(dx_ptrs.dtype.element_ty)
     within = None
     if remaining is not None:
         within = within_row(remaining, blocks)
@@ -43,9 +50,9 @@ def _write_block(
 
 @triton.jit
 def _write_columns(
-    row, dx_ptr, maximum, constant, slope, ENTROPY: tl.constexpr, blocks: tl.constexpr
+    row, columns, dx_ptr, maximum, constant, slope, ENTROPY: tl.constexpr, blocks: tl.constexpr
 ):
-    """Write dx_j = 2^z_j (constant + slope z_j) du_j / dx_j for every column; dx may be x itself.
+    """Write the gradient of the first columns of a row; dx may be x itself.
 
     In reverse order: the columns that the statistics read last are still cached. Two blocks per
     iteration share the cost of the loop; they are written out, because the compiler's own
@@ -53,7 +60,7 @@ def _write_columns(
     """
     LINE: tl.constexpr = blocks.THREADS * blocks.VECTOR
     BLOCK: tl.constexpr = blocks.UNROLL * LINE
-    whole, remaining = split_columns(row.V, blocks)
+    whole, remaining = split_columns(columns, blocks)
     x_ptrs = line_pointers(row.ptr + whole * BLOCK, blocks)
     dx_ptrs = dx_ptr + whole * BLOCK + tl.arange(0, LINE)
     if remaining > 0:
@@ -108,7 +115,16 @@ def row_gradient(
     if (g == 0.0) & (h == 0.0):
         _write_zeros(dx_ptr, row.V, blocks)
     else:
-        _write_columns(row, dx_ptr, maximum, constant, slope, ENTROPY, blocks)
+        # In words of 32 bits the last column of an odd vocabulary would be read with one behind it.
+        IN_WORDS: tl.constexpr = (row.ptr.dtype.element_ty == tl.bfloat16) & (blocks.VECTOR > 1)
+        LAST: tl.constexpr = IN_WORDS & (blocks.COLUMNS % 2 == 1)
+        columns = row.V
+        dx_last = 0.0
+        if LAST:
+            columns = row.V - 1
+            x = tl.load(row.ptr + columns).to(tl.float32)
+            dx_last = _gradient(x, row, maximum, constant, slope, ENTROPY)
+        _write_columns(row, columns, dx_ptr, maximum, constant, slope, ENTROPY, blocks)
         # One store for the target, after every thread has written its columns, instead of a
         # comparison in each of them.
         p = tl.exp2(logp * LOG2E)
@@ -116,5 +132,8 @@ def row_gradient(
         if ENTROPY:
             dx_target -= tl.where(p > 0.0, h * p * (logp + entropy), 0.0)
         tl.debug_barrier()
+        if LAST:
+            dx_last = dx_last.to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + columns, dx_last, target.id != columns)
         dx_target = (dx_target * target.slope).to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + target.id, dx_target, target.known)

@@ -164,6 +164,20 @@ def line_pointers(x_ptr, blocks: tl.constexpr):
 
 
 @triton.jit
+def tail_pointers(x_ptr, blocks: tl.constexpr):
+    """As `line_pointers`, for a block of which not all columns lie in the row.
+
+    In an odd vocabulary the last 32-bit word would reach past the row, and past the memory if that
+    ends there. Made anew, not carried out of the loop: Triton 3.6 would change the layout of the
+    loop's pointers through shared memory.
+    """
+    if blocks.COLUMNS % 2 == 0:
+        return line_pointers(x_ptr, blocks)
+    else:
+        return x_ptr + tl.arange(0, blocks.THREADS * blocks.VECTOR)
+
+
+@triton.jit
 def lines_from(line, blocks: tl.constexpr):
     """Columns, or pointers to them, of the UNROLL lines that start with this one.
 
@@ -183,15 +197,15 @@ def within_row(remaining, blocks: tl.constexpr):
 def load(x_ptrs, remaining, EVICTION: tl.constexpr, blocks: tl.constexpr):
     """A block (UNROLL, THREADS x VECTOR) in float32, undefined from column `remaining` on if given.
 
-    x_ptrs are `line_pointers` to its first line.
+    x_ptrs are `line_pointers` to its first line, or `tail_pointers` if `remaining` is given.
     """
     LINE: tl.constexpr = blocks.THREADS * blocks.VECTOR
     PAIRS: tl.constexpr = x_ptrs.shape[0] < LINE
     within = None
     if remaining is not None:
         if PAIRS:
-            COLUMNS: tl.constexpr = (blocks.COLUMNS + 1) // 2
-            pairs = tl.multiple_of((remaining + 1) // 2, COLUMNS)
+            COLUMNS: tl.constexpr = blocks.COLUMNS // 2
+            pairs = tl.multiple_of(remaining // 2, COLUMNS)
             within = lines_from(tl.arange(0, LINE // 2), blocks) < pairs
         else:
             within = within_row(remaining, blocks)
@@ -245,14 +259,18 @@ def row_statistics(row, ENTROPY: tl.constexpr, EVICTION: tl.constexpr, blocks: t
         maximum, total, weighted = add_block(x, scale, maximum, total, weighted, ENTROPY, blocks)
         x_ptrs += blocks.UNROLL * x_ptrs.shape[0]
     if remaining > 0:
-        x = softcapped(load(x_ptrs, remaining, EVICTION, blocks), row)[0]
+        tail_ptrs = tail_pointers(row.ptr + (row.V - remaining), blocks)
+        x = softcapped(load(tail_ptrs, remaining, EVICTION, blocks), row)[0]
         x = tl.where(within_row(remaining, blocks), x, -float("inf"))
         maximum, total, weighted = add_block(x, scale, maximum, total, weighted, ENTROPY, blocks)
     row_maximum = tl.max(maximum, axis=0)
     shift = maximum - row_maximum
     shrink = tl.exp2(shift)
-    weighted = tl.fma(shift, total, weighted) * shrink
-    return row_maximum, tl.sum(total * shrink, axis=0), tl.sum(weighted, axis=0)
+    # Not products: contracted into the first addition of the butterfly, a product would make sums
+    # that differ from lane to lane by its rounding.
+    weighted = tl.fma(tl.fma(shift, total, weighted), shrink, 0.0)
+    total = tl.fma(total, shrink, 0.0)
+    return row_maximum, tl.sum(total, axis=0), tl.sum(weighted, axis=0)
 
 
 @triton.jit

@@ -64,6 +64,7 @@ GRADIENT, GRADIENT_ENTROPY, GRADIENT_SOFTCAP = 5.25, 7.35, 33.7
 HOPPER = {
     "statistics": (STATISTICS, None),
     "statistics, entropy": (STATISTICS_ENTROPY, None),
+    "statistics, padded rows": (STATISTICS, None),
     "gradient": (None, GRADIENT),
     "gradient, entropy": (None, GRADIENT_ENTROPY),
     "gradient, padded rows": (None, GRADIENT),

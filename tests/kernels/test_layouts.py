@@ -43,9 +43,10 @@ def shared(dtype=torch.float32):
 LAYOUTS = (contiguous, padded, positions, wide, transposed, every_other, shared)
 
 
-def run(function, logits, ids):
+def run(function, logits, ids, inplace=False):
+    options = {"inplace": inplace, "implementation": "triton"}
     if function == "loss":
-        return grpo_loss(logits, ids, None, torch.ones(B), implementation="triton").loss
+        return grpo_loss(logits, ids, None, torch.ones(B), **options).loss
     return selective_log_softmax(logits, ids, implementation="triton")[0].sum()
 
 
@@ -139,3 +140,45 @@ def test_width_of_loads(device):
     padded = memory[: 6 * 24].view(2, 3, 24)[..., :17]
     assert launch.vector_width(padded) == 8
     assert launch.vector_width(memory[: 6 * 24].view(2, 3, 24).float()) == 4
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="compute-sanitizer watches a device's accesses")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("V", [45, 1031, 1032])
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "in place"])
+def test_nothing_beside_the_rows_is_read_or_written(monkeypatch, inplace, V, dtype):
+    """Padding, too, may be the end of the memory: a 32-bit word must not reach past a row."""
+    accesses = []
+
+    def watch(name):
+        access = getattr(InterpreterBuilder, name)
+
+        def watched(self, pointers, *args):
+            mask = args[name == "create_masked_store"]
+            accesses.append((pointers.data[mask.data], pointers.get_element_ty()))
+            return access(self, pointers, *args)
+
+        monkeypatch.setattr(InterpreterBuilder, name, watched)
+
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    watch("create_masked_load")
+    watch("create_masked_store")
+    stride, ids = V + 8 - V % 8, torch.tensor([[0, V - 1, V // 2], [7, 8, V - 2]])
+    leaf = torch.randn(6 * stride + 16, dtype=dtype, requires_grad=True)
+    memory = leaf * 1
+    logits = memory[8 : 8 + 6 * stride].view(2, 3, stride)[..., :V]
+    run("loss", logits, ids, inplace).backward()
+    selective_log_softmax(logits.detach(), ids, implementation="triton")
+
+    size, inside = memory.element_size(), torch.zeros(memory.nbytes, dtype=torch.bool)
+    for row in range(6):
+        start = size * (8 + row * stride)
+        inside[start : start + size * V] = True
+    touched = torch.zeros_like(inside)
+    for addresses, element in accesses:
+        offsets = torch.from_numpy(addresses.astype("int64")) - memory.data_ptr()
+        offsets = offsets[(offsets >= 0) & (offsets < len(touched))]
+        for byte in range(element.primitive_bitwidth // 8):
+            touched[offsets + byte] = True
+    assert torch.equal(touched, inside)
