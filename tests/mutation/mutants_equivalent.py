@@ -71,7 +71,6 @@ EQUIVALENT = {
         "038adb17-0484 sequences.Packed._sum `0 -> 1 #2` return values[0, :0]",
     ],
     "a column more is read, and neither used nor written": [
-        "19e4fa8e-1df6 softmax.load `Lt -> LtE` within = lines_from(tl.arange(0, LINE // 2), block",
         "72fcfef7-46a5 reduce._rescale_kernel `Lt -> LtE` ... + columns, columns < remaining, 0.0)",
         "2f7283db-46a5 reduce._rescale_kernel `0.0 -> 1.0` ... remaining, 0.0).to(tl.float32) * fa",
     ],
