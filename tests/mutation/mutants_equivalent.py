@@ -36,6 +36,8 @@ EQUIVALENT = {
         "1f6678c2-e16c objectives.Objective.__init_subclass__ `1 -> 2` number += 1",
     ],
     "items are clamped to 1 at least": [
+        "bb11baf7-15e5 arguments.make_values `1.0 -> 0.0` kl = Weight(0.0, 1.0, 1.0)",
+        "509fc4ca-5cca arguments.make_values `1.0 -> 0.0` items = 1.0 if normalizer is None else s",
         "a82a2e6c-e5a2 weights.rule_weight `1.0 -> 0.0` ...ight(coefficient, 1.0, number * length)",
         "4bb38058-00de weights.rule_weight `1.0 -> 0.0` return Weight(coefficient, 1.0, number)",
         "902001d2-8bba weights.rule_weight `1.0 -> 0.0` return Weight(coefficient, 1.0, 1.0)",
