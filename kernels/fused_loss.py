@@ -106,14 +106,12 @@ def fused_loss(logits, tokens, scales, formula, outputs):
         tokens, scales, formula, outputs: `grpo_fused.bundles`. Masked tokens are not read and
             report 0. outputs.dlogits is contiguous, or logits itself, or None.
     """
-    formula = formula._make(
-        (
-            OBJECTIVES[formula.objective],
-            tuple(formula.params),
-            KL_ESTIMATORS[formula.kl_estimator],
-            tl.constexpr(formula.bias_correction),
-            argument(formula.grad_scale),
-        )
+    formula = formula._replace(
+        objective=OBJECTIVES[formula.objective],
+        params=tuple(formula.params),
+        kl_estimator=KL_ESTIMATORS[formula.kl_estimator],
+        bias_correction=tl.constexpr(formula.bias_correction),
+        grad_scale=argument(formula.grad_scale),
     )
     launch_rows(
         _fused_loss_kernel,

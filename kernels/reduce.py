@@ -78,7 +78,7 @@ def reduce(outputs, active, loss, sums, metrics):
 
     Args:
         outputs: what `fused_loss` has written; dlogits is None.
-        active: (B, T) contiguous, nonzero = active, or None: all are.
+        active: (B, T) bool, contiguous, or None: all are.
         loss, sums, metrics: (), (8,), (7,) float32; the first of the sums is the loss.
     """
     functions, constexprs = _tables()

@@ -204,7 +204,7 @@ def load(x_ptrs, remaining, EVICTION: tl.constexpr, blocks: tl.constexpr):
     within = None
     if remaining is not None:
         if PAIRS:
-            COLUMNS: tl.constexpr = blocks.COLUMNS // 2
+            COLUMNS: tl.constexpr = (blocks.COLUMNS + 1) // 2  # of an odd V the last is left out
             pairs = tl.multiple_of(remaining // 2, COLUMNS)
             within = lines_from(tl.arange(0, LINE // 2), blocks) < pairs
         else:
@@ -250,6 +250,7 @@ def row_statistics(row, ENTROPY: tl.constexpr, EVICTION: tl.constexpr, blocks: t
 
     The order of additions depends on `blocks` alone, never on the number of rows.
     """
+    BLOCK: tl.constexpr = blocks.UNROLL * blocks.THREADS * blocks.VECTOR
     scale = row.sharpness * LOG2E
     whole, remaining = split_columns(row.V, blocks)
     x_ptrs = line_pointers(row.ptr, blocks)
@@ -259,7 +260,7 @@ def row_statistics(row, ENTROPY: tl.constexpr, EVICTION: tl.constexpr, blocks: t
         maximum, total, weighted = add_block(x, scale, maximum, total, weighted, ENTROPY, blocks)
         x_ptrs += blocks.UNROLL * x_ptrs.shape[0]
     if remaining > 0:
-        tail_ptrs = tail_pointers(row.ptr + (row.V - remaining), blocks)
+        tail_ptrs = tail_pointers(row.ptr + whole * BLOCK, blocks)
         x = softcapped(load(tail_ptrs, remaining, EVICTION, blocks), row)[0]
         x = tl.where(within_row(remaining, blocks), x, -float("inf"))
         maximum, total, weighted = add_block(x, scale, maximum, total, weighted, ENTROPY, blocks)

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -120,6 +121,21 @@ def test_every_objective_and_kl_estimator_compiles():
         )
         (row,) = aot.measure("sm_90", "bf16", cases={f"{objective}, {kl_estimator}": launch})
         assert row.spills == 0 and row.statistics <= STATISTICS, row
+
+
+@offline
+def test_hints_and_sums():
+    """Rows that are read once leave the caches first; no product enters a sum over threads."""
+
+    def ptx(case):
+        launch = functools.partial(aot.CASES[case], torch.bfloat16, 151_936)
+        ((_, compiled),) = aot.compile_launches("sm_90", launch)
+        return compiled.asm["ptx"]
+
+    once, twice = ptx("loss"), ptx("loss + gradient")
+    assert "evict_last" not in once and "evict_last" in twice
+    for found in (once, ptx("statistics, entropy")):
+        assert re.search(r"fma\.rn\.f32[^;]*0f00000000;", found)
 
 
 @offline
