@@ -77,7 +77,7 @@ OPTIONAL |= {"transformers", "verl", "yaml"}
 def pytest_make_collect_report(collector):
     outcome = yield
     report = outcome.get_result()
-    found = re.findall(r"ModuleNotFoundError: No module named '(\w+)", str(report.longrepr))
+    found = re.findall(r"ModuleNotFoundError: No module named '(\w+)'", str(report.longrepr))
     if report.failed and found and found[-1] in OPTIONAL:
         report.outcome = "skipped"
         report.longrepr = (str(collector.path), 0, f"Skipped: {found[-1]} is not installed")
