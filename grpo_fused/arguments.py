@@ -6,6 +6,7 @@ import torch
 
 from grpo_fused import validation
 from grpo_fused.bundles import Scales, Tokens, TokenValues, TokenWeights, Weight
+from grpo_fused.checks import constant
 from grpo_fused.losses.weights import evaluate, is_number, rule_weight
 from grpo_fused.ops import BACKENDS
 from grpo_fused.sequences import Packed, Padded
@@ -28,14 +29,15 @@ class Layout(NamedTuple):
         """A constant of the layout's shape as (B, T)."""
         if value is None:
             return None
-        return value.detach()[None] if self.is_row else value.detach()
+        value = constant(value)
+        return value[None] if self.is_row else value
 
     def value(self, value):
         """A constant per sequence as (B,), per token as (B, T); for N = B it is per sequence."""
         if value is None:
             return None
         per_token = tuple(value.shape) == self.shape and value.shape != (self.num_sequences,)
-        value = self.per_token(value) if per_token else value.detach().flatten()
+        value = self.per_token(value) if per_token else constant(value).flatten()
         return value.contiguous()
 
     def restore(self, values):

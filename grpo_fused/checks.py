@@ -16,6 +16,11 @@ def is_readable(device):
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def constant(tensor):
+    """The tensor without its history; itself where it has none, which saves a view's time."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def check_choice(name, value, choices):
     if value not in choices:
         near = nearest(value, choices)

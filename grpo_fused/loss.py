@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_fused import arguments, validation
 from grpo_fused.bundles import Formula, Scales
-from grpo_fused.checks import check_choice
+from grpo_fused.checks import check_choice, constant
 from grpo_fused.losses.metrics import as_dict
 from grpo_fused.losses.on_logps import LogpsFormula
 from grpo_fused.losses.table import LOSSES
@@ -108,7 +108,7 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
             tokens, scales, formula, entropy, backend, sequences, grad_scale
         )
     loss, sums, metrics, logps, entropies = results
-    entropies = None if entropies is None else layout.restore(entropies.detach())
+    entropies = None if entropies is None else layout.restore(constant(entropies))
     metrics = as_dict(metrics, has_ref=options.ref_logps is not None, has_entropy=entropy)
-    logps = layout.restore(logps.detach())
+    logps = layout.restore(constant(logps))
     return LossOutput(layout.restore(loss), metrics, sums, logps, entropies)

@@ -75,7 +75,7 @@ def resolve(resolved, function, options):
     Raises:
         TypeError: a keyword that the function of that name does not have.
     """
-    unknown = options.keys() - set(resolved._fields)
+    unknown = [name for name in options if name not in resolved._fields]
     if unknown:
         name = min(unknown)
         near = nearest(name, resolved._fields)

@@ -18,6 +18,7 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret
 REGISTERS = 65_536  # of an NVIDIA multiprocessor, sm_80 to sm_100
 ALIGNMENT = 16  # bytes
+ON_HOST = contextlib.nullcontext()
 
 
 class Device(NamedTuple):
@@ -104,7 +105,7 @@ def device_of(index):
 def on_device(tensor):
     """Context that makes the device of `tensor` current."""
     if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
+        return ON_HOST
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 

@@ -107,7 +107,12 @@ def rule_weight(
 
 def is_number(weight):
     """Whether a weight is a number, known without reading a tensor."""
-    return not any(isinstance(value, torch.Tensor) for value in weight)
+    coefficient, items, divisor = weight
+    return not (
+        isinstance(coefficient, torch.Tensor)
+        or isinstance(items, torch.Tensor)
+        or isinstance(divisor, torch.Tensor)
+    )
 
 
 def evaluate(weight, sequences, policy_mask=None):
