@@ -17,6 +17,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -191,9 +192,9 @@ def launch_logprob(dtype, V, B=2, T=3, *, gradient=False, entropy=False, softcap
         launchers.logprob_fwd(*inputs, statistics)
 
 
-def launch_reduce(dtype, V):
+def launch_reduce(dtype, V, num_tokens=3):
     """Launch the reduction of what the tokens of a batch report."""
-    values = torch.zeros(2, 3)
+    values = torch.zeros(2, num_tokens)
     outputs = Outputs(*(values for _ in range(6)))
     launchers.reduce(outputs, values.bool(), *(torch.zeros(n) for n in (1, 8, 7)))
 
@@ -227,6 +228,7 @@ CASES = {
     "loss": functools.partial(launch_fused_loss, gradient=False),
     "rescale": lambda dtype, V: launchers.rescale(torch.zeros(2, 3, V, dtype=dtype), 1.0, 1.0),
     "reduce": launch_reduce,
+    "reduce, many tokens": functools.partial(launch_reduce, num_tokens=10_000),
     "token_weights": launch_token_weights,
     "locate": launch_locate,
 }
@@ -265,24 +267,24 @@ def _amd_widths(code, kind):
 
 
 def _read_nvidia(compiled, dtype):
-    instructions, labels = _disassemble(compiled.asm["cubin"])
+    instructions, labels = disassemble(compiled)
     itemsize = DTYPES[dtype].itemsize
     statistics, gradient, exchanges = [], [], 0
-    for body in _inner_loops(instructions, labels):
-        elements = sum(_bits(op) for op in body if op.startswith("LDG")) / (8 * itemsize)
-        if not any(op.startswith("MUFU.EX2") for op in body) or not elements:
+    for body in inner_loops(instructions, labels):
+        elements = sum(op.bits for op in body if op.is_("LDG")) / (8 * itemsize)
+        if not any(op.is_("MUFU.EX2") for op in body) or not elements:
             continue
         loop = (elements, len(body) / elements)
-        if any(op.startswith("STG") for op in body):
+        if any(op.is_("STG") for op in body):
             gradient.append(loop)
         else:
             statistics.append(loop)
-            exchanges += sum(op.startswith(("SHFL", "BAR")) for op in body)
+            exchanges += sum(op.is_("SHFL", "BAR") for op in body)
     return {
         "registers": _registers(compiled.asm["cubin"]),
-        "spills": sum(op.startswith(("LDL", "STL")) for op in instructions),
-        "load_bits": max(_bits(op) for op in instructions if op.startswith("LDG")),
-        "store_bits": max(_bits(op) for op in instructions if op.startswith("STG")),
+        "spills": sum(op.is_("LDL", "STL") for op in instructions),
+        "load_bits": max(op.bits for op in instructions if op.is_("LDG")),
+        "store_bits": max(op.bits for op in instructions if op.is_("STG")),
         "statistics": max(statistics, default=(0, None))[1],  # of the loop that reads most
         "gradient": max(gradient, default=(0, None))[1],
         "exchanges": exchanges,
@@ -301,23 +303,39 @@ def _registers(cubin):
     return int(re.search(r"REG:(\d+)", _tool("cuobjdump", cubin, "-res-usage")).group(1))
 
 
-def _disassemble(cubin):
-    """([opcode, ...], {label: index}); a branch is kept whole, to find its target."""
+class Instruction(NamedTuple):
+    """One instruction of the machine code of an NVIDIA GPU, without its predicate."""
+
+    opcode: str
+    operands: str
+
+    def is_(self, *names):
+        """Whether the opcode starts with one of the names."""
+        return self.opcode.startswith(names)
+
+    @property
+    def bits(self):
+        """Width of a global load or store: LDG.E.EF.128 -> 128."""
+        widths = [int(w) for w in re.findall(r"\.U?(8|16|64|128)\b", self.opcode)]
+        return widths[-1] if widths else 32
+
+
+def disassemble(compiled):
+    """([Instruction, ...], {label: index}) of a kernel."""
     instructions, labels = [], {}
-    for line in _tool("nvdisasm", cubin, "-c").splitlines():
+    for line in _tool("nvdisasm", compiled.asm["cubin"], "-c").splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label.group(1)] = len(instructions)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*(\S.*?) *;", line):
-            text = found.group(1)
-            instructions.append(text if text.startswith("BRA") else text.split()[0])
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*(\S+) *(.*?) *;", line):
+            instructions.append(Instruction(*found.groups()))
     return instructions, labels
 
 
-def _inner_loops(instructions, labels):
+def inner_loops(instructions, labels):
     """Bodies of the loops that contain no other loop."""
     loops = []
-    for end, text in enumerate(instructions):
-        target = re.search(r"\((\.L_\w+)\)", text) if text.startswith("BRA") else None
+    for end, op in enumerate(instructions):
+        target = re.search(r"\((\.L_\w+)\)", op.operands) if op.is_("BRA") else None
         if target and labels.get(target.group(1), end + 1) < end:
             loops.append((labels[target.group(1)], end))
     return [
@@ -325,12 +343,6 @@ def _inner_loops(instructions, labels):
         for start, end in loops
         if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
     ]
-
-
-def _bits(opcode):
-    """Width of a global load or store: LDG.E.EF.128 -> 128."""
-    widths = [int(w) for w in re.findall(r"\.U?(8|16|64|128)\b", opcode)]
-    return widths[-1] if widths else 32
 
 
 def render(figures):

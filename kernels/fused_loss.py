@@ -17,7 +17,7 @@ from .softmax import (
     row_statistics,
     token_value,
 )
-from .token_loss import token_loss
+from .token_loss import has_gradient, token_constants, token_loss
 
 
 @kernel
@@ -40,14 +40,14 @@ def _fused_loss_kernel(
         x_ptr = row_pointer(
             logits_ptr, sequence, position, stride_sequence, stride_position, blocks
         )
-        active = position < num_tokens
-        if active:
-            active = is_active(tokens.active, token)
-        temperature = 1.0
-        if active:
-            temperature = token_value(tokens.temperature, token)
-        row = read_row(x_ptr, V, temperature, scales)
-        target = read_target(row, tokens.ids, token, active)
+        # All at once, of masked tokens too, so that a row waits for memory once before it is read.
+        inside = position < num_tokens
+        active = is_active(tokens.active, token, inside)
+        target_id = tl.load(tokens.ids + token, inside, -1).to(tl.int64)
+        temperature = token_value(tokens.temperature, token, inside)
+        constants = token_constants(tokens, formula, token, inside, active)
+        row = read_row(x_ptr, V, tl.where(active, temperature, 1.0), scales)
+        target = read_target(row, target_id, active)
         loss = 0.0
         dlogp = 0.0
         dentropy = 0.0
@@ -59,17 +59,22 @@ def _fused_loss_kernel(
         maximum = 0.0
         total = 1.0
         if active:
-            EVICTION: tl.constexpr = "evict_first" if outputs.dlogits is None else "evict_last"
-            maximum, total, weighted = row_statistics(
-                row, outputs.entropies is not None, EVICTION, blocks
-            )
-            logp = log_probability(target.x, row, maximum, total)
+            # A hint of what the gradient will read again; the numbers do not depend on it.
+            if (outputs.dlogits is not None) & has_gradient(constants):
+                maximum, total, weighted = row_statistics(
+                    row, outputs.entropies is not None, "evict_last", blocks
+                )
+            else:
+                maximum, total, weighted = row_statistics(
+                    row, outputs.entropies is not None, "evict_first", blocks
+                )
+            logp = log_probability(target, row, maximum, total)
             if outputs.entropies is not None:
                 entropy = row_entropy(total, weighted)
             loss, dlogp, dentropy, kl, clipped, ratio = token_loss(
-                logp, entropy, target.known, token, tokens, formula
+                logp, entropy, target.known, constants, tokens, formula
             )
-        if position < num_tokens:
+        if inside:
             tl.store(outputs.loss + token, loss)
             tl.store(outputs.kl + token, kl)
             tl.store(outputs.clipped + token, clipped)

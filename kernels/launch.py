@@ -194,4 +194,4 @@ def launch_small(function, programs, tensor, *args, **options):
     """Launch a kernel over tokens on the device of a tensor."""
     if programs:
         with on_device(tensor):
-            launch(function, programs, *args, **options)
+            launch(function, programs, *args, **options, enable_fp_fusion=True)

@@ -53,8 +53,10 @@ def _logprob_fwd_kernel(
     blocks: tl.constexpr,
 ):
     sequence, position, token = locate(tl.program_id(0), positions, num_tokens)
-    if position < num_tokens:
-        active = is_active(tokens.active, token)
+    inside = position < num_tokens
+    if inside:
+        active = is_active(tokens.active, token, inside)
+        target_id = tl.load(tokens.ids + token).to(tl.int64)
         logp = 0.0
         entropy = 0.0
         maximum = 0.0
@@ -63,12 +65,12 @@ def _logprob_fwd_kernel(
             x_ptr = row_pointer(
                 logits_ptr, sequence, position, stride_sequence, stride_position, blocks
             )
-            row = read_row(x_ptr, V, token_value(tokens.temperature, token), scales)
-            target = read_target(row, tokens.ids, token, active)
+            row = read_row(x_ptr, V, token_value(tokens.temperature, token, inside), scales)
+            target = read_target(row, target_id, active)
             maximum, total, weighted = row_statistics(
                 row, statistics.entropies is not None, "evict_first", blocks
             )
-            logp = log_probability(target.x, row, maximum, total)
+            logp = log_probability(target, row, maximum, total)
             entropy = row_entropy(total, weighted)
         tl.store(statistics.logps + token, logp)
         if statistics.entropies is not None:
@@ -97,33 +99,38 @@ def _logprob_bwd_kernel(
     sequence, position, token = locate(i, positions, num_tokens)
     x_ptr = row_pointer(logits_ptr, sequence, position, stride_sequence, stride_position, blocks)
     dx_ptr = gradient_pointer(derivatives.dlogits, x_ptr, i, V, blocks)
-    active = position < num_tokens
-    if active:
-        active = is_active(tokens.active, token)
-    temperature = 1.0
-    if active:
-        temperature = token_value(tokens.temperature, token)
-    row = read_row(x_ptr, V, temperature, scales)
-    target = read_target(row, tokens.ids, token, active)
-    if scales.logit_softcap is not None:
-        # In place, a faster warp must not overwrite the logit that the target's slope comes from.
-        tl.debug_barrier()
+    # All loads of a token before the first use of one: they then cost one latency and not several.
+    inside = position < num_tokens
+    active = is_active(tokens.active, token, inside)
+    target_id = tl.load(tokens.ids + token, inside, -1).to(tl.int64)
+    temperature = token_value(tokens.temperature, token, inside)
+    maximum = tl.load(statistics.maxima + token, inside, 0.0)
+    total = tl.load(statistics.totals + token, inside, 1.0)
+    logp = tl.load(statistics.logps + token, inside, 0.0)
+    dlogp = tl.load(derivatives.dlogps + token, inside, 0.0)
     entropy = 0.0
     dentropy = 0.0
     if derivatives.dentropies is not None:
-        entropy = tl.load(statistics.entropies + token, active, 0.0)
-        dentropy = tl.load(derivatives.dentropies + token, active, 0.0)
-    dlogp = tl.load(derivatives.dlogps + token, active, 0.0)
+        entropy = tl.load(statistics.entropies + token, inside, 0.0)
+        dentropy = tl.load(derivatives.dentropies + token, inside, 0.0)
+    # Upstream gradients of masked tokens may be NaN; their statistics are 0 and 1.
+    row = read_row(x_ptr, V, tl.where(active, temperature, 1.0), scales)
+    target = read_target(row, target_id, active)
+    if scales.logit_softcap is not None:
+        # Between the load of the target's logit, of which its slope is computed, and the columns'
+        # stores: in place, a faster warp would overwrite it.
+        tl.debug_barrier()
+    dlogp = tl.where(active, tl.where(target.known, dlogp, float("nan")), 0.0)
     row_gradient(
         row,
         dx_ptr,
         target,
-        tl.load(statistics.maxima + token, active, 0.0),
-        tl.load(statistics.totals + token, active, 1.0),
-        tl.load(statistics.logps + token, active, 0.0),
+        maximum,
+        total,
+        logp,
         entropy,
-        tl.where(active & (target.known == 0), float("nan"), dlogp),
-        dentropy,
+        dlogp,
+        tl.where(active, dentropy, 0.0),
         derivatives.dentropies is not None,
         blocks,
     )

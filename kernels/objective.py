@@ -99,7 +99,7 @@ def k3(difference):
     return (
         tl.where(near, d * d / 2 * series, value - d - 1.0),
         tl.where(near, -d * slope_series, tl.where(cut, 0.0, 1.0 - derivative)),
-        (value - derivative) - d - tl.where(cut, 1.0, 0.0),
+        (value - derivative) - d,  # where it is cut, the missing -1 is below the rounding of e^80
     )
 
 

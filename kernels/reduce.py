@@ -1,7 +1,9 @@
 """Small kernels: sums and metrics of a batch, the upstream gradient, where packed sequences lie."""
 
 import functools
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -10,6 +12,8 @@ from .objective import MEANS, SUMS, Terms, greater
 from .softmax import row_pointer, scalar, split_columns
 
 BLOCK = 512
+PARTS = 64  # programs of a first stage at most; its results are one block of the second
+ONE_STAGE = 8  # blocks of tokens that one program adds up faster than two launches
 
 
 @triton.jit
@@ -39,60 +43,133 @@ def _total(values, places, chosen):
     return tl.sum(tl.where((chosen >> places) & 1 != 0, values, 0.0))
 
 
+@triton.jit
+def _highest(values):
+    """Their maximum, NaN if one of them is, which tl.max would drop."""
+    total = tl.sum(values)
+    return tl.where(total == total, tl.max(values), total)
+
+
+class Results(NamedTuple):
+    """Outputs of a reduction."""
+
+    loss: torch.Tensor  # ()
+    sums: torch.Tensor  # (8,)
+    metrics: torch.Tensor  # (7,): means, and the greatest ratio
+
+
+@triton.jit
+def _write_sums(values, places, sums_ptr, NUMBER: tl.constexpr):
+    for i in tl.static_range(NUMBER):
+        tl.store(sums_ptr + i, _total(values, places, 1 << i))
+
+
+@triton.jit
+def _write_results(values, highest, places, results, tables: tl.constexpr):
+    """Write the `Results` from lanes that belong to the sums at `places`."""
+    _write_sums(values, places, results.sums, tables.SUMS)
+    tl.store(results.loss, _total(values, places, 1))
+    for i in tl.static_range(len(tables.NUMERATORS)):
+        denominator = tl.maximum(_total(values, places, tables.DENOMINATORS[i]), 1.0)
+        mean = _total(values, places, tables.NUMERATORS[i]) / denominator
+        tl.store(results.metrics + i, mean)
+    tl.store(results.metrics + len(tables.NUMERATORS), _highest(highest))
+
+
 @kernel
 def _reduce_kernel(
     outputs,
     active_ptr,
     num_tokens: tl.int32,
     functions,
-    loss_ptr,
-    sums_ptr,
-    metrics_ptr,
-    NUMERATORS: tl.constexpr,
-    DENOMINATORS: tl.constexpr,
-    PLACES: tl.constexpr,
+    parts_ptr,
+    results,
+    tables: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program. A lane adds up one of the sums over one in BLOCK tokens."""
-    lanes = tl.arange(0, PLACES * BLOCK)
+    """A lane adds up one of the sums over one in BLOCK tokens of those of its program.
+
+    One program writes the results; several write their sums and greatest ratios to parts (P, 9).
+    """
+    lanes = tl.arange(0, tables.PLACES * BLOCK)
     places = lanes // BLOCK
-    values = tl.zeros((PLACES * BLOCK,), tl.float32)
+    values = tl.zeros((tables.PLACES * BLOCK,), tl.float32)
     highest = values
-    for start in range(0, num_tokens, BLOCK):
+    part = tl.program_id(0)
+    for start in range(part * BLOCK, num_tokens, tl.num_programs(0) * BLOCK):
         terms = _read_terms(outputs, active_ptr, start + lanes % BLOCK, num_tokens)
         for i in tl.static_range(len(functions)):
             values += tl.where(places == i, functions[i](terms).to(tl.float32), 0.0)
         highest = greater(highest, terms.ratio)
-    for i in tl.static_range(len(functions)):
-        tl.store(sums_ptr + i, _total(values, places, 1 << i))
-    tl.store(loss_ptr, _total(values, places, 1))
-    for i in tl.static_range(len(NUMERATORS)):
-        denominator = tl.maximum(_total(values, places, DENOMINATORS[i]), 1.0)
-        tl.store(metrics_ptr + i, _total(values, places, NUMERATORS[i]) / denominator)
-    total = tl.sum(highest)  # NaN if one of them is, which tl.max would drop
-    tl.store(metrics_ptr + len(NUMERATORS), tl.where(total == total, tl.max(highest), total))
+    if parts_ptr is None:
+        _write_results(values, highest, places, results, tables)
+    else:
+        part_ptr = parts_ptr + part * (tables.SUMS + 1)
+        _write_sums(values, places, part_ptr, tables.SUMS)
+        tl.store(part_ptr + tables.SUMS, _highest(highest))
+
+
+@kernel
+def _reduce_parts_kernel(
+    parts_ptr,
+    num_parts: tl.int32,
+    results,
+    tables: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program. A lane is one of the sums of one program of the first stage."""
+    lanes = tl.arange(0, tables.PLACES * PARTS)
+    places = lanes // PARTS
+    part = lanes % PARTS
+    part_ptrs = parts_ptr + part * (tables.SUMS + 1)
+    inside = part < num_parts
+    values = tl.load(part_ptrs + places, inside & (places < tables.SUMS), 0.0)
+    highest = tl.load(part_ptrs + tables.SUMS, inside, 0.0)
+    _write_results(values, highest, places, results, tables)
 
 
 def reduce(outputs, active, loss, sums, metrics):
     """Write the sums of `grpo_fused.losses.metrics`, their means, and the greatest ratio.
+
+    In two stages if there are many tokens. The order of additions depends on their number alone.
 
     Args:
         outputs: what `fused_loss` has written; dlogits is None.
         active: (B, T) bool, contiguous, or None: all are.
         loss, sums, metrics: (), (8,), (7,) float32; the first of the sums is the loss.
     """
-    functions, constexprs = _tables()
-    args = (outputs, active, outputs.loss.numel(), functions, loss, sums, metrics)
-    launch_small(_reduce_kernel, 1, loss, *args, **constexprs, BLOCK=BLOCK, num_warps=8)
+    functions, tables = _tables()
+    results = Results(loss, sums, metrics)
+    num_tokens = outputs.loss.numel()
+    blocks = triton.cdiv(num_tokens, BLOCK)
+    if blocks <= ONE_STAGE:
+        args = (outputs, active, num_tokens, functions, None, results, tables)
+        launch_small(_reduce_kernel, 1, loss, *args, BLOCK=BLOCK, num_warps=8)
+        return
+    num_parts = min(blocks, PARTS)
+    parts = loss.new_empty(num_parts, len(sums) + 1)
+    args = (outputs, active, num_tokens, functions, parts, None, tables)
+    launch_small(_reduce_kernel, num_parts, loss, *args, BLOCK=BLOCK, num_warps=8)
+    args = (parts, num_parts, results, tables)
+    launch_small(_reduce_parts_kernel, 1, loss, *args, PARTS=PARTS, num_warps=4)
+
+
+class Tables(NamedTuple):
+    """The tables of `grpo_fused.losses.metrics`, a constexpr."""
+
+    SUMS: int  # number
+    PLACES: int  # their number, rounded up to a power of 2
+    NUMERATORS: tuple[int, ...]  # of each mean, bits of the sums
+    DENOMINATORS: tuple[int, ...]
 
 
 @functools.cache
 def _tables():
-    """(functions of the sums, constexprs): the tables are full once the package is imported."""
+    """(functions of the sums, `Tables`): full once the package is imported."""
     numerators, denominators = zip(*MEANS.values(), strict=True)
-    places = triton.next_power_of_2(len(SUMS))
-    constexprs = {"NUMERATORS": numerators, "DENOMINATORS": denominators, "PLACES": places}
-    return tuple(SUMS.values()), constexprs
+    number = len(SUMS)
+    places = triton.next_power_of_2(number)
+    return tuple(SUMS.values()), Tables(number, places, numerators, denominators)
 
 
 @kernel

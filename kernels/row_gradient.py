@@ -131,9 +131,12 @@ def row_gradient(
         dx_target = g * (1.0 - p)
         if ENTROPY:
             dx_target -= tl.where(p > 0.0, h * p * (logp + entropy), 0.0)
+        # Between the columns' stores and the target's and last one's, which other threads make
+        # to the same addresses or, in place, from logits that these overwrite.
         tl.debug_barrier()
         if LAST:
             dx_last = dx_last.to(dx_ptr.dtype.element_ty)
             tl.store(dx_ptr + columns, dx_last, target.id != columns)
-        dx_target = (dx_target * target.slope).to(dx_ptr.dtype.element_ty)
+        dx_target *= softcapped(target.x.to(tl.float32), row)[1]
+        dx_target = dx_target.to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + target.id, dx_target, target.known)

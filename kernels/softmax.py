@@ -49,8 +49,7 @@ class Target(NamedTuple):
 
     id: tl.tensor
     known: tl.tensor  # whether it lies in the vocabulary
-    x: tl.tensor  # its (softcapped) logit; NaN if it is not known
-    slope: tl.tensor  # derivative of x in the raw logit
+    x: tl.tensor  # its logit as it is stored, NaN if it is not known
 
 
 @triton.jit
@@ -65,13 +64,13 @@ def scalar(value):
 
 
 @triton.jit
-def token_value(value, token):
-    """A value per token: a number, the value of a 0-d tensor, or one loaded from (B, T)."""
+def token_value(value, token, inside):
+    """A value per token: a number, the value of a 0-d tensor, or one of (B, T), 0 outside of it."""
     if hasattr(value, "__len__"):
         return scalar(value)
     elif hasattr(value, "dtype"):
         if value.dtype.is_ptr():
-            return tl.load(value + token).to(tl.float32)
+            return tl.load(value + token, inside, 0.0).to(tl.float32)
         else:
             return scalar(value)
     else:
@@ -79,12 +78,12 @@ def token_value(value, token):
 
 
 @triton.jit
-def is_active(active_ptr, token):
-    """Whether a token is active; without a mask all are."""
+def is_active(active_ptr, token, inside):
+    """Whether a token is active; without a mask all tokens inside of (B, T) are."""
     if active_ptr is None:
-        return True
+        return inside
     else:
-        return tl.load(active_ptr + token) != 0
+        return tl.load(active_ptr + token, inside, 0) != 0
 
 
 @triton.jit
@@ -114,13 +113,13 @@ def read_row(ptr, V, temperature, scales):
 
 
 @triton.jit
-def read_target(row, ids_ptr, token, active):
-    """The `Target` of a row; masked rows load neither the id nor the logit."""
-    target = tl.load(ids_ptr + token, active, -1).to(tl.int64)
-    known = (target >= 0) & (target < row.V)
-    x = tl.load(row.ptr + target, known, float("nan")).to(tl.float32)
-    x, slope = softcapped(x, row)
-    return Target(target, known, x, slope)
+def read_target(row, target_id, active):
+    """The `Target` of a row; the logit of a masked row is not loaded.
+
+    Nothing is computed from the logit here, so that it arrives while the row is read.
+    """
+    known = active & (target_id >= 0) & (target_id < row.V)
+    return Target(target_id, known, tl.load(row.ptr + target_id, known, float("nan")))
 
 
 @triton.jit
@@ -275,8 +274,9 @@ def row_statistics(row, ENTROPY: tl.constexpr, EVICTION: tl.constexpr, blocks: t
 
 
 @triton.jit
-def log_probability(x, row, maximum, total):
-    """Of a column with logit x; never above 0, though z of the maximum itself is a rounding."""
+def log_probability(target, row, maximum, total):
+    """Of the target; never above 0, though z of the maximum itself is a rounding."""
+    x = softcapped(target.x.to(tl.float32), row)[0]
     logp = LN2 * (tl.fma(x, row.sharpness * LOG2E, -maximum) - tl.log2(total))
     return tl.where(logp > 0.0, 0.0, logp)
 

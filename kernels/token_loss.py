@@ -9,6 +9,18 @@ from .objective import clamped_exp
 from .softmax import scalar, token_value
 
 
+class TokenConstants(NamedTuple):
+    """Inputs of a token's loss that do not depend on its logits; 0 where there are none."""
+
+    advantage: tl.tensor
+    w_policy: tl.tensor
+    w_kl: tl.tensor
+    w_entropy: tl.tensor
+    grad_scale: tl.tensor
+    old_logp: tl.tensor
+    ref_logp: tl.tensor
+
+
 class TokenLoss(NamedTuple):
     """The weighted loss of a token, its derivatives times grad_scale, and terms of the metrics."""
 
@@ -21,41 +33,69 @@ class TokenLoss(NamedTuple):
 
 
 @triton.jit
+def token_constants(tokens, formula, token, inside, active):
+    """Load the `TokenConstants` of a token.
+
+    Log-probabilities last, because they wait for the mask: those of a masked token may not exist.
+    """
+    advantage = token_value(tokens.advantages, token, inside)
+    w_policy = token_value(tokens.w_policy, token, inside)
+    w_kl = 0.0
+    if tokens.ref_logps is not None:
+        w_kl = token_value(tokens.w_kl, token, inside)
+    w_entropy = 0.0
+    if tokens.w_entropy is not None:
+        w_entropy = token_value(tokens.w_entropy, token, inside)
+    grad_scale = scalar(formula.grad_scale)
+    old_logp = 0.0
+    if tokens.old_logps is not None:
+        old_logp = tl.load(tokens.old_logps + token, active, 0.0)
+    ref_logp = 0.0
+    if tokens.ref_logps is not None:
+        ref_logp = tl.load(tokens.ref_logps + token, active, 0.0)
+    return TokenConstants(advantage, w_policy, w_kl, w_entropy, grad_scale, old_logp, ref_logp)
+
+
+@triton.jit
+def has_gradient(constants):
+    """Whether the loss of a token usually has a gradient: an objective may have one for A = 0."""
+    policy = (constants.w_policy != 0.0) & (constants.advantage != 0.0)
+    return policy | (constants.w_kl != 0.0) | (constants.w_entropy != 0.0)
+
+
+@triton.jit
 def weighted(weight, value):
     """weight * value; a weight of 0 drops the value, because 0 * inf is NaN."""
     return tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit
-def token_loss(logp, entropy, known, token, tokens, formula):
+def token_loss(logp, entropy, known, constants, tokens, formula):
     """The `TokenLoss` w_policy objective + w_kl KL - w_entropy H of an active token.
 
     Loss and derivative are NaN if the target is not `known` to lie in the vocabulary.
     """
     log_ratio = tl.where(logp == logp, 0.0, logp)
     if tokens.old_logps is not None:
-        log_ratio = logp - tl.load(tokens.old_logps + token)
+        log_ratio = logp - constants.old_logp
     ratio, dratio = clamped_exp(log_ratio)
-    advantage = token_value(tokens.advantages, token)
+    advantage = constants.advantage
     loss, dlogp, clipped = formula.objective(logp, log_ratio, advantage, *formula.params)
-    w_policy = token_value(tokens.w_policy, token)
-    loss = weighted(w_policy, loss)
-    dlogp = weighted(w_policy, dlogp)
+    loss = weighted(constants.w_policy, loss)
+    dlogp = weighted(constants.w_policy, dlogp)
     kl = 0.0
     if tokens.ref_logps is not None:
-        kl, dkl, dcorrected = formula.kl_estimator(tl.load(tokens.ref_logps + token) - logp)
+        kl, dkl, dcorrected = formula.kl_estimator(constants.ref_logp - logp)
         if formula.bias_correction:
             dkl = ratio * tl.where(dratio == ratio, dcorrected, dkl)
             kl *= ratio
-        w_kl = token_value(tokens.w_kl, token)
-        loss += weighted(w_kl, kl)
-        dlogp += weighted(w_kl, dkl)
-    grad_scale = scalar(formula.grad_scale)
+        loss += weighted(constants.w_kl, kl)
+        dlogp += weighted(constants.w_kl, dkl)
+    grad_scale = constants.grad_scale
     dentropy = 0.0
     if tokens.w_entropy is not None:
-        w_entropy = token_value(tokens.w_entropy, token)
-        loss -= weighted(w_entropy, entropy)
-        dentropy = -w_entropy * grad_scale
+        loss -= weighted(constants.w_entropy, entropy)
+        dentropy = -constants.w_entropy * grad_scale
     loss = tl.where(known, loss, float("nan"))
     dlogp = tl.where(loss == loss, dlogp * grad_scale, float("nan"))
     return TokenLoss(loss, dlogp, dentropy, kl, clipped, ratio)

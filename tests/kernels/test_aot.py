@@ -5,15 +5,11 @@ Every test runs in a process of its own, where Triton compiles instead of interp
 
 import functools
 import itertools
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
+import offline
 import pytest
 import torch
 
@@ -36,26 +32,11 @@ from grpo_fused.bundles import (
 from grpo_fused.head.chunks import logits_bytes
 from grpo_fused.losses.kl import KL_ESTIMATORS
 
-ROOT = Path(__file__).parents[2]
 OLDER = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)
 SPILLS = 2 if OLDER else 0  # registers
 
 
-def offline(test):
-    """Run a test in a process without TRITON_INTERPRET: this file as a script."""
-
-    @functools.wraps(test)
-    def run(**parameters):
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        path = [str(ROOT), environment.get("PYTHONPATH")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        command = [sys.executable, __file__, test.__name__, json.dumps(parameters)]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True)
-
-    return run
-
-
-OF_TOKENS = ("reduce", "token_weights", "locate")  # these read no logits
+OF_TOKENS = ("reduce", "reduce, many tokens", "token_weights", "locate")  # these read no logits
 # Of each kernel over logits the cases with the most registers, for other targets and dtypes.
 HEAVY = ("statistics, entropy", "gradient, entropy", "loss + gradient, entropy bonus")
 HEAVY += ("loss + gradient, softcap", "rescale")
@@ -89,7 +70,7 @@ HOPPER = {
         pytest.param("gfx942", "bf16", marks=pytest.mark.slow),
     ],
 )
-@offline
+@offline.offline
 def test_kernels_compile_well(target, dtype):
     """No spills, 128-bit loads and stores, no exchanges between threads; few instructions."""
     names = HEAVY + (OF_TOKENS if dtype == "bf16" else ())
@@ -109,7 +90,7 @@ def test_kernels_compile_well(target, dtype):
                 assert found is None or found <= slack * bound, row
 
 
-@offline
+@offline.offline
 def test_every_objective_and_kl_estimator_compiles():
     """Without spills, also an objective without parameters."""
     rows = [row for row in LOSSES.values() if hasattr(row.objective, "per_token")]
@@ -123,7 +104,7 @@ def test_every_objective_and_kl_estimator_compiles():
         assert row.spills == 0 and row.statistics <= STATISTICS, row
 
 
-@offline
+@offline.offline
 def test_hints_and_sums():
     """Rows that are read once leave the caches first; no product enters a sum over threads."""
 
@@ -138,7 +119,7 @@ def test_hints_and_sums():
         assert re.search(r"fma\.rn\.f32[^;]*0f00000000;", found)
 
 
-@offline
+@offline.offline
 def test_what_changes_from_batch_to_batch_compiles_once():
     """B, T, V, temperature, factors of the loss, parameters of the objective."""
 
@@ -203,7 +184,7 @@ def launch_everything(make, B=2, T=17, V=64):
     aot.launchers.rescale(logits, make(), make())
 
 
-@offline
+@offline.offline
 def test_misaligned_inputs_make_no_variants():
     """Slices `advantages[1:]`, masks and ids, and 0-d views into a larger tensor."""
     kernels = functools.partial(launch_everything, aligned)
@@ -241,7 +222,7 @@ def launch_head(make, tokens_with_gradient, rows_per_chunk, N=50, H=8, V=64):
     )
 
 
-@offline
+@offline.offline
 def test_chunks_of_a_head_make_no_variants():
     """Also where the tokens without a gradient start in the middle of a chunk."""
 
@@ -258,7 +239,7 @@ def test_chunks_of_a_head_make_no_variants():
     assert not found, found
 
 
-@offline
+@offline.offline
 def test_gradients_in_place_make_no_variants():
     """Rows of an odd vocabulary start anywhere, and so does a gradient that overwrites them."""
 
@@ -280,4 +261,4 @@ def test_gradients_in_place_make_no_variants():
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]].__wrapped__(**json.loads(sys.argv[2]))
+    offline.main(globals())
