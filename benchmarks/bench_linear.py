@@ -1,4 +1,5 @@
-"""The loss and the log-probabilities with the LM head inside, against eager, TRL's and Liger's.
+"""The loss and the log-probabilities with the LM head inside, against eager, torch's chunked head,
+TRL's and Liger's.
 
     pytest benchmarks/bench_linear.py --lines runs/linear.jsonl
 
@@ -20,8 +21,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_SHAPE = ((256, 128, 64, 32), 256, 32_000)
 SHORT = ((8,), 256, 32_000)  # one sequence of 8 tokens: the cost of a call
 LOSSES = ("fused", "fused_torch", "eager", "float32", "compiled")
-LOSSES += ("trl", "trl_active", "liger_linear", "cce", "quack_linear")
-LOGPS = ("fused", "eager", "trl", "trl_active", "cce")
+LOSSES += ("torch_linear", "trl", "trl_active", "liger_linear", "cce", "quack_linear")
+LOGPS = ("fused", "eager", "torch_linear", "trl", "trl_active", "cce")
 CUDA_T = 1024
 CUDA_SHAPES = ((8192, 4096, 128_256), (8192, 4096, 151_936))
 CUDA_SHAPES += ((8192, 2048, 151_936), (4096, 1536, 151_936))

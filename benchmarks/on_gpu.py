@@ -79,6 +79,7 @@ def steps_of(part, out, dry):
         *(Step(f"block sizes, V = {V:,}", 75, measure("tune", V, *flags)) for V in TUNED),
         Step("head", 60, measure("head", *flags)),
         Step("head, TRL", 40, measure("head", "trl", *flags), ("trl",)),
+        Step("head, torch's own", 40, measure("head", "torch_linear", *flags)),
         Step("head, Liger", 40, measure("head", "liger_linear", *flags), ("liger_kernel",)),
         *(
             Step(

@@ -4,7 +4,10 @@ Each is imported when it is called. One that is not installed, or does not suppo
 exception, which `record.attempt` reports in the place of figures.
 """
 
+import warnings
+
 import torch
+import torch.nn.functional as F
 
 from benchmarks import providers
 from benchmarks.providers import NotSupported, need
@@ -111,6 +114,24 @@ def cce_logps(hidden, weight, ids, mask, entropy):
     need(not entropy, "no entropies")
     labels = ids.masked_fill(mask == 0, -100)
     losses = linear_cross_entropy(hidden, weight, labels, reduction="none", filter_eps=None)
+    return -losses.view(ids.shape), None
+
+
+def torch_linear(hidden, weight, ids, mask, *tokens, **formula):
+    """torch's own chunked head with a cross-entropy, and TRL's loss on it."""
+    logps, _ = torch_linear_logps(hidden, weight, ids, mask, False)
+    return providers.surrogate(logps, mask, *tokens, **formula)
+
+
+def torch_linear_logps(hidden, weight, ids, mask, entropy):
+    """Chunked as it chooses itself; it warns, and here fails, where it would not chunk."""
+    need(hasattr(F, "linear_cross_entropy"), "needs torch 2.13")
+    need(not entropy, "no entropies")
+    labels = ids.masked_fill(mask == 0, -100).flatten()
+    options = {"reduction": "none", "options": torch.nn.LinearCrossEntropyOptions()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*linear_cross_entropy", category=UserWarning)
+        losses = F.linear_cross_entropy(hidden.flatten(0, 1), weight, labels, **options)
     return -losses.view(ids.shape), None
 
 

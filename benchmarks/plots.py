@@ -12,6 +12,7 @@ STYLES = {
     "trl": ("TRL", "#000000", "^"),
     "liger": ("Liger", "#E69F00", "v"),
     "liger_linear": ("Liger", "#E69F00", "v"),
+    "torch_linear": ("torch, chunked", "#F0E442", "<"),
     "quack": ("QuACK", "#56B4E9", "X"),
 }
 AXES = {"rows": "tokens", "V": "vocabulary"}

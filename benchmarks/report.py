@@ -1,6 +1,6 @@
 """Markdown tables and pictures of results.
 
-    python -m benchmarks.report benchmarks/results/*.json [--plots docs] [--json FILE]
+    python -m benchmarks.report benchmarks/results/*.json [--plots docs] [--json FILE] [--gpus]
 
 A table has a column for every provider that ran in some case; the reasons of the others are listed
 below it. The floor is the time of the memory traffic that every implementation needs, or of the
@@ -12,11 +12,12 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import lines, plots
+from benchmarks import lines, plots, predict
 
 NAMES = {
     **{"fused": "ours", "fused_inplace": "ours, in place", "fused_torch": "ours, in torch"},
     **{"logits": "ours, over logits", "float32": "float32 eager", "compiled": "torch.compile"},
+    "torch_linear": "torch, chunked",
     **{"trl": "TRL", "trl_active": "TRL, active rows", "liger": "Liger", "liger_linear": "Liger"},
     **{"liger_inplace": "Liger, in place", "quack": "QuACK", "quack_linear": "QuACK", "cce": "CCE"},
 }
@@ -199,17 +200,43 @@ def draw(results, folder):
         plots.draw_floors(floors, title, folder / f"floor-{device}.png")
 
 
+def gpu_table(runs):
+    """Milliseconds of ours on GPUs, and in brackets relative to the floor: measured in one of the
+    runs, or predicted, which is *italic*.
+    """
+    infos = [b["extra_info"] for run in runs for b in run["benchmarks"]]
+    rows = []
+    for row in predict.ROWS:
+        cells = [row.title, f"{row.active:,}", f"{row.V:,}"]
+        rows.append(cells + [_gpu_cell(gpu, row, infos) for gpu in predict.GPUS])
+    return table(["case", "active rows", "V", *(gpu.name for gpu in predict.GPUS)], rows)
+
+
+def _gpu_cell(gpu, row, infos):
+    for info in infos:
+        found = info.get("case"), info.get("shape", [0])[-1], info.get("active_rows")
+        of_row = found == (f"{row.title}, bfloat16", row.V, row.active)
+        if of_row and gpu.name in info["device"] and info.get("H") == row.H:
+            ms = next(iter(info["providers"].values()))["ms"]  # of the first provider, ours
+            return f"{ms:.3g} ({info['time_over_floor']:.2f})"
+    ms = 1e3 * predict.seconds(gpu, row)
+    return f"*{ms:.3g} ({predict.ratio(gpu, row):.2f})*"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("results", nargs="+", type=Path, help="files of `benchmarks.lines`")
+    parser.add_argument("results", nargs="*", type=Path, help="files of `benchmarks.lines`")
     parser.add_argument("--plots", type=Path, help="a folder for pictures")
     parser.add_argument("--json", type=Path, help="write the one run to this file, to be committed")
+    parser.add_argument("--gpus", action="store_true", help="print README's table of GPUs alone")
     options = parser.parse_args(argv)
+    if not (options.results or options.gpus):
+        parser.error("no files of results")
     runs = [lines.read(path) for path in options.results]
     if options.json:
         (run,) = runs
         options.json.write_text(json.dumps(run, indent=1) + "\n")
-    print("\n\n".join(map(render, runs)))
+    print(gpu_table(runs) if options.gpus else "\n\n".join(map(render, runs)))
     for run in runs if options.plots else []:
         draw(run, options.plots)
     return 0

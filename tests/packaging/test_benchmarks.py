@@ -19,6 +19,7 @@ from benchmarks import (
     measure,
     peers,
     plots,
+    predict,
     providers,
     record,
     report,
@@ -64,13 +65,14 @@ def test_providers_have_the_same_log_probabilities(entropy, device):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_providers_over_a_head_have_one_loss(level, device):
-    names = ("fused", "eager", "float32", "trl", "trl_active", "liger_linear", "cce")
+    names = ("fused", "eager", "float32", "trl", "trl_active")
+    names += ("torch_linear", "liger_linear", "cce")
     losses = bench_linear.functions_of(names, device, level=level)
     loss = functools.partial(providers.surrogate, level=level)
     exact = functools.partial(linear_providers.exact_gradients, loss=loss)
     batch = bench_linear.make_batch((5, 3), 8, 97, "float32", device, seed=0)
     errors = bench_linear.gradient_errors(losses, batch, exact)
-    assert all(errors[name] < 1e-5 for name in names[:5]), errors
+    assert all(errors[name] < 1e-5 for name in names[:6]), errors
 
 
 def test_a_wrong_gradient_is_seen(device, monkeypatch):
@@ -239,6 +241,38 @@ def test_report_shows_figures_and_reasons():
     assert "| 5.0 | out of memory | 10 | out of memory |" in text
     assert "* fla: not installed: fla." in text and "* eager, in some cases: out of memory." in text
     assert "A processor, 2 threads" in text and "trl 1.16.0" in text and "commit abc" in text
+
+
+def test_table_of_gpus_shows_what_was_measured():
+    """One cell of an H200; all others are predictions, and look like it."""
+    row = next(row for row in predict.ROWS if row.title == predict.IN_PLACE and row.V == 128_256)
+    device = {"device": "NVIDIA H200", "case": f"{row.title}, bfloat16", "shape": [8, 1024, row.V]}
+    run = run_of({"fused_inplace": figure(1.04)}, **device, active_rows=row.active)
+    run["benchmarks"][0]["extra_info"]["time_over_floor"] = 1.0729
+    text = report.gpu_table([run])
+    assert text.count("1.04 (1.07)") == 1 and "*1.04 (1.07)*" not in text
+    assert text.count(")*") == len(predict.ROWS) * len(predict.GPUS) - 1
+    assert "1.04 (1.07)" not in report.gpu_table([])
+
+
+def test_every_predicted_case_is_measured_on_a_gpu():
+    """By the suite, under the title, vocabulary and number of active rows of the table."""
+    found = {(case.title, case.V, sum(case.lengths)) for case in cases.CUDA}
+    for row in predict.ROWS:
+        if row.H is None:
+            assert (f"{row.title}, bfloat16", row.V, row.active) in found, row
+        else:
+            assert (row.rows, row.H, row.V) in bench_linear.CUDA_SHAPES, row
+
+
+@pytest.mark.parametrize("gpu", predict.GPUS, ids=lambda gpu: gpu.name)
+def test_predictions_are_possible(gpu):
+    """Nothing is faster than its floor; more columns take longer and lie closer to it."""
+    in_place = [row for row in predict.ROWS if row.title == predict.IN_PLACE]
+    ratios = [predict.ratio(gpu, row) for row in in_place]
+    assert min(predict.ratio(gpu, row) for row in predict.ROWS) > 1
+    assert ratios == sorted(ratios, reverse=True)
+    assert sorted(in_place, key=lambda row: predict.seconds(gpu, row)) == in_place
 
 
 def test_report_of_trainers():
