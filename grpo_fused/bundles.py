@@ -79,7 +79,7 @@ class Derivatives(NamedTuple):
     """Upstream gradients of log-probabilities and entropies, (B, T) float32, and of the logits."""
 
     dlogps: Tensor
-    dentropies: Tensor | None
+    dentropies: Tensor | None = None
     dlogits: Tensor | None = None  # (B, L, V), to be written
 
 

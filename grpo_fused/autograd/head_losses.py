@@ -151,8 +151,7 @@ class SequenceLosses(NamedTuple):
                 wanted.append(entropies)
             loss, *_ = loss_on_logps(wanted[0], entropies, tokens, self.formula, sequences)
             gradients = torch.autograd.grad(loss, wanted)
-        gradients = [values * self.upstream for values in gradients]
-        return Derivatives(*gradients) if len(gradients) == 2 else Derivatives(*gradients, None)
+        return Derivatives(*(values * self.upstream for values in gradients))
 
 
 def _per_sequence(values: Tensor | float | None):

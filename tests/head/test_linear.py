@@ -76,6 +76,34 @@ def test_without_a_penalty_sequences_without_advantage_take_another_way(
     assert not leaves[0].grad[1:3].any() and leaves[0].grad[0, 0].any()
 
 
+def test_tokens_without_gradient_start_within_a_later_chunk(implementation, device):
+    """The second chunk of 32 rows is computed in two parts: 8 tokens with a gradient, 24 without.
+
+    Its first part is rounded up to 16 tokens, and must not write over the logits of the rest.
+    """
+    head = make_head_batch(B=10, T=8, mask=torch.ones(10, 8), extra=0, device=device)
+    head.batch.advantages = torch.tensor([0.5, -0.7, 1.0, 0.3, -1.1] + 5 * [0.0], device=device)
+    options = {"old_logps": head.batch.old_logps}
+    truth, gradients = exact(head, **options)
+    out, leaves = loss_of(head, implementation, chunk_bytes=chunk_bytes(32), **options)
+    out.loss.backward()
+    check(out, leaves, truth, gradients)
+
+
+@pytest.mark.parametrize("loss_type", ["luspo", "gspo"])
+def test_a_sequence_of_one_token_alone_in_a_chunk(loss_type, implementation, device):
+    lengths = torch.tensor([6, 6, 1])
+    mask = (torch.arange(6) < lengths[:, None]).long()
+    head = make_head_batch(B=3, mask=mask, device=device)
+    head.batch.advantages = torch.tensor([1.0, -0.5, 0.7], device=device)
+    options = {"loss_type": loss_type, "old_logps": head.batch.old_logps} | wide(loss_type)
+    truth, gradients = exact(head, **options)
+    out, leaves = loss_of(head, implementation, chunk_bytes=chunk_bytes(6), **options)
+    out.loss.backward()
+    check(out, leaves, truth, gradients)
+    assert leaves[0].grad[2, 0].any()
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("loss_type", ["dapo", "luspo", "vespo"])
 def test_one_token_with_an_advantage(loss_type, masked, implementation, device):

@@ -41,6 +41,15 @@ def test_dapo_takes_four_launches(items, mask, monkeypatch):
     assert backward == ["ones_like", "_rescale_kernel"]
 
 
+def test_a_policy_mask_takes_no_launch_of_its_own(monkeypatch):
+    """The launch that broadcasts advantages applies it, though the weight itself is a number."""
+    batch = make_batch(B=2, T=3, V=17)
+    batch.mask = batch.mask != 0
+    options = options_of(batch, "old_logps", "policy_mask")
+    forward, _ = launches_of(monkeypatch, batch, num_items_in_batch=9, **options)
+    assert forward == ["_token_weights_kernel", "_fused_loss_kernel", "_reduce_kernel"]
+
+
 @pytest.mark.parametrize("names", [(), PLAIN, FULL], ids=["on policy", "plain", "full"])
 @pytest.mark.parametrize("loss_type", TOKEN_LEVEL)
 def test_token_level_launches(loss_type, names, monkeypatch):

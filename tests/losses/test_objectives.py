@@ -122,7 +122,7 @@ def _divergence_kernel(difference_ptr, out_ptr, DIVERGENCE: tl.constexpr):
 
 
 def differences():
-    d = torch.cat([torch.logspace(-4, 0, 41), torch.tensor([2.0, 10.0, 79.0, 200.0])])
+    d = torch.cat([torch.logspace(-4, 0, 41), torch.tensor([2.0, 10.0, 79.0, 80.0, 81.0, 200.0])])
     return torch.cat([d, -d, torch.zeros(1)])
 
 
