@@ -176,8 +176,12 @@ def weigh(tokens, values, sequences, computed=NOTHING):
     return tokens._replace(advantages=advantages, w_policy=w_policy, w_kl=w_kl, w_entropy=w_entropy)
 
 
-def weigh_and_broadcast(tokens, values, sequences, implementation):
-    """Tokens with their weights, and advantages per token: in one launch, if any is needed."""
+def weigh_and_broadcast(tokens, values, sequences, implementation, by_sequence=False):
+    """Tokens with their weights, and advantages per token: in one launch, if any is needed.
+
+    Args:
+        by_sequence: whether advantages may stay (B,) where nothing else needs the launch.
+    """
     if implementation == "torch":
         advantages = sequences.broadcast(values.advantages)
         return weigh(tokens, values._replace(advantages=advantages), sequences)
@@ -186,13 +190,15 @@ def weigh_and_broadcast(tokens, values, sequences, implementation):
         shape, device = sequences.shape, sequences.device
         return torch.empty(shape, dtype=torch.float32, device=device) if wanted else None
 
-    outputs = TokenWeights(
-        memory(values.advantages.dim() == 1),
-        memory(values.policy_mask is not None or not is_number(values.policy)),
-        memory(not is_number(values.kl)),
-        memory(values.entropy is not None and not is_number(values.entropy)),
+    wanted = (
+        values.policy_mask is not None or not is_number(values.policy),
+        not is_number(values.kl),
+        values.entropy is not None and not is_number(values.entropy),
     )
-    if any(output is not None for output in outputs):
-        index = sequences.index if isinstance(sequences, Packed) else None
+    packed = isinstance(sequences, Packed)
+    spread = values.advantages.dim() == 1 and (any(wanted) or packed or not by_sequence)
+    outputs = TokenWeights(memory(spread), *map(memory, wanted))
+    if spread or any(wanted):
+        index = sequences.index if packed else None
         BACKENDS[implementation].token_weights(values, index, outputs)
     return weigh(tokens, values, sequences, outputs)

@@ -24,7 +24,7 @@ class Tokens(NamedTuple):
     ids: Tensor  # (B, T) integer, contiguous
     active: Tensor | None  # (B, T) bool, contiguous; None: all tokens are
     temperature: PerToken = 1.0
-    advantages: PerToken | None = None  # sequence-level losses: (B,) if they were given so
+    advantages: PerToken | None = None  # or (B,): over logits, and for sequence-level losses
     old_logps: Tensor | None = None  # (B, T); None: on policy
     ref_logps: Tensor | None = None  # (B, T); None: no KL
     w_policy: PerToken | None = None  # normaliser, rollout ratio, policy mask

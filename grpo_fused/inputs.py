@@ -41,13 +41,14 @@ class LogitsInput:
 
     Attributes:
         fuses: whether a token-level loss is computed in the pass that reads the logits.
+        by_sequence: whether that pass takes advantages (B,).
     """
 
     tensor: Tensor
     ids: Tensor
     ids_name: str = "completion_ids"
     inplace: bool = False
-    name, columns, fuses = "logits", "V", True
+    name, columns, fuses, by_sequence = "logits", "V", True, True
 
     def __post_init__(self):
         validation.check_floats(self.name, self.tensor)
@@ -104,7 +105,7 @@ class HeadInput:
     upcast: bool = False
     main_grad: Tensor | None = None
     save_logits: bool = False
-    name, columns, fuses = "hidden", "H", True
+    name, columns, fuses, by_sequence = "hidden", "H", True, False
 
     def __post_init__(self):
         validation.check_floats(self.name, self.tensor)

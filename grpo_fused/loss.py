@@ -88,7 +88,9 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
     fuses = source.fuses and hasattr(objective, "per_token") and level == "token"
     bias_correction = bool(options.use_bias_correction_kl)
     if fuses and options.reduction == "sum" and not too_small:
-        tokens = arguments.weigh_and_broadcast(tokens, weights, sequences, backend)
+        tokens = arguments.weigh_and_broadcast(
+            tokens, weights, sequences, backend, source.by_sequence
+        )
         names = (objective.name(), objective.params(), options.kl_estimator, bias_correction)
         formula = Formula(*names, grad_scale)
         results = source.token_loss(tokens, scales, formula, entropy, backend, sequences)

@@ -44,8 +44,8 @@ def _fused_loss_kernel(
         inside = position < num_tokens
         active = is_active(tokens.active, token, inside)
         target_id = tl.load(tokens.ids + token, inside, -1).to(tl.int64)
-        temperature = token_value(tokens.temperature, token, inside)
-        constants = token_constants(tokens, formula, token, inside, active)
+        temperature = token_value(tokens.temperature, sequence, token, inside)
+        constants = token_constants(tokens, formula, sequence, token, inside, active)
         row = read_row(x_ptr, V, tl.where(active, temperature, 1.0), scales)
         target = read_target(row, target_id, active)
         loss = 0.0

@@ -148,12 +148,17 @@ def vector_width(matrix):
 
 
 def argument(value):
-    """A kernel's argument: a float, None, (0-d tensor,), or an aligned tensor of token values."""
+    """A kernel's argument: a float, None, or an aligned tensor: (B, T), (0-d,), or (B,) twice.
+
+    The tuples differ in length, not in their class or by None: Triton's cache compares tuples, and
+    NamedTuples with equal fields are equal; Triton 3.6 takes no None in a tuple.
+    """
     if not isinstance(value, torch.Tensor):
         return None if value is None else float(value)
     if value.data_ptr() % ALIGNMENT:
         value = value.clone()
-    return value if value.dim() else (value,)
+    dimensions = value.dim()
+    return value if dimensions == 2 else (value, value) if dimensions else (value,)
 
 
 def arguments(bundle):

@@ -65,7 +65,9 @@ def _logprob_fwd_kernel(
             x_ptr = row_pointer(
                 logits_ptr, sequence, position, stride_sequence, stride_position, blocks
             )
-            row = read_row(x_ptr, V, token_value(tokens.temperature, token, inside), scales)
+            row = read_row(
+                x_ptr, V, token_value(tokens.temperature, sequence, token, inside), scales
+            )
             target = read_target(row, target_id, active)
             maximum, total, weighted = row_statistics(
                 row, statistics.entropies is not None, "evict_first", blocks
@@ -103,7 +105,7 @@ def _logprob_bwd_kernel(
     inside = position < num_tokens
     active = is_active(tokens.active, token, inside)
     target_id = tl.load(tokens.ids + token, inside, -1).to(tl.int64)
-    temperature = token_value(tokens.temperature, token, inside)
+    temperature = token_value(tokens.temperature, sequence, token, inside)
     maximum = tl.load(statistics.maxima + token, inside, 0.0)
     total = tl.load(statistics.totals + token, inside, 1.0)
     logp = tl.load(statistics.logps + token, inside, 0.0)

@@ -64,13 +64,18 @@ def scalar(value):
 
 
 @triton.jit
-def token_value(value, token, inside):
-    """A value per token: a number, the value of a 0-d tensor, or one of (B, T), 0 outside of it."""
+def token_value(value, sequence, token, inside):
+    """A number, the value of a 0-d tensor, or one per sequence or token (`launch.argument`); of the
+    last two 0 outside.
+    """
     if hasattr(value, "__len__"):
-        return scalar(value)
+        if len(value) == 2:
+            return tl.load(value[0] + sequence, inside, 0).to(tl.float32)
+        else:
+            return scalar(value)
     elif hasattr(value, "dtype"):
         if value.dtype.is_ptr():
-            return tl.load(value + token, inside, 0.0).to(tl.float32)
+            return tl.load(value + token, inside, 0).to(tl.float32)
         else:
             return scalar(value)
     else:

@@ -33,19 +33,19 @@ class TokenLoss(NamedTuple):
 
 
 @triton.jit
-def token_constants(tokens, formula, token, inside, active):
+def token_constants(tokens, formula, sequence, token, inside, active):
     """Load the `TokenConstants` of a token.
 
     Log-probabilities last, because they wait for the mask: those of a masked token may not exist.
     """
-    advantage = token_value(tokens.advantages, token, inside)
-    w_policy = token_value(tokens.w_policy, token, inside)
+    advantage = token_value(tokens.advantages, sequence, token, inside)
+    w_policy = token_value(tokens.w_policy, sequence, token, inside)
     w_kl = 0.0
     if tokens.ref_logps is not None:
-        w_kl = token_value(tokens.w_kl, token, inside)
+        w_kl = token_value(tokens.w_kl, sequence, token, inside)
     w_entropy = 0.0
     if tokens.w_entropy is not None:
-        w_entropy = token_value(tokens.w_entropy, token, inside)
+        w_entropy = token_value(tokens.w_entropy, sequence, token, inside)
     grad_scale = scalar(formula.grad_scale)
     old_logp = 0.0
     if tokens.old_logps is not None:

@@ -1,38 +1,20 @@
 """Per-sequence values and weights, broadcast to tokens in one small launch."""
 
-import torch
 import triton
 import triton.language as tl
 
 from .launch import argument, kernel, launch_small
-from .softmax import scalar
+from .softmax import token_value
 
 BLOCK = 512
 
 
 @triton.jit
-def _value(value, sequence, token, inside):
-    """A number, 0-d tensor, or value per sequence or per token, of a block of tokens."""
-    if hasattr(value, "__len__"):
-        if len(value) == 2:
-            return tl.load(value[0] + sequence, inside, 1).to(tl.float32)
-        else:
-            return scalar(value)
-    elif hasattr(value, "dtype"):
-        if value.dtype.is_ptr():
-            return tl.load(value + token, inside, 1).to(tl.float32)
-        else:
-            return scalar(value)
-    else:
-        return value
-
-
-@triton.jit
 def _weight(weight, sequence, token, inside):
     """coefficient / (max(items, 1) divisor) of a block of tokens."""
-    items = tl.maximum(_value(weight.items, sequence, token, inside), 1.0)
-    divisor = items * _value(weight.divisor, sequence, token, inside)
-    return _value(weight.coefficient, sequence, token, inside) / divisor
+    items = tl.maximum(token_value(weight.items, sequence, token, inside), 1.0)
+    divisor = items * token_value(weight.divisor, sequence, token, inside)
+    return token_value(weight.coefficient, sequence, token, inside) / divisor
 
 
 @kernel
@@ -46,12 +28,12 @@ def _token_weights_kernel(
     else:
         sequence = tl.load(index_ptr + token, inside, 0)
     if outputs.advantages is not None:
-        advantages = _value(values.advantages, sequence, token, inside)
+        advantages = token_value(values.advantages, sequence, token, inside)
         tl.store(outputs.advantages + token, advantages, inside)
     if outputs.w_policy is not None:
         weight = _weight(values.policy, sequence, token, inside)
         if values.policy_mask is not None:  # selects first: a ratio that is off may be NaN
-            on = _value(values.policy_mask, sequence, token, inside) != 0.0
+            on = token_value(values.policy_mask, sequence, token, inside) != 0.0
             weight = tl.where(on, weight, 0.0)
         tl.store(outputs.w_policy + token, weight, inside)
     if outputs.w_kl is not None:
@@ -62,14 +44,8 @@ def _token_weights_kernel(
 
 
 def _argument(value):
-    """As `launch.argument`; a tensor (B,) is a tuple that has it twice, not None (Triton 3.6).
-
-    Not a NamedTuple: Triton's cache compares tuples, and those with equal fields are equal.
-    """
-    if isinstance(value, tuple):  # a `Weight`
-        return value._make(map(_argument, value))
-    value = argument(value)
-    return (value, value) if isinstance(value, torch.Tensor) and value.dim() == 1 else value
+    """As `launch.argument`, of a `Weight` too."""
+    return value._make(map(argument, value)) if isinstance(value, tuple) else argument(value)
 
 
 def token_weights(values, index, outputs):
