@@ -43,7 +43,7 @@ def _fused_loss_kernel(
         # All at once, of masked tokens too, so that a row waits for memory once before it is read.
         inside = position < num_tokens
         active = is_active(tokens.active, token, inside)
-        target_id = tl.load(tokens.ids + token, inside, -1).to(tl.int64)
+        target_id = tl.load(tokens.ids + token, inside).to(tl.int64)
         temperature = token_value(tokens.temperature, sequence, token, inside)
         constants = token_constants(tokens, formula, sequence, token, inside, active)
         row = read_row(x_ptr, V, tl.where(active, temperature, 1.0), scales)

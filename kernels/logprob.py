@@ -104,17 +104,17 @@ def _logprob_bwd_kernel(
     # All loads of a token before the first use of one: they then cost one latency and not several.
     inside = position < num_tokens
     active = is_active(tokens.active, token, inside)
-    target_id = tl.load(tokens.ids + token, inside, -1).to(tl.int64)
+    target_id = tl.load(tokens.ids + token, inside).to(tl.int64)
     temperature = token_value(tokens.temperature, sequence, token, inside)
-    maximum = tl.load(statistics.maxima + token, inside, 0.0)
-    total = tl.load(statistics.totals + token, inside, 1.0)
-    logp = tl.load(statistics.logps + token, inside, 0.0)
-    dlogp = tl.load(derivatives.dlogps + token, inside, 0.0)
+    maximum = tl.load(statistics.maxima + token, inside)
+    total = tl.load(statistics.totals + token, inside)
+    logp = tl.load(statistics.logps + token, inside)
+    dlogp = tl.load(derivatives.dlogps + token, inside)
     entropy = 0.0
     dentropy = 0.0
     if derivatives.dentropies is not None:
-        entropy = tl.load(statistics.entropies + token, inside, 0.0)
-        dentropy = tl.load(derivatives.dentropies + token, inside, 0.0)
+        entropy = tl.load(statistics.entropies + token, inside)
+        dentropy = tl.load(derivatives.dentropies + token, inside)
     # Upstream gradients of masked tokens may be NaN; their statistics are 0 and 1.
     row = read_row(x_ptr, V, tl.where(active, temperature, 1.0), scales)
     target = read_target(row, target_id, active)

@@ -49,10 +49,10 @@ def token_constants(tokens, formula, sequence, token, inside, active):
     grad_scale = scalar(formula.grad_scale)
     old_logp = 0.0
     if tokens.old_logps is not None:
-        old_logp = tl.load(tokens.old_logps + token, active, 0.0)
+        old_logp = tl.load(tokens.old_logps + token, active)
     ref_logp = 0.0
     if tokens.ref_logps is not None:
-        ref_logp = tl.load(tokens.ref_logps + token, active, 0.0)
+        ref_logp = tl.load(tokens.ref_logps + token, active)
     return TokenConstants(advantage, w_policy, w_kl, w_entropy, grad_scale, old_logp, ref_logp)
 
 

@@ -9,6 +9,9 @@ EQUIVALENT = {
         "8e35a674-ca20 order.order_sequences `Is -> IsNot` if wanted is None:",
     ],
     "an assertion of our own: both are of one length": [
+        "106c8a6d-afc0 reduce._tables `True -> False` ...ators = zip(*MEANS.values(), strict=True)",
+        "543c588a-d7cc chunks.ChunkedHead.unpack_outputs `True -> False` ... packed, strict=True):",
+        "543c588a-da9e head_losses.SequenceLosses.run `True -> False` ...ked, found, strict=True):",
         "5c228046-5e41 metrics._means `True -> False` ...ct(zip(SUMS, sums.unbind(), strict=True))",
         "2b068389-3b84 metrics.means `True -> False` ...ict(zip(MEANS, _means(sums), strict=True))",
         "bb06bb21-599e head_losses.SequenceLosses.run `True -> False` ...unks(ends), strict=True):",
@@ -108,6 +111,11 @@ EQUIVALENT = {
         "e1b7bf6b-5ce3 rows.active_rows `Eq -> NotEq` ...is None or (active.device.type == 'cpu' a",
     ],
     "only time depends on it: either way is right": [
+        "6980e393-16f8 chunks.ChunkedHead.slice `Or -> And` whole = self.single_chunk or stop - st",
+        "da7c1060-3a03 softmax.line_pointers `Gt -> Lt` ... == tl.bfloat16) & (blocks.VECTOR > 1):",
+        "ceeb8ebb-3a03 softmax.line_pointers `1 -> 2` ...ty == tl.bfloat16) & (blocks.VECTOR > 1):",
+        "c85c42c1-ff70 rows.exp2_ `Div -> Mult` ...m_threads(), math.ceil(size / THREAD_ELEMENTS))",
+        "136df8df-1043 head_losses.SequenceLosses._chunk `Gt -> GtE` ...lf.entropy, n > 0, logits)",
         "177bb461-676b rows._matrices `Or -> And` if all(t is None or t.stride(0) == t.stride(1) *",
         "4afc3ee0-939c rows.Scratch.__call__ `Lt -> LtE` ....buffers or len(self.buffers[name]) <",
         "be8c0642-0737 launchers.rescale `NotEq -> Eq` if factor.device.type != 'cpu' or factor !=",
@@ -131,11 +139,36 @@ EQUIVALENT = {
         "cc985566-174b softmax.softcapped `Lt -> LtE` ... = tl.where(tl.abs(v) < 0.3, near, far)",
     ],
     "of a masked token: nothing reads it": [
-        "94ea49b1-d954 logprob._logprob_fwd_kernel `1.0 -> 0.0` total = 1.0",
-        "6e69046f-5c9f softmax.read_target `USub dropped` ...ptr + token, active, -1).to(tl.int64)",
+        "94ea49b1-591e logprob._logprob_fwd_kernel `1.0 -> 0.0` total = 1.0",
     ],
     "the last block of columns is empty, its mask is too": [
         "44719791-7337 reduce._rescale_kernel `Gt -> GtE` if remaining > 0:",
         "44719791-dd5c row_gradient._write_zeros `Gt -> GtE` if remaining > 0:",
+    ],
+    "without them nothing reads it": [
+        "97fc6f2b-0d5b token_loss.token_constants `0.0 -> 1.0` old_logp = 0.0",
+        "97fc6f2b-21e7 token_loss.token_constants `0.0 -> 1.0` ref_logp = 0.0",
+    ],
+    "only a hint for the caches depends on it": [
+        "97fc6f2b-7763 token_loss.token_constants `0.0 -> 1.0` w_kl = 0.0",
+        "97fc6f2b-e162 token_loss.token_constants `0.0 -> 1.0` w_entropy = 0.0",
+        "7f76cade-3c07 fused_loss._fused_loss_kernel `BitAnd -> BitOr` if (outputs.dlogits is not",
+        "fb070009-3c07 fused_loss._fused_loss_kernel `IsNot -> Is` if (outputs.dlogits is not None",
+    ],
+    "values per token have two dimensions": [
+        "59a2bf7e-3b84 chunks._per_token `0 -> 1` ...ce(values, torch.Tensor) and values.dim() > 0",
+        "ed852798-da6e order.tokens_with_gradient `0 -> 1` ...olicy) and tokens.w_policy.dim() > 0",
+    ],
+    "a weight that is one number is 0 for all tokens or for none": [
+        "96f306e2-da6e order.tokens_with_gradient `Gt -> GtE` ...policy) and tokens.w_policy.dim()",
+    ],
+    "anonymous memory has no file": [
+        "eb1f81a1-e46d pages._map `USub dropped` pages = mmap.mmap(-1, size, **private)",
+    ],
+    "memory that nothing uses": [
+        "d026f3b0-812c reduce.reduce `1 -> 2` parts = loss.new_empty(num_parts, len(sums) + 1)",
+    ],
+    "a number of sums that is a power of 2 fills its lanes": [
+        "96b6f3bd-5f2b reduce._reduce_parts_kernel `Lt -> LtE` ..., inside & (places < tables.SUMS",
     ],
 }

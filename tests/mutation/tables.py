@@ -31,13 +31,14 @@ QUICK_TESTS = {
     "corrections": "corrections -k 'not ranks'",
     "advantages": "advantages",
     "memory": "memory",
+    "sums": "reduce",
     "head": "linear -k 'torch and (every_loss or packed or upstream or another_way)'",
     "head_cost": "linear_cost linear_products -k 'not triton'",
 }
 LOSSES = (
     "equalities edges family autograd selected_away masks loss selective_log_softmax extremes "
     "weights_and_metrics invariants far memory objectives launches corrections rows layouts "
-    "packing"
+    "packing reduce"
 )
 SLOW_TESTS = {
     "torch": f"{LOSSES} -k 'not triton'",
@@ -74,12 +75,12 @@ KILLERS = {
     "kernels/token_loss.py": ("both kernel_bounds", "triton"),
     "kernels/logprob.py": ("both columns kernel_bounds layouts", "triton"),
     "kernels/token_weights.py": ("both kernel_bounds", "triton"),
-    "kernels/reduce.py": ("both kernel_bounds upstream packing", "triton"),
+    "kernels/reduce.py": ("sums both kernel_bounds upstream packing", "triton"),
 }
 
 # Left as they are: functions (by how their names begin) that validate, whose messages have tests
 # of their own, and functions, keywords and constants that only time depends on.
-NOT_FUNCTIONS = ("_check", "check_", "__post_init__", "_is_number", "chunk_rows")
+NOT_FUNCTIONS = ("_check", "check_", "__post_init__", "_is_number", "chunk_rows", "has_gradient")
 NOT_KEYWORDS = {
     *("eviction_policy", "num_warps", "axis", "dim"),
     *("persistent", "min_blocks_per_sm", "unsafe"),
