@@ -179,7 +179,9 @@ def launch_fused_loss(
     )
 
 
-def launch_logprob(dtype, V, B=2, T=3, *, gradient=False, entropy=False, softcap=None, padding=0):
+def launch_logprob(
+    dtype, V, B=2, T=3, *, gradient=False, entropy=False, softcap=None, padding=0, shard=False
+):
     """Launch the log-probabilities, or their gradient, on (B, T, V - padding) zeros, V apart."""
     logits = torch.zeros(B, T, V, dtype=dtype)[..., : V - padding]
     values = torch.zeros(B, T)
@@ -189,7 +191,7 @@ def launch_logprob(dtype, V, B=2, T=3, *, gradient=False, entropy=False, softcap
     if gradient:
         launchers.logprob_bwd(*inputs, statistics, Derivatives(values, optional, logits))
     else:
-        launchers.logprob_fwd(*inputs, statistics)
+        launchers.logprob_fwd(*inputs, statistics, shard)
 
 
 def launch_reduce(dtype, V, num_tokens=3):
@@ -218,6 +220,7 @@ CASES = {
     "statistics": launch_logprob,
     "statistics, entropy": functools.partial(launch_logprob, entropy=True),
     "statistics, padded rows": functools.partial(launch_logprob, padding=7),
+    "statistics of a shard, entropy": functools.partial(launch_logprob, entropy=True, shard=True),
     "gradient": functools.partial(launch_logprob, gradient=True),
     "gradient, entropy": functools.partial(launch_logprob, gradient=True, entropy=True),
     "gradient, padded rows": functools.partial(launch_logprob, gradient=True, padding=7),

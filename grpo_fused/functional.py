@@ -21,6 +21,7 @@ from grpo_fused.options import (
     resolve,
     with_options,
 )
+from grpo_fused.parallel import find_shards
 
 LogProbabilities = tuple[Tensor, Tensor | None]
 
@@ -93,6 +94,13 @@ def grpo_loss(
             loss does not; another upstream gradient costs one more pass.
         inplace: write the gradient over the logits, which then must not be read again and must
             not be a leaf. A producer that saved its output raises autograd's version error.
+        vocab_parallel_group: a torch.distributed group whose ranks each hold contiguous columns of
+            every row, in the order of the ranks; all call with the same tokens and get the same
+            results, to the bit, and the gradient of their columns. One exchange of 12 bytes a token
+            and rank, 16 with entropies; the logits are read twice. Logits that are a DTensor,
+            sharded over the vocabulary alone, bring their group.
+        vocab_start: the first column of this rank; None = found in one more exchange, which
+            synchronises with the device.
         implementation: "triton", "torch", or "auto": triton where the device of the logits has a
             Triton driver. "triton" takes CPU tensors only under TRITON_INTERPRET=1.
 
@@ -112,10 +120,10 @@ def grpo_loss(
     References:
         DeepSeekMath, https://arxiv.org/abs/2402.03300, eq. 3 and 4; the papers of LOSSES.
     """
-    source = LogitsInput(logits, completion_ids, inplace=inplace)
-    return compute_loss(
-        source, completion_mask, advantages, resolve(ResolvedLossOptions, "grpo_loss", options)
-    )
+    resolved = resolve(ResolvedLossOptions, "grpo_loss", options)
+    logits, shards = _shards(logits, resolved)
+    source = LogitsInput(logits, completion_ids, "completion_ids", inplace, shards)
+    return compute_loss(source, completion_mask, advantages, resolved)
 
 
 @with_options(LossOptions)
@@ -130,6 +138,7 @@ def linear_grpo_loss(
     chunk_bytes: int | None = None,
     upcast: bool = False,
     main_grad: Tensor | None = None,
+    reduce_hidden_grad: bool = True,
     **options: Unpack[LossOptions],
 ) -> LossOutput:
     """`grpo_loss` of logits = hidden weight^T + bias, computed a chunk of tokens at a time.
@@ -154,6 +163,9 @@ def linear_grpo_loss(
             weight.
         main_grad: (V, H) float32 that any backward adds the gradient of weight to, as Megatron
             keeps it; weight.grad stays as it is.
+        reduce_hidden_grad: with a vocab_parallel_group, of which every rank holds rows of weight
+            and bias and the same hidden states: whether the gradient of hidden is summed over the
+            ranks; False if the layer before does it. With a group logits are computed twice.
 
     Under autocast the matmuls run in its dtype, as those of a linear layer do.
 
@@ -169,14 +181,16 @@ def linear_grpo_loss(
         hidden = model.model(input_ids).last_hidden_state[:, -T - 1 :]
         loss = linear_grpo_loss(hidden, model.lm_head.weight, ids, mask, advantages).loss
     """
-    how = (chunk_bytes, upcast, main_grad)
-    source = HeadInput(hidden, weight, bias, completion_ids, "completion_ids", *how)
-    return compute_loss(
-        source,
-        completion_mask,
-        advantages,
-        resolve(ResolvedLossOptions, "linear_grpo_loss", options),
+    resolved = resolve(ResolvedLossOptions, "linear_grpo_loss", options)
+    how = (
+        chunk_bytes,
+        upcast,
+        main_grad,
+        False,
+        _head_shards(weight, reduce_hidden_grad, resolved),
     )
+    source = HeadInput(hidden, weight, bias, completion_ids, "completion_ids", *how)
+    return compute_loss(source, completion_mask, advantages, resolved)
 
 
 @with_options(FamilyOptions)
@@ -262,7 +276,7 @@ def selective_log_softmax(
         logit_scale: number or 0-d tensor > 0.
         compute_entropy: whether to compute the entropies; they cost nothing when not.
         inplace: write the gradient over the logits in backward, as in `grpo_loss`.
-        implementation: as in `grpo_loss`.
+        vocab_parallel_group, vocab_start, implementation: as in `grpo_loss`.
 
     Returns:
         (logps, entropies): float32 of the shape of ids; entropies is None without compute_entropy.
@@ -271,10 +285,10 @@ def selective_log_softmax(
         ValueError: as `grpo_loss`.
         RuntimeError: a second backward with inplace.
     """
-    source = LogitsInput(logits, ids, "ids", inplace)
-    return _log_probabilities(
-        source, mask, resolve(ResolvedSoftmaxOptions, "selective_log_softmax", options)
-    )
+    resolved = resolve(ResolvedSoftmaxOptions, "selective_log_softmax", options)
+    logits, shards = _shards(logits, resolved)
+    source = LogitsInput(logits, ids, "ids", inplace, shards)
+    return _log_probabilities(source, mask, resolved)
 
 
 @with_options(SoftmaxOptions)
@@ -289,6 +303,7 @@ def linear_selective_log_softmax(
     upcast: bool = False,
     main_grad: Tensor | None = None,
     save_logits: bool = False,
+    reduce_hidden_grad: bool = True,
     **options: Unpack[SoftmaxOptions],
 ) -> LogProbabilities:
     """`selective_log_softmax` of logits = hidden weight^T + bias, a chunk of tokens at a time.
@@ -298,14 +313,14 @@ def linear_selective_log_softmax(
 
     Args:
         hidden: (B, T, H), (B, T + 1, H) or (N, H).
-        weight, bias, chunk_bytes, upcast, main_grad: as `linear_grpo_loss`.
+        weight, bias, chunk_bytes, upcast, main_grad, reduce_hidden_grad: as `linear_grpo_loss`.
         ids: (B, T) or (N,) integer.
         mask: of the shape of ids, nonzero = active; None = all active. Masked tokens are not
             computed.
         save_logits: keep the logits of active tokens for backward, which writes their gradient
             over them: three matmuls instead of four, for memory of the size of the logits.
-        temperature, logit_softcap, logit_scale, compute_entropy, implementation: as
-            `selective_log_softmax`.
+        temperature, logit_softcap, logit_scale, compute_entropy, vocab_parallel_group, vocab_start,
+            implementation: as `selective_log_softmax`.
 
     Returns:
         (logps, entropies): float32 of the shape of ids; entropies is None without compute_entropy.
@@ -314,11 +329,11 @@ def linear_selective_log_softmax(
         ValueError: as `linear_grpo_loss`.
         RuntimeError: as there; a second backward with save_logits.
     """
-    how = (chunk_bytes, upcast, main_grad, save_logits)
+    resolved = resolve(ResolvedSoftmaxOptions, "linear_selective_log_softmax", options)
+    shards = _head_shards(weight, reduce_hidden_grad, resolved)
+    how = (chunk_bytes, upcast, main_grad, save_logits, shards)
     source = HeadInput(hidden, weight, bias, ids, "ids", *how)
-    return _log_probabilities(
-        source, mask, resolve(ResolvedSoftmaxOptions, "linear_selective_log_softmax", options)
-    )
+    return _log_probabilities(source, mask, resolved)
 
 
 def _log_probabilities(source, mask, options):
@@ -330,6 +345,21 @@ def _log_probabilities(source, mask, options):
     entropy = bool(options.compute_entropy)
     logps, entropies = source.log_probabilities(tokens, scales, entropy, backend, sequences)
     return layout.restore(logps), layout.restore(entropies)
+
+
+def _shards(logits, options):
+    group, start = options.vocab_parallel_group, options.vocab_start
+    return find_shards("logits", logits, -1, group, start)
+
+
+def _head_shards(weight, reduce_hidden_grad, options):
+    group, start = options.vocab_parallel_group, options.vocab_start
+    if group is None and start is None:  # a DTensor may be sharded over data-parallel ranks
+        return None
+    validation.check_floats("weight", weight)
+    validation.check_not_sharded("weight", weight)
+    _, shards = find_shards("weight", weight, 0, group, start)
+    return shards._replace(reduces=bool(reduce_hidden_grad))
 
 
 def _check_bounds(bounds):

@@ -21,6 +21,7 @@ from grpo_fused.head.order import (
     tokens_with_gradient,
 )
 from grpo_fused.losses.on_logps import loss_on_logps
+from grpo_fused.parallel import Shards
 
 # Logits of a chunk. On a GPU long enough for its matmuls to be bound by arithmetic and for few
 # updates of dW; on a CPU about the size of its caches, but no fewer rows than a fast matmul needs.
@@ -42,20 +43,27 @@ class LogitsInput:
     Attributes:
         fuses: whether a token-level loss is computed in the pass that reads the logits.
         by_sequence: whether that pass takes advantages (B,).
+        shards: where the columns lie in the vocabulary, or None: they are all of it.
     """
 
     tensor: Tensor
     ids: Tensor
     ids_name: str = "completion_ids"
     inplace: bool = False
-    name, columns, fuses, by_sequence = "logits", "V", True, True
+    shards: Shards | None = None
+    name, columns, by_sequence = "logits", "V", True
 
     def __post_init__(self):
         validation.check_floats(self.name, self.tensor)
 
     @property
+    def fuses(self):
+        return self.shards is None
+
+    @property
     def vocabulary(self):
-        return self.tensor.shape[-1]
+        """Its number of tokens, or None: not known to this rank."""
+        return self.tensor.shape[-1] if self.shards is None else self.shards.size
 
     @property
     def dtype(self):
@@ -73,7 +81,10 @@ class LogitsInput:
 
     def log_probabilities(self, tokens, scales, entropy, backend, sequences):
         """(logps, entropies) (B, T), differentiable; entropies is None without `entropy`."""
-        arguments = (self.tensor, tokens.of_softmax(), scales, entropy, backend)
+        tokens = tokens.of_softmax()
+        if self.shards is not None:
+            tokens = tokens._replace(ids=tokens.ids - self.shards.start)
+        arguments = (self.tensor, tokens, scales, entropy, backend, self.shards)
         if self.wants_gradient():
             return LogProb.apply(*arguments, self.inplace)
         return tuple(run_logprob(*arguments)[:2])
@@ -105,14 +116,20 @@ class HeadInput:
     upcast: bool = False
     main_grad: Tensor | None = None
     save_logits: bool = False
-    name, columns, fuses, by_sequence = "hidden", "H", True, False
+    shards: Shards | None = None
+    name, columns, by_sequence = "hidden", "H", False
 
     def __post_init__(self):
         validation.check_floats(self.name, self.tensor)
 
     @property
+    def fuses(self):
+        return self.shards is None
+
+    @property
     def vocabulary(self):
-        return len(self.weight)
+        """As of `LogitsInput`."""
+        return len(self.weight) if self.shards is None else self.shards.size
 
     @property
     def converts(self):
@@ -148,7 +165,10 @@ class HeadInput:
             order: of the tokens; None: active ones as they come.
         """
         chunking = self._chunking(order_tokens(sequences) if order is None else order)
-        arguments = (tokens.of_softmax(), scales, chunking, entropy, backend, self.save_logits)
+        tokens = tokens.of_softmax()
+        if self.shards is not None:
+            tokens = tokens._replace(ids=tokens.ids - self.shards.start)
+        arguments = (tokens, scales, chunking, entropy, backend, self.save_logits, self.shards)
         if self.wants_gradient():
             inputs = (self.tensor, self.weight, self.bias, self.main_grad)
             return LinearLogProb.apply(*inputs, *arguments)
@@ -166,11 +186,11 @@ class HeadInput:
         or if the upstream gradient is not known, the logits are computed twice.
         """
         wanted = tokens_with_gradient(tokens, sequences, formula.couples_tokens)
-        known = formula.reduction == "sum" and grad_scale is not None
+        known = formula.reduction == "sum" and grad_scale is not None and self.shards is None
         if known and not torch.compiler.is_compiling():  # autograd does not run inside of an op
             order, by_sequence = order_sequences(sequences, wanted)
             chunking = self._chunking(order)
-            limit = chunk_limit(self.vocabulary, self.dtype, chunking.chunk_bytes)
+            limit = chunk_limit(len(self.weight), self.dtype, chunking.chunk_bytes)
             groups = group_sequences(by_sequence.on_host, limit)
             rows = tokens.ids.numel() if order.counts is None else int(order.counts[1])
             # On a device wrong cu_seqlens may end before the tokens do: see `sequences.Packed`.
@@ -189,7 +209,7 @@ class HeadInput:
     def _chunking(self, order):
         chunk_bytes = self.chunk_bytes
         if chunk_bytes is None:
-            chunk_bytes = default_chunk_bytes(self.tensor.device, self.vocabulary, self.dtype)
+            chunk_bytes = default_chunk_bytes(self.tensor.device, len(self.weight), self.dtype)
         return Chunking(self.dtype, *order, chunk_bytes)
 
     def _head(self):

@@ -30,7 +30,7 @@ LAUNCHERS = {
         LOGITS | {"formula": bundles.Formula, "outputs": bundles.Outputs},
         {"outputs"},
     ),
-    "logprob_fwd": (LOGITS | STATISTICS, {"statistics"}),
+    "logprob_fwd": (LOGITS | STATISTICS | {"shard": bool}, {"statistics"}),
     "logprob_bwd": (
         LOGITS | STATISTICS | {"derivatives": bundles.Derivatives},
         {"derivatives_dlogits"},
@@ -42,7 +42,7 @@ LAUNCHERS = {
         {"outputs", "gradients"},
     ),
     "linear_logprob_fwd": (
-        HEAD | STATISTICS | {"logits": Tensor | None},
+        HEAD | STATISTICS | {"logits": Tensor | None, "shard": bool},
         {"statistics", "logits"},
     ),
     "linear_logprob_bwd": (

@@ -9,6 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Annotated, TypeVar, get_type_hints
 
+import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -49,6 +50,8 @@ class SoftmaxOptions(TypedDict, total=False):
     logit_softcap: Annotated[Number | None, None]
     logit_scale: Annotated[Number, 1.0]
     compute_entropy: Annotated[bool, False]
+    vocab_parallel_group: Annotated["torch.distributed.ProcessGroup | None", None]
+    vocab_start: Annotated[int | None, None]
     implementation: Annotated[str, "auto"]
 
 

@@ -123,7 +123,7 @@ def check_head(source):
     """Check shapes, dtypes and devices of the weight, bias and main_grad of a `HeadInput`."""
     weight, bias, main_grad = source.weight, source.bias, source.main_grad
     check_floats("weight", weight)
-    _check_not_sharded("weight", weight)
+    check_not_sharded("weight", weight)
     H = source.tensor.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != H or weight.shape[0] == 0:
         raise ValueError(
@@ -157,7 +157,7 @@ def check_head(source):
         raise ValueError("main_grad requires a weight with requires_grad=True")
 
 
-def _check_not_sharded(name, tensor):
+def check_not_sharded(name, tensor):
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return
     from torch.distributed.tensor import DTensor
@@ -166,7 +166,8 @@ def _check_not_sharded(name, tensor):
         raise ValueError(
             f"{name} is a DTensor sharded over ranks: call the function within the forward of the "
             "module that owns it, where FSDP has gathered it, or pass full_tensor() with "
-            'grad_placements=[Partial("avg")]'
+            'grad_placements=[Partial("avg")]; of tensor-parallel ranks pass to_local() and their '
+            "vocab_parallel_group"
         )
 
 
@@ -209,7 +210,7 @@ def check_ids(source, mask):
     if ids is None or not checks.is_readable(ids.device):
         return
     V = source.vocabulary
-    if ids.numel() == 0:
+    if ids.numel() == 0 or V is None:
         return
     least, most = ids.aminmax()  # usually enough: one pass over all ids, masked or not
     if least.item() >= 0 and most.item() < V:

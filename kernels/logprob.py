@@ -6,11 +6,13 @@ import triton.language as tl
 from .launch import arguments, kernel, launch_rows
 from .row_gradient import row_gradient
 from .softmax import (
+    LN2,
     is_active,
     locate,
     log_probability,
     read_row,
     read_target,
+    relative_logit,
     row_entropy,
     row_pointer,
     row_statistics,
@@ -50,6 +52,7 @@ def _logprob_fwd_kernel(
     tokens,
     scales,
     statistics,
+    SHARD: tl.constexpr,
     blocks: tl.constexpr,
 ):
     sequence, position, token = locate(tl.program_id(0), positions, num_tokens)
@@ -72,8 +75,12 @@ def _logprob_fwd_kernel(
             maximum, total, weighted = row_statistics(
                 row, statistics.entropies is not None, "evict_first", blocks
             )
-            logp = log_probability(target, row, maximum, total)
-            entropy = row_entropy(total, weighted)
+            if SHARD:
+                logp = LN2 * relative_logit(target, row, maximum)
+                entropy = weighted
+            else:
+                logp = log_probability(target, row, maximum, total)
+                entropy = row_entropy(total, weighted)
         tl.store(statistics.logps + token, logp)
         if statistics.entropies is not None:
             tl.store(statistics.entropies + token, entropy)
@@ -122,7 +129,8 @@ def _logprob_bwd_kernel(
         # Between the load of the target's logit, of which its slope is computed, and the columns'
         # stores: in place, a faster warp would overwrite it.
         tl.debug_barrier()
-    dlogp = tl.where(active, tl.where(target.known, dlogp, float("nan")), 0.0)
+    # NaN where the target is not in the vocabulary; in a shard of it, it may be in another one.
+    dlogp = tl.where(active, tl.where(logp == logp, dlogp, float("nan")), 0.0)
     row_gradient(
         row,
         dx_ptr,
@@ -138,13 +146,14 @@ def _logprob_bwd_kernel(
     )
 
 
-def logprob_fwd(logits, tokens, scales, statistics):
+def logprob_fwd(logits, tokens, scales, statistics, shard):
     """Write log-probabilities, entropies and the statistics that the gradient starts from.
 
     Args:
         logits: (B, L, V) with L = T or T + 1.
         tokens, scales, statistics: `grpo_fused.bundles`; of the tokens ids, active and temperature
             count. Statistics that are None are not written.
+        shard: whether the columns are a part of the vocabulary: see `grpo_fused.parallel.merge`.
     """
     launch_rows(
         _logprob_fwd_kernel,
@@ -153,6 +162,7 @@ def logprob_fwd(logits, tokens, scales, statistics):
         arguments(tokens),
         arguments(scales),
         statistics,
+        shard,
         min_blocks_per_sm=2,
     )
 

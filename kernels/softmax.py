@@ -279,10 +279,16 @@ def row_statistics(row, ENTROPY: tl.constexpr, EVICTION: tl.constexpr, blocks: t
 
 
 @triton.jit
-def log_probability(target, row, maximum, total):
-    """Of the target; never above 0, though z of the maximum itself is a rounding."""
+def relative_logit(target, row, maximum):
+    """z of the target; of the maximum itself it is the maximum's rounding, above or below 0."""
     x = softcapped(target.x.to(tl.float32), row)[0]
-    logp = LN2 * (tl.fma(x, row.sharpness * LOG2E, -maximum) - tl.log2(total))
+    return tl.fma(x, row.sharpness * LOG2E, -maximum)
+
+
+@triton.jit
+def log_probability(target, row, maximum, total):
+    """Of the target; never above 0, though z of the maximum may be."""
+    logp = LN2 * (relative_logit(target, row, maximum) - tl.log2(total))
     return tl.where(logp > 0.0, 0.0, logp)
 
 

@@ -6,6 +6,7 @@ from grpo_fused.autograd.common import first_order, make_statistics, save, saved
 from grpo_fused.bundles import Derivatives, Gradients, Head, Scales, Statistics, Tokens
 from grpo_fused.head.chunks import chunk_limit, logits_memory
 from grpo_fused.ops import BACKENDS
+from grpo_fused.parallel import merge, sum_over_ranks
 from grpo_fused.torch_backend.pages import allocate
 
 
@@ -82,17 +83,20 @@ class LinearLoss(torch.autograd.Function):
 
 
 def run_linear_logprob(
-    head, tokens, scales, chunking, entropy, backend, save_logits, gradient=False
+    head, tokens, scales, chunking, entropy, backend, save_logits, shards=None, gradient=False
 ):
     """(`Statistics`, logits (n, V) or None) of hidden states."""
-    statistics = make_statistics(tokens.ids.shape, entropy, gradient, head.hidden)
+    sharded = shards is not None
+    statistics = make_statistics(tokens.ids.shape, entropy, gradient or sharded, head.hidden)
     logits = None
     if save_logits and gradient:
         rows, V = num_rows(tokens, chunking), len(head.weight)
         logits = logits_memory(rows, V, chunking.dtype, head.hidden.device)
     BACKENDS[backend].linear_logprob_fwd(
-        in_dtype(head, chunking), chunking, tokens, scales, statistics, logits
+        in_dtype(head, chunking), chunking, tokens, scales, statistics, logits, sharded
     )
+    if sharded:
+        statistics = merge(shards, statistics, tokens, scales, backend)
     return statistics, logits
 
 
@@ -112,13 +116,14 @@ class LinearLogProb(torch.autograd.Function):
         entropy,
         backend,
         save_logits,
+        shards,
     ):
         head = Head(hidden, weight, bias)
         statistics, logits = run_linear_logprob(
-            head, tokens, scales, chunking, entropy, backend, save_logits, gradient=True
+            head, tokens, scales, chunking, entropy, backend, save_logits, shards, gradient=True
         )
         ctx.chunking, ctx.backend, ctx.main_grad = chunking._replace(order=None), backend, main_grad
-        ctx.save_logits, ctx.spent = save_logits, False
+        ctx.save_logits, ctx.shards, ctx.spent = save_logits, shards, False
         tensors = (*head, chunking.order, tokens.ids, *statistics, logits)
         save(ctx, tensors, (tokens.temperature, *scales))
         ctx.set_materialize_grads(False)
@@ -155,7 +160,9 @@ class LinearLogProb(torch.autograd.Function):
         )
         if accumulate:
             gradients = gradients._replace(weight=None)
-        return *cast_gradients(gradients, head), *(None,) * 7
+        if gradients.hidden is not None and ctx.shards is not None:
+            sum_over_ranks(ctx.shards, gradients.hidden)
+        return *cast_gradients(gradients, head), *(None,) * 8
 
 
 def _check_not_freed(weight):

@@ -125,7 +125,7 @@ class SequenceLosses(NamedTuple):
         """Statistics of a chunk; writes the gradient of its first n rows over their logits."""
         launchers, shape = BACKENDS[self.backend], tokens.ids.shape
         found = make_statistics(shape, self.entropy, n > 0, logits)
-        launchers.logprob_fwd(logits[None], tokens.of_softmax(), self.scales, found)
+        launchers.logprob_fwd(logits[None], tokens.of_softmax(), self.scales, found, False)
         if n:
             derivatives = self._derivatives(found, tokens, sequences)
             tokens, statistics, derivatives = (

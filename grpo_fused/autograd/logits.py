@@ -13,6 +13,7 @@ from grpo_fused.autograd.common import (
 )
 from grpo_fused.bundles import Derivatives, Scales, Statistics, Tokens
 from grpo_fused.ops import BACKENDS
+from grpo_fused.parallel import merge
 from grpo_fused.torch_backend.pages import allocate
 
 
@@ -38,11 +39,12 @@ def run_fused_loss(logits, tokens, scales, formula, entropy, backend, dlogits=No
     return reduce(launchers, outputs, tokens.active)
 
 
-def run_logprob(logits, tokens, scales, entropy, backend, gradient=False):
+def run_logprob(logits, tokens, scales, entropy, backend, shards=None, gradient=False):
     """`Statistics` of the logits; those that only a gradient needs are None without one."""
-    statistics = make_statistics(tokens.ids.shape, entropy, gradient, logits)
-    BACKENDS[backend].logprob_fwd(logits, tokens, scales, statistics)
-    return statistics
+    sharded = shards is not None
+    statistics = make_statistics(tokens.ids.shape, entropy, gradient or sharded, logits)
+    BACKENDS[backend].logprob_fwd(logits, tokens, scales, statistics, sharded)
+    return merge(shards, statistics, tokens, scales, backend) if sharded else statistics
 
 
 class FusedLoss(torch.autograd.Function):
@@ -73,8 +75,8 @@ class LogProb(torch.autograd.Function):
     """Log-probabilities and entropies, differentiable with any upstream gradients."""
 
     @staticmethod
-    def forward(ctx, logits, tokens, scales, entropy, backend, inplace):
-        statistics = run_logprob(logits, tokens, scales, entropy, backend, gradient=True)
+    def forward(ctx, logits, tokens, scales, entropy, backend, shards, inplace):
+        statistics = run_logprob(logits, tokens, scales, entropy, backend, shards, gradient=True)
         ctx.backend, ctx.inplace, ctx.spent = backend, inplace, False
         tensors = (logits, tokens.ids, tokens.active, *statistics)
         save(ctx, tensors, (tokens.temperature, *scales))
@@ -96,4 +98,4 @@ class LogProb(torch.autograd.Function):
             logits, tokens, Scales(*scales), statistics, derivatives._replace(dlogits=dlogits)
         )
         _note_overwritten(logits, dlogits)
-        return dlogits.detach(), None, None, None, None, None
+        return dlogits.detach(), None, None, None, None, None, None

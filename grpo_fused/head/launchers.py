@@ -31,7 +31,7 @@ def linear_loss(backend, head, chunking, tokens, scales, formula, outputs, gradi
     chunked.unpack_outputs(outputs, packed)
 
 
-def linear_logprob_fwd(backend, head, chunking, tokens, scales, statistics, logits):
+def linear_logprob_fwd(backend, head, chunking, tokens, scales, statistics, logits, shard):
     """As `logprob_fwd` of a backend, over hidden states and an LM head.
 
     Args:
@@ -47,7 +47,7 @@ def linear_logprob_fwd(backend, head, chunking, tokens, scales, statistics, logi
         out = memory[: stop - start] if logits is None else logits[start:stop]
         x = chunked.batch(chunked.logits(chunked.states(start, stop), out))
         part, found = (chunked.slice(bundle, start, stop) for bundle in (tokens, packed))
-        backend.logprob_fwd(x, part, scales, found)
+        backend.logprob_fwd(x, part, scales, found, shard)
     chunked.unpack_outputs(statistics, packed)
 
 

@@ -82,7 +82,7 @@ def token_loss(row, known, tokens, formula):
     return Outputs(loss, kl, clipped, ratio, logp, entropy), dlogp, dentropy
 
 
-def logprob_fwd(logits, tokens, scales, statistics):
+def logprob_fwd(logits, tokens, scales, statistics, shard):
     """As `grpo_fused.kernels.logprob.logprob_fwd`."""
     positions, V = logits.shape[1:]
     active = active_rows(tokens, positions)
@@ -96,7 +96,7 @@ def logprob_fwd(logits, tokens, scales, statistics):
         exponents = None if statistics.entropies is None else buffers("exponents", x.shape)
         factor = sharpness(part.temperature, scales)
         u, _ = softcapped(x, scales, out)
-        row = softmax_statistics(u, target, known, factor, out, exponents, exponents)
+        row = softmax_statistics(u, target, known, factor, out, exponents, exponents, shard)
         store(rows, block, Statistics(row.logp, row.entropy, row.maximum, row.total), masked)
     collect(statistics, rows, positions)
 
@@ -122,8 +122,8 @@ def logprob_bwd(logits, tokens, scales, statistics, derivatives):
             exponents = torch.clamp(z, min=FLOOR, out=buffers("exponents", x.shape))
             h = dentropies[block] * factor
         row = RowStatistics(exp2_(z), found.maxima, found.totals, found.logps, found.entropies)
-        g = (dlogps[block] * factor).masked_fill(~known, torch.nan)
-        write_gradient(dx, masked, row, exponents, target, g, h, slope)
+        g = (dlogps[block] * factor).masked_fill(found.logps.isnan(), torch.nan)
+        write_gradient(dx, masked, row, exponents, target, g, h, slope, known)
 
 
 def locate(cu_seqlens, active, index, counts):

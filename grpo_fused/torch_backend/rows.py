@@ -14,6 +14,7 @@ from grpo_fused.torch_backend.pages import is_unwritten
 
 BLOCK_BYTES = 8 << 20  # float32 scratch of a block of rows; see benchmarks/NOTES.md
 GAP_ELEMENTS = 1 << 14  # masked rows worth this little are computed with their neighbours
+START = -1.0e30  # stands for the maximum of columns that are all -inf
 FLOOR = -1.0e4  # 2^z is exactly 0 below this, and 0 * FLOOR is 0 where 0 * -inf would be NaN
 VECTOR, THREAD_ELEMENTS = 32, 1 << 15  # on a CPU: torch's vectors, and its least share of a thread
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
@@ -209,13 +210,17 @@ class RowStatistics(NamedTuple):
     entropy: torch.Tensor | None  # (n,)
 
 
-def softmax_statistics(u, target, known, factor, out, z_floored, product):
+def softmax_statistics(u, target, known, factor, out, z_floored, product, shard=False):
     """Softmax statistics of capped rows u (n, V); out, of `Scratch`, holds the exponentials then.
 
     With z_floored and product (n, V), scratch which may be the same, the entropy too; z_floored
     then holds what exponentials are of, no lower than FLOOR, unless product is the same.
+
+    Of a `shard` of the vocabulary, logp and entropy are those of `grpo_fused.parallel.merge`.
     """
     maximum = u.amax(1).float()
+    if shard:  # other columns may be finite where all of these are -inf
+        maximum.clamp_(min=START)
     chosen = (u.gather(1, target)[:, 0].float() - maximum) * factor
     chosen = chosen.masked_fill(~known, torch.nan)
     z = centered(u, maximum, factor, out)
@@ -225,12 +230,15 @@ def softmax_statistics(u, target, known, factor, out, z_floored, product):
     total = row_sums(exponentials)
     entropy = None
     if z_floored is not None:
-        weighted = row_sums(torch.mul(z_floored, exponentials, out=product))
-        entropy = (total.log() - weighted / total * LN2).clamp(min=0.0)
+        entropy = row_sums(torch.mul(z_floored, exponentials, out=product))
+        if not shard:
+            entropy = (total.log() - entropy / total * LN2).clamp(min=0.0)
+    if shard:
+        return RowStatistics(exponentials, maximum, total, chosen, entropy)
     return RowStatistics(exponentials, maximum, total, chosen - total.log(), entropy)
 
 
-def write_gradient(dlogits, masked, row, z_floored, target, g, h, slope):
+def write_gradient(dlogits, masked, row, z_floored, target, g, h, slope, known=None):
     """Write the gradient of rows into dlogits (n, V), masked ones as 0.
 
         dx_j = (g (1[j = target] - p_j) - h p_j (log p_j + H)) du_j / dx_j
@@ -241,6 +249,7 @@ def write_gradient(dlogits, masked, row, z_floored, target, g, h, slope):
         z_floored: (n, V) scratch with the exponents, overwritten; read only with h.
         g, h: (n,) dL/dlogp and dL/dH times the sharpness; h may be None.
         slope: (n, V) du / dx, or None for 1.
+        known: (n,) bool, whether the target is one of the columns, or None: it is.
     """
     dx = dlogits if dlogits.dtype == torch.float32 else row.exponentials
     dtarget = g * -torch.expm1(row.logp)
@@ -252,7 +261,10 @@ def write_gradient(dlogits, masked, row, z_floored, target, g, h, slope):
         torch.mul(row.exponentials, z_floored, out=dx)
         unlikely = row.logp <= FLOOR
         dtarget -= (h * row.logp.exp() * (row.logp + row.entropy)).masked_fill(unlikely, 0.0)
-    dx.scatter_(1, target, dtarget[:, None])
+    dtarget = dtarget[:, None]
+    if known is not None:
+        dtarget = torch.where(known[:, None], dtarget, dx.gather(1, target))
+    dx.scatter_(1, target, dtarget)
     if slope is not None:
         dx.mul_(slope)
     if masked is not None:

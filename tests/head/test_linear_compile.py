@@ -73,7 +73,7 @@ def op_arguments(name, batch):
         ),
         "linear_logprob_fwd": (
             *(*inputs, tokens.of_softmax(), scales, Statistics(*(memory(4, 6) for _ in range(4)))),
-            memory(int(active.sum()), 56)[:, :53],
+            *(memory(int(active.sum()), 56)[:, :53], False),
         ),
         "linear_logprob_bwd": (
             *(*inputs, tokens.of_softmax(), scales),

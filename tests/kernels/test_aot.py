@@ -47,6 +47,7 @@ HOPPER = {
     "statistics": (STATISTICS, None),
     "statistics, entropy": (STATISTICS_ENTROPY, None),
     "statistics, padded rows": (STATISTICS, None),
+    "statistics of a shard, entropy": (STATISTICS_ENTROPY, None),
     "gradient": (None, GRADIENT),
     "gradient, entropy": (None, GRADIENT_ENTROPY),
     "gradient, padded rows": (None, GRADIENT),
@@ -169,7 +170,7 @@ def launch_everything(make, B=2, T=17, V=64):
         scales = Scales(make(), make())
         aot.launchers.fused_loss(logits, tokens, scales, formula, Outputs(*outputs, logits))
         softmax = tokens.of_softmax()
-        aot.launchers.logprob_fwd(logits, softmax, scales, Statistics(*outputs[:4]))
+        aot.launchers.logprob_fwd(logits, softmax, scales, Statistics(*outputs[:4]), False)
         statistics = Statistics(*(make(B, T) for _ in range(4)))
         derivatives = Derivatives(make(B, T), make(B, T), logits)
         aot.launchers.logprob_bwd(logits, softmax, scales, statistics, derivatives)
@@ -214,7 +215,7 @@ def launch_head(make, tokens_with_gradient, rows_per_chunk, N=50, H=8, V=64):
         head, chunking, tokens, Scales(), formula, Outputs(*outputs), gradients
     )
     softmax, statistics = tokens.of_softmax(), Statistics(*outputs[:4])
-    aot.launchers.linear_logprob_fwd(head, chunking, softmax, Scales(), statistics, None)
+    aot.launchers.linear_logprob_fwd(head, chunking, softmax, Scales(), statistics, None, False)
     statistics = Statistics(*(make(1, N) for _ in range(4)))
     derivatives = Derivatives(make(1, N), make(1, N))
     aot.launchers.linear_logprob_bwd(

@@ -154,7 +154,7 @@ def op_arguments(name, batch, device):
         ),
         "logprob_fwd": (
             *(batch.logits, tokens.of_softmax(), scales),
-            Statistics(*(memory(4, 6) for _ in range(4))),
+            *(Statistics(*(memory(4, 6) for _ in range(4))), False),
         ),
         "logprob_bwd": (
             *(batch.logits, tokens.of_softmax(), scales),

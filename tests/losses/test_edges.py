@@ -137,7 +137,7 @@ def test_nothing_is_written_behind_the_tokens(implementation, device):
     active = torch.ones_like(ids, dtype=torch.bool)
     tokens = Tokens(*(t[: B * T].view(B, T) for t in (ids, active)))
     statistics = Statistics(*(row[: B * T].view(B, T) for row in outputs))
-    BACKENDS[implementation].logprob_fwd(batch.logits, tokens, Scales(), statistics)
+    BACKENDS[implementation].logprob_fwd(batch.logits, tokens, Scales(), statistics, False)
     assert (outputs[:, B * T :] == 7.0).all() and (outputs[:, : B * T] != 7.0).all()
 
 

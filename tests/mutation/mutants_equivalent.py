@@ -56,7 +56,7 @@ EQUIVALENT = {
         "4b435feb-86ea objectives.Sapo.per_token `Gt -> GtE` ... = tl.where(ratio > 1.0, large, sm",
         "f3871bba-2957 objective.k3 `Lt -> LtE` near = tl.abs(d) < 1.0",
         "10950f33-17a6 softmax.softcapped `Lt -> LtE` ... = tl.where(v < 0.0, e - 1.0, 1.0 - e) *",
-        "03271771-f0da softmax.log_probability `Gt -> GtE` return tl.where(logp > 0.0, 0.0, logp)",
+        "03271771-c624 softmax.log_probability `Gt -> GtE` return tl.where(logp > 0.0, 0.0, logp)",
         "3577f335-3665 softmax.row_entropy `Lt -> LtE` ...rn tl.where(entropy < 0.0, 0.0, entropy)",
         "4f2d6e46-fe08 rows.write_gradient `LtE -> Lt` unlikely = row.logp <= FLOOR",
     ],
@@ -111,11 +111,12 @@ EQUIVALENT = {
         "e1b7bf6b-5ce3 rows.active_rows `Eq -> NotEq` ...is None or (active.device.type == 'cpu' a",
     ],
     "only time depends on it: either way is right": [
+        "b7071e0c-66db softmax.tail_pointers `2 -> 3` if blocks.COLUMNS % 2 == 0:",
         "6980e393-16f8 chunks.ChunkedHead.slice `Or -> And` whole = self.single_chunk or stop - st",
         "da7c1060-3a03 softmax.line_pointers `Gt -> Lt` ... == tl.bfloat16) & (blocks.VECTOR > 1):",
         "ceeb8ebb-3a03 softmax.line_pointers `1 -> 2` ...ty == tl.bfloat16) & (blocks.VECTOR > 1):",
         "c85c42c1-ff70 rows.exp2_ `Div -> Mult` ...m_threads(), math.ceil(size / THREAD_ELEMENTS))",
-        "136df8df-1043 head_losses.SequenceLosses._chunk `Gt -> GtE` ...lf.entropy, n > 0, logits)",
+        "136df8df-3eee head_losses.SequenceLosses._chunk `Gt -> GtE` ...lf.entropy, n > 0, logits)",
         "177bb461-676b rows._matrices `Or -> And` if all(t is None or t.stride(0) == t.stride(1) *",
         "4afc3ee0-939c rows.Scratch.__call__ `Lt -> LtE` ....buffers or len(self.buffers[name]) <",
         "be8c0642-0737 launchers.rescale `NotEq -> Eq` if factor.device.type != 'cpu' or factor !=",
@@ -142,6 +143,7 @@ EQUIVALENT = {
         "94ea49b1-591e logprob._logprob_fwd_kernel `1.0 -> 0.0` total = 1.0",
     ],
     "the last block of columns is empty, its mask is too": [
+        "44719791-9398 softmax.row_statistics `Gt -> GtE` if remaining > 0:",
         "44719791-7337 reduce._rescale_kernel `Gt -> GtE` if remaining > 0:",
         "44719791-dd5c row_gradient._write_zeros `Gt -> GtE` if remaining > 0:",
     ],
@@ -170,5 +172,8 @@ EQUIVALENT = {
     ],
     "a number of sums that is a power of 2 fills its lanes": [
         "96b6f3bd-5f2b reduce._reduce_parts_kernel `Lt -> LtE` ..., inside & (places < tables.SUMS",
+    ],
+    "a tuple of one tensor twice": [
+        "080260e5-866b softmax.token_value `0 -> 1` ....load(value[0] + sequence, inside, 0).to(tl",
     ],
 }

@@ -24,7 +24,7 @@ ORDER = [
     ["bundles", "checks", "sequences"],
     ["losses", "advantages", "corrections"],
     ["torch_backend"],
-    ["head"],
+    ["head", "parallel"],
     ["ops"],
     ["validation", "autograd"],
     ["arguments", "inputs", "options"],

@@ -1,0 +1,286 @@
+"""Vocabulary-parallel functions against unsharded ones: the checks of one rank of a gloo group.
+
+python vocab_ranks.py RANK WORLD_SIZE FOLDER
+"""
+
+import os
+import sys
+from datetime import timedelta
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from batches import make_batch, relative_error  # noqa: E402
+from heads import chunk_bytes, loss_of, make_head_batch  # noqa: E402
+from interpreter import speed_up  # noqa: E402
+from launch_counter import FULL, PLAIN, options_of  # noqa: E402
+from packing import cu_seqlens, pack  # noqa: E402
+
+from grpo_fused import (  # noqa: E402
+    LOSSES,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    parallel,
+    selective_log_softmax,
+)
+
+V = 97
+SIZES = {2: ((40, 57), (1, 96)), 3: ((30, 41, 26), (1, 95, 1))}  # columns of each rank
+
+
+class Rank:
+    """This process, and where its columns lie."""
+
+    def __init__(self, rank, sizes):
+        self.rank, self.sizes, self.group = rank, sizes, dist.group.WORLD
+        self.start = sum(sizes[:rank])
+        self.columns = slice(self.start, self.start + sizes[rank])
+
+    def options(self, given):
+        """Keywords of a sharded call; the start is given or exchanged."""
+        start = {"vocab_start": self.start} if given else {}
+        return {"vocab_parallel_group": self.group, **start}
+
+    def assert_same_bits(self, *tensors):
+        """Every rank has the same results."""
+        for tensor in tensors:
+            found = [torch.empty_like(tensor) for _ in self.sizes]
+            dist.all_gather(found, tensor.detach().contiguous())
+            assert all(torch.equal(found[0].nan_to_num(), other.nan_to_num()) for other in found)
+
+
+def raises(error, text, function):
+    try:
+        function()
+    except error as found:
+        assert text in str(found), found
+    else:
+        raise AssertionError(f"no {error.__name__} with {text!r}")
+
+
+def check_losses(rank, implementation):
+    """Every loss of the family, with few options and with all; in Triton one of each kind."""
+    for i, loss_type in enumerate(LOSSES if implementation == "torch" else ("dapo", "gspo")):
+        for names in (PLAIN, FULL):
+            batch = make_batch(V=V, dtype=torch.float32, seed=i)
+            options = options_of(batch, *names) | {"loss_type": loss_type}
+            options |= {"implementation": implementation, "compute_entropy": True}
+            if names == FULL:
+                temperature = 0.5 + torch.rand(4, 6, generator=torch.Generator().manual_seed(i))
+                options |= {"temperature": temperature, "logit_softcap": 5.0}
+                options |= {"logit_scale": 0.8, "use_bias_correction_kl": loss_type == "dapo"}
+            tokens = (batch.ids, batch.mask, batch.advantages)
+            whole, shard = batch.leaf(), batch.leaf()
+            want = grpo_loss(whole, *tokens, **options)
+            want.loss.backward()
+            part = shard[..., rank.columns] * 1.0
+            inplace = names == FULL
+            got = grpo_loss(part, *tokens, inplace=inplace, **rank.options(i % 2), **options)
+            got.loss.backward()
+            where = (loss_type, names, implementation)
+            errors = relative_error(got.loss, want.loss), want.loss.item()
+            assert errors[0] < 2e-6 * max(1.0, 0.1 / abs(errors[1])), (where, errors)
+            assert relative_error(got.logps, want.logps) < 1e-6, where
+            assert relative_error(got.entropies, want.entropies) < 2e-6, where
+            for name, value in want.metrics.items():
+                assert relative_error(got.metrics[name], value) < 1e-5, (where, name)
+            gradient = shard.grad[..., rank.columns]
+            error = relative_error(gradient, whole.grad[..., rank.columns])
+            assert error < 4e-6, (where, error)
+            rank.assert_same_bits(got.loss, got.logps, got.entropies, got.sums)
+
+
+def check_log_probabilities(rank, implementation):
+    """Any upstream gradients; shards that are -inf as a whole; far logits; half precision."""
+    for seed in range(3):
+        batch = make_batch(V=V, seed=seed)
+        logits = batch.logits + (3000.0 if seed == 1 else 0.0)
+        if seed == 2:  # of the row's columns only the target's own are finite
+            own = torch.arange(V) == batch.ids[..., None].clamp(min=0)
+            logits[0, :6] = logits[0, :6].where(own[0], -torch.inf)
+            logits[1, 0, : rank.sizes[0]] = -1e30
+        upstream = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(seed))
+        found = []
+        for sharded in (False, True):
+            leaf = logits.clone().requires_grad_()
+            x = leaf[..., rank.columns] if sharded else leaf
+            options = rank.options(True) if sharded else {}
+            pair = selective_log_softmax(
+                *(x, batch.ids, batch.mask),
+                compute_entropy=True,
+                implementation=implementation,
+                **options,
+            )
+            sum((u * v.nan_to_num()).sum() for u, v in zip(upstream, pair, strict=True)).backward()
+            found.append([*pair, leaf.grad[..., rank.columns]])
+        for name, got, want in zip(("logp", "H", "gradient"), *found[::-1], strict=True):
+            error = relative_error(got, want)
+            assert error < 4e-6, (name, error, seed, rank.sizes, implementation)
+        rank.assert_same_bits(*found[1][:2])
+
+
+def check_packed(rank, implementation):
+    batch, lengths = make_batch(V=V), (6, 1, 0, 4)
+    logits, ids, mask = pack(lengths, batch.logits[:, :-1], batch.ids, batch.mask)
+    options = {"cu_seqlens": cu_seqlens(lengths, "cpu"), "implementation": implementation}
+    for loss_type in ("dapo", "gspo"):
+        gradients = []
+        for more in ({}, rank.options(False)):
+            leaf = logits.clone().requires_grad_()
+            x = leaf[..., rank.columns] if more else leaf
+            out = grpo_loss(x, ids, mask, batch.advantages, loss_type=loss_type, **options, **more)
+            out.loss.backward()
+            gradients.append(leaf.grad[..., rank.columns])
+        assert relative_error(gradients[1], gradients[0]) < 4e-6
+
+
+def check_half_precision(rank, implementation):
+    """bfloat16 shards: the gradient is rounded once, as that of whole rows."""
+    batch = make_batch(V=V, dtype=torch.bfloat16)
+    tokens = (batch.ids, batch.mask, batch.advantages)
+    whole, shard = batch.leaf(), batch.leaf()
+    grpo_loss(whole, *tokens, implementation=implementation).loss.backward()
+    part = shard[..., rank.columns]
+    out = grpo_loss(part, *tokens, implementation=implementation, **rank.options(True))
+    out.loss.backward()
+    got, want = (x.grad[..., rank.columns].float() for x in (shard, whole))
+    assert relative_error(got, want) < 2e-3
+
+
+def check_dtensors(rank, implementation):
+    """Sharded logits bring their group, and get a gradient that is sharded as they are."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (len(rank.sizes),), mesh_dim_names=("tp",))
+    batch = make_batch(V=V)
+    tokens, options = (batch.ids, batch.mask, batch.advantages), {"implementation": implementation}
+    whole = batch.leaf()
+    want = grpo_loss(whole, *tokens, **options)
+    want.loss.backward()
+    leaf = distribute_tensor(batch.logits.clone(), mesh, [Shard(2)]).requires_grad_()
+    out = grpo_loss(leaf, *tokens, **options)
+    out.loss.backward()
+    assert leaf.grad.placements == (Shard(2),)
+    assert relative_error(out.loss, want.loss) < 2e-6
+    assert relative_error(leaf.grad.full_tensor(), whole.grad) < 4e-6
+    for placement in (Shard(0), Replicate()):
+        wrong = distribute_tensor(batch.logits.clone(), mesh, [placement])
+        raises(ValueError, "redistribute", lambda w=wrong: grpo_loss(w, *tokens, **options))
+    group = {"vocab_parallel_group": rank.group}
+    raises(ValueError, "must be None", lambda: grpo_loss(leaf, *tokens, **group, **options))
+
+
+def check_heads(rank, implementation):
+    """Every rank holds rows of the head; the gradient of hidden states is summed, or is not."""
+    options = {"implementation": implementation, "chunk_bytes": chunk_bytes(7, V)}
+    for loss_type in LOSSES if implementation == "torch" else ("dapo", "gspo"):
+        head = make_head_batch(V=V)
+        more = {"loss_type": loss_type, "old_logps": head.batch.old_logps, "entropy_coef": 0.02}
+        want, leaves = loss_of(head, implementation, chunk_bytes=chunk_bytes(7, V), **more)
+        want.loss.backward()
+        for reduces in (True, False) if loss_type == "dapo" else (True,):
+            hidden, weight, bias = head.leaves()
+            part = (hidden, weight[rank.columns], head.batch.ids, head.batch.mask)
+            out = linear_grpo_loss(
+                *(*part, head.batch.advantages),
+                bias=bias[rank.columns],
+                reduce_hidden_grad=reduces,
+                **options | more | rank.options(reduces),
+            )
+            out.loss.backward()
+            if not reduces:
+                dist.all_reduce(hidden.grad)
+            assert relative_error(out.logps, want.logps) < 1e-6, loss_type
+            rank.assert_same_bits(out.loss, out.logps, hidden.grad)
+            rows = (slice(None), rank.columns, rank.columns)
+            for got, leaf, place in zip((hidden, weight, bias), leaves, rows, strict=True):
+                assert relative_error(got.grad[place], leaf.grad[place]) < 5e-6, loss_type
+
+
+def check_head_log_probabilities(rank, implementation):
+    """Logits kept for backward or computed again, any upstream gradients, a frozen head."""
+    head = make_head_batch(V=V)
+    tokens = (head.batch.ids, head.batch.mask)
+    upstream = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
+    for save_logits in (False, True):
+        for wanted in ("hwb", "h"):
+            gradients = []
+            for more in ({}, rank.options(True)):
+                hidden, weight, bias = head.leaves(wanted)
+                rows = rank.columns if more else slice(None)
+                pair = linear_selective_log_softmax(
+                    *(hidden, weight[rows], *tokens),
+                    bias=bias[rows],
+                    compute_entropy=True,
+                    chunk_bytes=chunk_bytes(7, V),
+                    save_logits=save_logits,
+                    implementation=implementation,
+                    **more,
+                )
+                sum((u * v).sum() for u, v in zip(upstream, pair, strict=True)).backward()
+                grads = [t.grad[rank.columns] for t in (weight, bias) if t.grad is not None]
+                gradients.append([hidden.grad, *grads])
+            for want, got in zip(*gradients, strict=True):
+                assert relative_error(got, want) < 5e-6
+
+
+def check_errors(rank, implementation):
+    """On every rank: an id that no rank has, a group of the wrong kind, a start without a group."""
+    batch = make_batch(V=V)
+    part = batch.logits[..., rank.columns]
+    ids = batch.ids.clone()
+    ids[0, 1] = V + 3
+    for given in (False, True):
+        more = rank.options(given) | {"implementation": implementation}
+        text = f"[0, {V})" if not given else "no rank"
+        raises(ValueError, text, lambda m=more: selective_log_softmax(part, ids, batch.mask, **m))
+    wrong = {"vocab_parallel_group": "tp"}
+    raises(ValueError, "'tp'", lambda: selective_log_softmax(part, ids, batch.mask, **wrong))
+    start = {"vocab_start": 0}
+    raises(ValueError, "requires", lambda: selective_log_softmax(part, ids, batch.mask, **start))
+
+
+def check_traffic(rank, implementation):
+    """One exchange of 16 bytes a token and rank, 12 without entropies; none in backward."""
+    batch, sent = make_batch(V=V), []
+    gather = parallel._gather
+
+    def counted(tensor, group):
+        sent.append(tensor.nbytes)
+        return gather(tensor, group)
+
+    parallel._gather = counted
+    try:
+        for entropy in (False, True):
+            part = batch.leaf()[..., rank.columns]
+            more = {"implementation": implementation, "compute_entropy": entropy}
+            out = selective_log_softmax(part, batch.ids, batch.mask, **rank.options(True), **more)
+            out[0].sum().backward()
+    finally:
+        parallel._gather = gather
+    assert sent == [12 * 24, 16 * 24]
+
+
+def main():
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    speed_up()
+    rendezvous = {"init_method": f"file://{folder}/meet", "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, **rendezvous)
+    prefix = os.environ.get("CHECK", "check_")
+    checks = [check for name, check in globals().items() if name.startswith(prefix)]
+    for implementation in os.environ.get("ONLY", "torch triton").split():
+        for sizes in SIZES[world_size]:
+            here = Rank(rank, sizes)
+            for check in checks:
+                if sizes == SIZES[world_size][0] or check is check_log_probabilities:
+                    check(here, implementation)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
