@@ -1,6 +1,9 @@
 """Vocabulary-parallel functions against unsharded ones: the checks of one rank of a gloo group.
 
-python vocab_ranks.py RANK WORLD_SIZE FOLDER
+    CHECK=check_heads ONLY=torch python vocab_ranks.py RANK WORLD_SIZE FOLDER
+
+The variables select checks and an implementation; without them all run. In Triton's slow
+interpreter only those run that depend on its kernels.
 """
 
 import os
@@ -63,7 +66,7 @@ def raises(error, text, function):
 def check_losses(rank, implementation):
     """Every loss of the family, with few options and with all; in Triton one of each kind."""
     for i, loss_type in enumerate(LOSSES if implementation == "torch" else ("dapo", "gspo")):
-        for names in (PLAIN, FULL):
+        for names in (PLAIN, FULL) if implementation == "torch" else (FULL,):
             batch = make_batch(V=V, dtype=torch.float32, seed=i)
             options = options_of(batch, *names) | {"loss_type": loss_type}
             options |= {"implementation": implementation, "compute_entropy": True}
@@ -272,12 +275,14 @@ def main():
     dist.init_process_group("gloo", rank=rank, world_size=world_size, **rendezvous)
     prefix = os.environ.get("CHECK", "check_")
     checks = [check for name, check in globals().items() if name.startswith(prefix)]
+    of_kernels = (check_losses, check_log_probabilities, check_half_precision)
+    usual, odd = (Rank(rank, sizes) for sizes in SIZES[world_size])
     for implementation in os.environ.get("ONLY", "torch triton").split():
-        for sizes in SIZES[world_size]:
-            here = Rank(rank, sizes)
-            for check in checks:
-                if sizes == SIZES[world_size][0] or check is check_log_probabilities:
-                    check(here, implementation)
+        for check in checks:
+            if implementation == "torch" or check in of_kernels:
+                check(usual, implementation)
+            if check is check_log_probabilities:
+                check(odd, implementation)
     dist.barrier()
     dist.destroy_process_group()
 
