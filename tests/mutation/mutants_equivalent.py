@@ -143,6 +143,7 @@ EQUIVALENT = {
         "94ea49b1-591e logprob._logprob_fwd_kernel `1.0 -> 0.0` total = 1.0",
     ],
     "the last block of columns is empty, its mask is too": [
+        "44719791-01b6 row_gradient._write_columns `Gt -> GtE` if remaining > 0:",
         "44719791-9398 softmax.row_statistics `Gt -> GtE` if remaining > 0:",
         "44719791-7337 reduce._rescale_kernel `Gt -> GtE` if remaining > 0:",
         "44719791-dd5c row_gradient._write_zeros `Gt -> GtE` if remaining > 0:",
