@@ -168,10 +168,17 @@ def test_nothing_beside_the_rows_is_read_or_written(monkeypatch, inplace, V, dty
     leaf = torch.randn(6 * stride + 16, dtype=dtype, requires_grad=True)
     memory = leaf * 1
     logits = memory[8 : 8 + 6 * stride].view(2, 3, stride)[..., :V]
-    exact = logits.detach().double().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    exact = logits.detach().double().requires_grad_()
+    chosen = exact.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    (want,) = torch.autograd.grad(-chosen.mean(), exact)
     logps, _ = selective_log_softmax(logits.detach(), ids, implementation="triton")
-    assert relative_error(logps, exact) < 2e-6
+    assert relative_error(logps, chosen) < 2e-6
     run("loss", logits, ids, inplace).backward()
+    got = leaf.grad[8 : 8 + 6 * stride].view(2, 3, stride)
+    bound = 2e-6 if dtype == torch.float32 else INTERPRETED
+    assert relative_error(got[..., :V], want) < bound and not got[..., V:].any()
+    for row in ((0, 0), (0, 1), (1, 2)):  # the last column is not the target, is, is beside it
+        assert relative_error(got[row][V - 1], want[row][V - 1]) < bound
 
     size, inside = memory.element_size(), torch.zeros(memory.nbytes, dtype=torch.bool)
     for row in range(6):
