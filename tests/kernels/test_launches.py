@@ -9,7 +9,9 @@ from launch_counter import FULL, PLAIN, TOKEN_LEVEL, Counter, options_of, reads_
 from packing import cu_seqlens, pack
 
 from grpo_fused import LOSSES, grpo_loss, selective_log_softmax
+from grpo_fused.bundles import TokenValues, TokenWeights, Weight
 from grpo_fused.kernels.launch import CHOICES, Device, choose
+from grpo_fused.ops import BACKENDS
 
 
 def launches_of(monkeypatch, batch, **options):
@@ -40,6 +42,17 @@ def test_dapo_takes_four_launches(items, mask, monkeypatch):
     assert [name for name in forward if name.endswith("_kernel")] == names
     assert len(forward) == len(names) + (mask != torch.bool), forward
     assert backward == ["ones_like", "_rescale_kernel"]
+
+
+def test_weights_are_written_to_the_tokens_alone():
+    """A block reaches behind the last token, where other memory may begin."""
+    memory, B, T = torch.full((4, 10), 7.0), 2, 3
+    outputs = TokenWeights(*(row[: B * T].view(B, T) for row in memory))
+    weight = Weight(torch.ones(B), torch.ones(B), 2.0)
+    values = TokenValues(torch.ones(B), torch.ones(B, T), weight, weight, weight)
+    BACKENDS["triton"].token_weights(values, None, outputs)
+    assert (memory[:, B * T :] == 7.0).all()
+    assert (memory[0, : B * T] == 1.0).all() and (memory[1:, : B * T] == 0.5).all()
 
 
 def test_a_policy_mask_takes_no_launch_of_its_own(monkeypatch):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from batches import relative_error
+from batches import make_batch, relative_error
 
 import grpo_fused.torch_backend.rows as rows
-from grpo_fused import grpo_loss, selective_log_softmax
+from grpo_fused import Clip, grpo_loss, selective_log_softmax
+from grpo_fused.bundles import Formula, Outputs, Scales, Tokens
+from grpo_fused.ops import BACKENDS
 
 
 def random_logits(*shape, device):
@@ -52,6 +54,18 @@ def test_the_first_ids_outside_of_the_vocabulary(implementation, device, monkeyp
     unknown = [[True, False, True, False, True]]
     assert logps.isnan().tolist() == logits.grad.isnan().all(2).tolist() == unknown
     assert logits.grad.isnan().any(2).tolist() == unknown  # no row of another's
+
+
+def test_masked_tokens_report_zeros(implementation, device):
+    """Every output of a token; the memory held something else."""
+    batch = make_batch(device=device)
+    active, ones = batch.mask != 0, torch.ones(4, 6, device=device)
+    tokens = Tokens(batch.ids, active, 1.0, ones, batch.old_logps, batch.ref_logps, 1.0, 0.1)
+    outputs = Outputs(*(torch.full((4, 6), 7.0, device=device) for _ in range(6)))
+    formula = Formula(Clip().name(), Clip().params(), "k3", False, 1.0)
+    BACKENDS[implementation].fused_loss(batch.logits, tokens, Scales(), formula, outputs)
+    for name, values in outputs._asdict().items():
+        assert values is None or (not values[~active].any() and not (values == 7.0).any()), name
 
 
 def test_far_beyond_the_softcap(implementation, device):

@@ -1,0 +1,107 @@
+"""Statistics of shards merged in one process: the exchange is a concatenation."""
+
+import pytest
+import torch
+from batches import make_batch, relative_error
+
+from grpo_fused import parallel
+from grpo_fused.bundles import Derivatives, Scales, Statistics, Tokens
+from grpo_fused.ops import BACKENDS
+
+V = 97
+CUTS = {"two": (0, 40, V), "uneven": (0, 1, V - 1, V), "one": (0, V)}
+
+
+def statistics(batch, entropy=True):
+    return Statistics(
+        torch.empty(4, 6), torch.empty(4, 6) if entropy else None, *torch.empty(2, 4, 6)
+    )
+
+
+def merged(batch, logits, cuts, scales, implementation, monkeypatch, entropy=True):
+    """[(columns, their tokens)] of the shards, and the `Statistics` of whole rows."""
+    active = batch.mask != 0
+    temperature = 0.5 + torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    shards, parts = [], []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        local = statistics(batch, entropy)
+        tokens = Tokens(batch.ids - start, active, temperature)
+        x = logits[..., start:stop].contiguous()
+        BACKENDS[implementation].logprob_fwd(x, tokens, scales, local, True)
+        shards.append((x, tokens))
+        parts.append(torch.stack([part for part in local if part is not None]))
+    monkeypatch.setattr(parallel, "_gather", lambda tensor, group: torch.cat(parts))
+    group = parallel.Shards(None, cuts[0], V)
+    whole = Tokens(batch.ids, active, temperature)
+    return shards, parallel.merge(group, local, whole, scales, implementation), temperature
+
+
+def exact(batch, logits, scales, temperature, upstream):
+    """(log-probabilities, entropies, gradient) in float64."""
+    active = batch.mask != 0
+    x = logits[:, :-1].double().nan_to_num(neginf=-torch.inf).requires_grad_()
+    u = x * scales.logit_scale
+    if scales.logit_softcap is not None:
+        u = scales.logit_softcap * torch.tanh(u / scales.logit_softcap)
+    log_p = (u / temperature[..., None]).log_softmax(-1)
+    logps = log_p.gather(-1, batch.ids.clamp(min=0)[..., None])[..., 0]
+    entropies = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1)
+    pair = [torch.where(active, values, 0.0) for values in (logps, entropies)]
+    (gradient,) = torch.autograd.grad(
+        sum((v * u).sum() for v, u in zip(pair, upstream, strict=True)), x
+    )
+    return *pair, gradient
+
+
+@pytest.mark.parametrize(
+    ("scales", "shift"),
+    [(Scales(), 0.0), (Scales(), 3000.0), (Scales(0.8, 5.0), 0.0)],
+    ids=["plain", "far", "softcap"],
+)
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_against_float64(cuts, shift, scales, implementation, monkeypatch):
+    """Log-probabilities, entropies and each shard's gradient."""
+    batch = make_batch(V=V)
+    logits, upstream = batch.logits + shift, torch.randn(2, 4, 6)
+    found = merged(batch, logits, cuts, scales, implementation, monkeypatch)
+    shards, got, temperature = found
+    logps, entropies, gradient = exact(batch, logits, scales, temperature, upstream)
+    assert relative_error(got.logps, logps) < 1e-6
+    assert relative_error(got.entropies, entropies) < 2e-6
+    parts = []
+    for x, tokens in shards:
+        derivatives = Derivatives(*upstream, torch.empty_like(x))
+        BACKENDS[implementation].logprob_bwd(x, tokens, scales, got, derivatives)
+        parts.append(derivatives.dlogits)
+    parts = torch.cat(parts, -1)
+    assert not parts[:, -1].any() and not parts[:, :-1][batch.mask == 0].any()
+    assert relative_error(parts[:, :-1], gradient.nan_to_num()) < 4e-6
+
+
+def test_columns_that_are_all_masked(implementation, monkeypatch):
+    """A shard of -inf, of -1e30, and rows whose target alone is finite."""
+    batch = make_batch(V=V)
+    logits = batch.logits.clone()
+    logits[0, :, :40] = -torch.inf
+    logits[2, :, 40:] = -1e30
+    batch.ids[0], batch.ids[2] = 60, 3
+    logits[0, 0] = -torch.inf
+    logits[0, 0, 60] = 1.0
+    _, got, temperature = merged(batch, logits, CUTS["two"], Scales(), implementation, monkeypatch)
+    logps, entropies, _ = exact(batch, logits, Scales(), temperature, torch.ones(2, 4, 6))
+    assert relative_error(got.logps, logps) < 1e-6
+    assert relative_error(got.entropies, entropies) < 2e-6
+    assert got.logps[0, 0] == 0.0 and got.entropies[0, 0] == 0.0
+
+
+def test_targets_that_no_shard_has(implementation, monkeypatch):
+    """An error on a CPU, NaN where values are not read; under the mask any id will do."""
+    batch = make_batch(V=V)
+    batch.ids[1, 0] = V
+    arguments = (batch, batch.logits, CUTS["two"], Scales(), implementation, monkeypatch)
+    with pytest.raises(ValueError, match="token 0 of sequence 1"):
+        merged(*arguments)
+    monkeypatch.setattr("grpo_fused.checks.is_readable", lambda device: False)
+    _, got, _ = merged(*arguments, entropy=False)
+    assert got.entropies is None
+    assert got.logps.isnan().nonzero().tolist() == [[1, 0]]
