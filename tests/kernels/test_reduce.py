@@ -21,7 +21,8 @@ def make_outputs(num_tokens, entropy=True):
 
     active = torch.rand(1, num_tokens, generator=generator) < 0.7
     clipped = torch.randint(-1, 2, (1, num_tokens), generator=generator).float()
-    values = [randn(), randn() ** 2, clipped, (randn() / 5).exp(), randn(), randn() ** 2]
+    ratio = 0.3 * (randn() / 5).exp()  # all below 1, as their maximum then is
+    values = [randn(), randn() ** 2, clipped, ratio, randn(), randn() ** 2]
     values = [value.masked_fill(~active, 0.0) for value in values]
     return Outputs(*values[:5], values[5] if entropy else None), active
 

@@ -9,6 +9,7 @@ EQUIVALENT = {
         "8e35a674-ca20 order.order_sequences `Is -> IsNot` if wanted is None:",
     ],
     "an assertion of our own: both are of one length": [
+        "db2a9eec-ea12 token_weights.token_weights `True -> False` ...alues, written, strict=True)",
         "106c8a6d-afc0 reduce._tables `True -> False` ...ators = zip(*MEANS.values(), strict=True)",
         "543c588a-d7cc chunks.ChunkedHead.unpack_outputs `True -> False` ... packed, strict=True):",
         "543c588a-da9e head_losses.SequenceLosses.run `True -> False` ...ked, found, strict=True):",
@@ -140,6 +141,9 @@ EQUIVALENT = {
         "cc985566-174b softmax.softcapped `Lt -> LtE` ... = tl.where(tl.abs(v) < 0.3, near, far)",
     ],
     "of a masked token: nothing reads it": [
+        "97fc6f2b-dc8e fused_loss._fused_loss_kernel `0.0 -> 1.0` maximum = 0.0",
+        "94ea49b1-8134 fused_loss._fused_loss_kernel `1.0 -> 0.0` total = 1.0",
+        "97fc6f2b-9ad2 logprob._logprob_fwd_kernel `0.0 -> 1.0` maximum = 0.0",
         "94ea49b1-591e logprob._logprob_fwd_kernel `1.0 -> 0.0` total = 1.0",
     ],
     "the last block of columns is empty, its mask is too": [
@@ -149,6 +153,7 @@ EQUIVALENT = {
         "44719791-dd5c row_gradient._write_zeros `Gt -> GtE` if remaining > 0:",
     ],
     "without them nothing reads it": [
+        "97fc6f2b-fab2 logprob._logprob_bwd_kernel `0.0 -> 1.0` entropy = 0.0",
         "97fc6f2b-0d5b token_loss.token_constants `0.0 -> 1.0` old_logp = 0.0",
         "97fc6f2b-21e7 token_loss.token_constants `0.0 -> 1.0` ref_logp = 0.0",
     ],
@@ -159,6 +164,7 @@ EQUIVALENT = {
         "fb070009-3c07 fused_loss._fused_loss_kernel `IsNot -> Is` if (outputs.dlogits is not None",
     ],
     "values per token have two dimensions": [
+        "d9a995b2-843a token_weights.token_weights `USub dropped` ... like.shape[-1], num_tokens,",
         "59a2bf7e-3b84 chunks._per_token `0 -> 1` ...ce(values, torch.Tensor) and values.dim() > 0",
         "ed852798-da6e order.tokens_with_gradient `0 -> 1` ...olicy) and tokens.w_policy.dim() > 0",
     ],
@@ -176,5 +182,8 @@ EQUIVALENT = {
     ],
     "a tuple of one tensor twice": [
         "080260e5-866b softmax.token_value `0 -> 1` ....load(value[0] + sequence, inside, 0).to(tl",
+    ],
+    "a barrier does nothing in the interpreter: test_machine_code.py": [
+        "64d71d91-5295 logprob._logprob_bwd_kernel `IsNot -> Is` if scales.logit_softcap is not No",
     ],
 }

@@ -32,13 +32,14 @@ QUICK_TESTS = {
     "advantages": "advantages",
     "memory": "memory",
     "sums": "reduce",
+    "shards": "merge",
     "head": "linear -k 'torch and (every_loss or packed or upstream or another_way)'",
     "head_cost": "linear_cost linear_products -k 'not triton'",
 }
 LOSSES = (
     "equalities edges family autograd selected_away masks loss selective_log_softmax extremes "
     "weights_and_metrics invariants far memory objectives launches corrections rows layouts "
-    "packing reduce"
+    "packing reduce merge"
 )
 SLOW_TESTS = {
     "torch": f"{LOSSES} -k 'not triton'",
@@ -73,7 +74,7 @@ KILLERS = {
     "kernels/row_gradient.py": ("both columns kernel_bounds layouts", "triton"),
     "kernels/fused_loss.py": ("both kernel_bounds layouts", "triton"),
     "kernels/token_loss.py": ("both kernel_bounds", "triton"),
-    "kernels/logprob.py": ("both columns kernel_bounds layouts", "triton"),
+    "kernels/logprob.py": ("both columns kernel_bounds shards layouts", "triton"),
     "kernels/token_weights.py": ("both kernel_bounds", "triton"),
     "kernels/reduce.py": ("sums both kernel_bounds upstream packing", "triton"),
 }
