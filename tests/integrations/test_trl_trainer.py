@@ -80,7 +80,8 @@ SLOW = {
 }
 SLOW = {name: options for name, options in SLOW.items() if name not in CASES}
 SEQUENCE_LEVEL = [f"{loss}-sequence-kl" for loss in ("bnpo", "dr_grpo", "sapo", "luspo")]
-SLOW |= {name: CASES.pop(name) for name in (*SEQUENCE_LEVEL, "vespo-kl", "vespo-on-policy")}
+OTHERS = ("vespo-kl", "vespo-on-policy", "vespo-shaped", "delta", "accumulated-bnpo", "fp32-head")
+SLOW |= {name: CASES.pop(name) for name in (*SEQUENCE_LEVEL, *OTHERS)}
 if RECENT:
     entropy = {
         f"entropy-{loss}": {"entropy_coef": 0.02, "loss_type": loss} | ACCUMULATED
@@ -321,7 +322,8 @@ def test_wrapped_reference_model(folder, tmp_path, monkeypatch):
     assert not fused.warnings and calls and fused.trainer.ref_model is wrapped[1]
 
 
-@pytest.mark.parametrize("losses", ["vespo", pytest.param("grpo dapo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", ["vespo", "grpo dapo"])
 def test_two_ranks(folder, tmp_path, losses):
     """DDP averages gradients; metrics cover both ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]

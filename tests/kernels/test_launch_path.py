@@ -110,10 +110,10 @@ def launch_path(losses, selections):
 @pytest.mark.parametrize(
     ("losses", "selections"),
     [
-        (("dapo", "gspo"), (FULL,)),
+        (("dapo",), (FULL,)),
         pytest.param(tuple(LOSSES), (PLAIN, FULL), marks=pytest.mark.slow),
     ],
-    ids=["two", "all"],
+    ids=["one", "all"],
 )
 def test_launch_path(losses, selections):
     if reason := standin.missing():
