@@ -1,4 +1,4 @@
-"""The steps whose Python is timed are those of the loss: two launches or three, and one backward."""
+"""The steps whose Python is timed: two launches or three, and one in backward."""
 
 import pytest
 
