@@ -153,6 +153,7 @@ EQUIVALENT = {
         "44719791-dd5c row_gradient._write_zeros `Gt -> GtE` if remaining > 0:",
     ],
     "without them nothing reads it": [
+        "97fc6f2b-ae2d row_gradient.row_gradient `0.0 -> 1.0` dx_last = 0.0",
         "97fc6f2b-fab2 logprob._logprob_bwd_kernel `0.0 -> 1.0` entropy = 0.0",
         "97fc6f2b-0d5b token_loss.token_constants `0.0 -> 1.0` old_logp = 0.0",
         "97fc6f2b-21e7 token_loss.token_constants `0.0 -> 1.0` ref_logp = 0.0",
