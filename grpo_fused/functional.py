@@ -348,6 +348,7 @@ def _log_probabilities(source, mask, options):
 
 
 def _shards(logits, options):
+    validation.check_floats("logits", logits)
     group, start = options.vocab_parallel_group, options.vocab_start
     return find_shards("logits", logits, -1, group, start)
 

@@ -4,6 +4,7 @@ Ranks exchange the softmax statistics of their columns, 12 bytes a token, 16 wit
 merge them in rank order, so that all have the same bits. Gradients stay in the shard.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,6 @@ def _is_dtensor(tensor):
 
 def _of_dtensor(name, tensor, dimension):
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = tensor.device_mesh, tensor.placements
     sharded = [i for i, placement in enumerate(placements) if placement == Shard(dimension)]
@@ -83,9 +83,9 @@ def _of_dtensor(name, tensor, dimension):
             f"replicated over other dimensions of its mesh, got {list(placements)}: "
             "redistribute() it"
         )
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     group, size = mesh.get_group(sharded[0]), tensor.shape[dimension]
-    return tensor.to_local(), Shards(group, offset[dimension], size)
+    share = math.ceil(size / group.size())  # of all ranks but the last, as torch.chunk cuts
+    return tensor.to_local(), Shards(group, min(share * group.rank(), size), size)
 
 
 def _gather(tensor, group):
@@ -125,15 +125,16 @@ def merge(shards, local, tokens, scales, backend):
     totals = totals * torch.exp2(shifts)
     total = totals.sum(0)
     chosen = targets + shifts * LN2
-    known = ~targets.isnan()
-    logp = torch.where(known, chosen, 0.0).sum(0) - total.log()
-    logp = logp.clamp(max=0.0).masked_fill(~known.any(0), torch.nan)
+    owned = ~targets.isnan()
+    known = owned.any(0)
+    logp = torch.where(owned, chosen, 0.0).sum(0) - total.log()
+    logp = logp.clamp(max=0.0).masked_fill(~known, torch.nan)
     entropy = None
     if weighted:
         sums = weighted[0] * torch.exp2(shifts) + totals * shifts
         entropy = (total.log() - sums.sum(0) / total * LN2).clamp(min=0.0)
     if checks.is_readable(logp.device):
-        _check_known(known.any(0) | maximum.isnan(), tokens)
+        _check_known(known | maximum.isnan(), tokens)
     if tokens.active is not None:
         logp = torch.where(tokens.active, logp, 0.0)
         entropy = None if entropy is None else torch.where(tokens.active, entropy, 0.0)
