@@ -1,6 +1,6 @@
 """Predicted times of our kernels on GPUs, from a model of one row per program.
 
-    python -m benchmarks.predict
+    python -m benchmarks.report --gpus
 
 A persistent program reads its row, computes the loss, reads the row again from L2 and writes the
 gradient. It moves nothing while it waits for memory before the first block of a row, and while it
@@ -109,15 +109,3 @@ def seconds(gpu, row):
 def ratio(gpu, row):
     """Predicted time over the floor."""
     return seconds(gpu, row) / floor(gpu, row)
-
-
-def main():
-    for row in ROWS:
-        cells = [
-            f"{gpu.name} {1e3 * seconds(gpu, row):.3g} ms, {ratio(gpu, row):.2f}" for gpu in GPUS
-        ]
-        print(f"{row.title}, V = {row.V:,}, {row.active:,} rows: {'; '.join(cells)}")
-
-
-if __name__ == "__main__":
-    main()
