@@ -80,7 +80,7 @@ SLOW = {
 }
 SLOW = {name: options for name, options in SLOW.items() if name not in CASES}
 SEQUENCE_LEVEL = [f"{loss}-sequence-kl" for loss in ("bnpo", "dr_grpo", "sapo", "luspo")]
-OTHERS = ("vespo-kl", "vespo-on-policy", "vespo-shaped", "delta", "accumulated-bnpo", "fp32-head")
+OTHERS = ("vespo-kl", "vespo-on-policy", "fp32-head")
 SLOW |= {name: CASES.pop(name) for name in (*SEQUENCE_LEVEL, *OTHERS)}
 if RECENT:
     entropy = {
@@ -322,8 +322,7 @@ def test_wrapped_reference_model(folder, tmp_path, monkeypatch):
     assert not fused.warnings and calls and fused.trainer.ref_model is wrapped[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("losses", ["vespo", "grpo dapo"])
+@pytest.mark.parametrize("losses", ["vespo", pytest.param("grpo dapo", marks=pytest.mark.slow)])
 def test_two_ranks(folder, tmp_path, losses):
     """DDP averages gradients; metrics cover both ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
