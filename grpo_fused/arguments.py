@@ -7,9 +7,9 @@ import torch
 from grpo_fused import validation
 from grpo_fused.bundles import Scales, Tokens, TokenValues, TokenWeights, Weight
 from grpo_fused.checks import constant
-from grpo_fused.losses.weights import evaluate, is_number, rule_weight
+from grpo_fused.losses.weights import check_divisor, evaluate, is_number, rule_weight
 from grpo_fused.ops import BACKENDS
-from grpo_fused.sequences import Packed, Padded
+from grpo_fused.sequences import OverRanks, Packed, Padded
 
 
 class Layout(NamedTuple):
@@ -77,14 +77,16 @@ def lay_out(source, mask, advantages=None, options=None):
     return layout, source
 
 
-def make_sequences(layout, mask, implementation):
-    """`Padded` or `Packed` sequences."""
+def make_sequences(layout, mask, implementation, group=None):
+    """`Padded` or `Packed` sequences, with a group `OverRanks`."""
     mask = layout.per_token(mask)
     shape = (1, *layout.shape) if layout.is_row else layout.shape
     if layout.cu_seqlens is None:
-        return Padded(shape, mask, layout.device)
-    locate = BACKENDS["triton"].locate if implementation == "triton" else None
-    return Packed(shape, mask, layout.cu_seqlens, layout.device, locate)
+        sequences = Padded(shape, mask, layout.device)
+    else:
+        locate = BACKENDS["triton"].locate if implementation == "triton" else None
+        sequences = Packed(shape, mask, layout.cu_seqlens, layout.device, locate)
+    return sequences if group is None else OverRanks(sequences, group)
 
 
 def make_tokens(source, layout, sequences, temperature, advantages=None, options=None):
@@ -153,7 +155,13 @@ def make_values(layout, sequences, advantages, normalizer, options, corrects=Tru
         kl = Weight(0.0, 1.0, 1.0)
     entropy = None
     if isinstance(options.entropy_coef, torch.Tensor) or options.entropy_coef != 0:
-        items = 1.0 if normalizer is None else sequences.total
+        items = check_divisor(
+            "num_entropy_items_in_batch", options.num_entropy_items_in_batch, sequences, at_least=0
+        )
+        if normalizer is None:
+            items = 1.0
+        elif items is None:
+            items = sequences.total
         entropy = Weight(options.entropy_coef, items, 1.0)
     policy_mask = layout.value(options.policy_mask)
     return TokenValues(advantages, policy_mask, policy, kl, entropy), ratio
@@ -195,7 +203,7 @@ def weigh_and_broadcast(tokens, values, sequences, implementation, by_sequence=F
         not is_number(values.kl),
         values.entropy is not None and not is_number(values.entropy),
     )
-    packed = isinstance(sequences, Packed)
+    packed = isinstance(sequences.local, Packed)
     spread = values.advantages.dim() == 1 and (any(wanted) or packed or not by_sequence)
     outputs = TokenWeights(memory(spread), *map(memory, wanted))
     if spread or any(wanted):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_fused.checks import active_tokens, check_choice, check_cu_seqlens, check_tensor
-from grpo_fused.sequences import Packed, Padded
+from grpo_fused.collectives import check_group, reduce_over_ranks
+from grpo_fused.sequences import OverRanks, Packed, Padded
 
 LIMIT = 80.0  # exponents are clamped to +-80, as everywhere in the package
 LEVELS = ("token", "sequence")
@@ -30,6 +31,7 @@ def rollout_weights(
     cap: float | None = 3.0,
     floor: float | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """Importance weights of the old policy in the training engine relative to the sampling policy.
 
@@ -52,6 +54,7 @@ def rollout_weights(
         floor: lower bound in [0, cap); None = unbounded.
         cu_seqlens: (B + 1,) int32 or int64, for packed sequences: 0 and the end of each sequence;
             sequences may be empty.
+        sequence_group: the ranks that hold the tokens of the same sequences, as in `grpo_loss`.
 
     Returns:
         float32, for `importance_sampling_ratio`. Level "token": the shape of old_logps, 1 where
@@ -74,7 +77,7 @@ def rollout_weights(
     if floor is not None and not (_is_number(floor) and 0 <= floor < (cap or math.inf)):
         raise ValueError(f"floor must be None or in [0, cap), got {floor!r} with cap {cap!r}")
     sequences, (old_logps, sampling_logps) = _tokens(
-        mask, cu_seqlens, old_logps=old_logps, sampling_logps=sampling_logps
+        mask, cu_seqlens, sequence_group, old_logps=old_logps, sampling_logps=sampling_logps
     )
     difference = _difference(old_logps, sampling_logps)
     difference = sequences.sum(difference) if level == "sequence" else sequences.select(difference)
@@ -98,6 +101,7 @@ def off_policy_mask(
     *,
     threshold: float,
     cu_seqlens: Tensor | None = None,
+    sequence_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """Mask that drops off-policy sequences with a negative advantage.
 
@@ -114,7 +118,7 @@ def off_policy_mask(
             unknown.
         mask: of the shape of logps, nonzero = active; None = all active.
         threshold: number >= 0.
-        cu_seqlens: as in rollout_weights.
+        cu_seqlens, sequence_group: as in rollout_weights.
 
     Returns:
         bool, for `policy_mask`, True = keep: (B, 1) for advantages (B,), packed (B,); the shape of
@@ -131,7 +135,7 @@ def off_policy_mask(
         raise ValueError(f"threshold must be a number >= 0, got {threshold!r}")
     shape = tuple(logps.shape) if isinstance(logps, torch.Tensor) else None
     sequences, (logps, sampling_logps) = _tokens(
-        mask, cu_seqlens, logps=logps, sampling_logps=sampling_logps
+        mask, cu_seqlens, sequence_group, logps=logps, sampling_logps=sampling_logps
     )
     check_tensor("advantages", advantages)
     wanted = ((sequences.number,), shape)
@@ -184,16 +188,12 @@ def entropy_quantile_mask(
     """
     if not _is_number(share) or not 0 <= share <= 1:
         raise ValueError(f"share must be a number in [0, 1], got {share!r}")
-    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
-        raise ValueError(f"process_group must be a ProcessGroup or None, got {process_group!r}")
+    check_group("process_group", process_group)
     check_tensor("entropies", entropies)
     active = active_tokens(mask, entropies)
 
     def over_ranks(number, op="SUM"):
-        if process_group is not None:
-            op = getattr(torch.distributed.ReduceOp, op)
-            torch.distributed.all_reduce(number, op=op, group=process_group)
-        return number
+        return number if process_group is None else reduce_over_ranks(number, process_group, op)
 
     entropies = entropies.float()
     # Integers in the order of the floats; masked tokens, NaN and one padding key come last.
@@ -224,7 +224,7 @@ def _swap_order(bits):
     return bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)
 
 
-def _tokens(mask, cu_seqlens, **tensors):
+def _tokens(mask, cu_seqlens, group, **tensors):
     """(sequences, tensors) after checks; tensors are (B, T), packed (1, N)."""
     shape = device = None
     for name, tensor in tensors.items():
@@ -236,12 +236,15 @@ def _tokens(mask, cu_seqlens, **tensors):
             raise ValueError(f"{name} must have shape {layout}, got {shape}{remedy}")
     if mask is not None:
         check_tensor("mask", mask, shape, device)
+    check_group("sequence_group", group)
+    tensors = list(tensors.values())
     if cu_seqlens is None:
-        return Padded(shape, mask, device), list(tensors.values())
-    check_cu_seqlens(cu_seqlens, *shape, device)
-    tensors = [tensor[None] for tensor in tensors.values()]
-    mask = None if mask is None else mask[None]
-    return Packed((1, *shape), mask, cu_seqlens), tensors
+        sequences = Padded(shape, mask, device)
+    else:
+        check_cu_seqlens(cu_seqlens, *shape, device)
+        tensors = [tensor[None] for tensor in tensors]
+        sequences = Packed((1, *shape), None if mask is None else mask[None], cu_seqlens)
+    return sequences if group is None else OverRanks(sequences, group), tensors
 
 
 def _difference(logps, sampling_logps):

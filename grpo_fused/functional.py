@@ -21,7 +21,7 @@ from grpo_fused.options import (
     resolve,
     with_options,
 )
-from grpo_fused.parallel import find_shards
+from grpo_fused.parallel import find_head_shards, find_shards, is_dtensor
 
 LogProbabilities = tuple[Tensor, Tensor | None]
 
@@ -82,13 +82,19 @@ def grpo_loss(
         temperature: number or 0-d tensor > 0, or one per sequence (B,) or token (B, T).
         logit_softcap, logit_scale: number or 0-d tensor > 0: logits become
             softcap tanh(scale logits / softcap), or scale logits without a softcap.
-        entropy_coef: number or 0-d tensor, coefficient of the entropy bonus: the mean over the
-            active tokens of this call, whatever the normalizer. When accumulating gradients, pass
-            entropy_coef / steps.
+        entropy_coef: number or 0-d tensor, coefficient of the entropy bonus, a mean over active
+            tokens, whatever the normalizer.
         compute_entropy: whether entropies and their mean are computed; they cost nothing when not.
         num_items_in_batch, num_sequences_in_batch, max_completion_length: global divisors, see
             `token_weights`.
+        num_entropy_items_in_batch: number or 0-d tensor, divisor of the entropy bonus, as
+            num_items_in_batch is that of token-mean; None = the active tokens of this call.
         cu_seqlens: (B + 1,) int32 or int64, for packed sequences: their first tokens, and N.
+        sequence_group: a torch.distributed group whose ranks hold the tokens of the same B
+            sequences (context parallelism), in any order; ids are the targets of a rank's own rows.
+            The losses and sums of the ranks add up to those of whole sequences, and gradients are
+            those of this total. Ranks exchange (B,) numbers, and only where a mean or a ratio
+            spans a sequence. None = a rank holds whole sequences.
         grad_scale: number or 0-d tensor != 0, the upstream gradient expected in backward (of a
             loss scaler, or 1 / accumulation steps). A gradient computed in forward contains it, the
             loss does not; another upstream gradient costs one more pass.
@@ -165,7 +171,10 @@ def linear_grpo_loss(
             keeps it; weight.grad stays as it is.
         reduce_hidden_grad: with a vocab_parallel_group, of which every rank holds rows of weight
             and bias and the same hidden states: whether the gradient of hidden is summed over the
-            ranks; False if the layer before does it. With a group logits are computed twice.
+            ranks; False if the layer before does it. Ranks exchange statistics once a chunk,
+            during the matmul of the next one, for which chunk_bytes holds two chunks; chunks need
+            the sizes of all shards, one exchange more if only vocab_start is given. A weight on a
+            DeviceMesh ("tp",), as transformers shards it, brings its group.
 
     Under autocast the matmuls run in its dtype, as those of a linear layer do.
 
@@ -173,7 +182,8 @@ def linear_grpo_loss(
         LossOutput, as `grpo_loss`.
 
     Raises:
-        ValueError: as `grpo_loss`; a weight, bias or main_grad that does not fit; a DTensor weight.
+        ValueError: as `grpo_loss`; a weight, bias or main_grad that does not fit; a DTensor weight
+            of which it is not known whether its vocabulary is parallel or FSDP has sharded it.
         RuntimeError: a second backward where gradients were computed in forward;
             create_graph=True; a weight whose memory was freed before a backward that needs it.
 
@@ -182,14 +192,14 @@ def linear_grpo_loss(
         loss = linear_grpo_loss(hidden, model.lm_head.weight, ids, mask, advantages).loss
     """
     resolved = resolve(ResolvedLossOptions, "linear_grpo_loss", options)
-    how = (
-        chunk_bytes,
-        upcast,
-        main_grad,
-        False,
-        _head_shards(weight, reduce_hidden_grad, resolved),
+    source = HeadInput(
+        hidden,
+        **_local_head(weight, bias, resolved, reduce_hidden_grad),
+        ids=completion_ids,
+        chunk_bytes=chunk_bytes,
+        upcast=upcast,
+        main_grad=main_grad,
     )
-    source = HeadInput(hidden, weight, bias, completion_ids, "completion_ids", *how)
     return compute_loss(source, completion_mask, advantages, resolved)
 
 
@@ -330,9 +340,16 @@ def linear_selective_log_softmax(
         RuntimeError: as there; a second backward with save_logits.
     """
     resolved = resolve(ResolvedSoftmaxOptions, "linear_selective_log_softmax", options)
-    shards = _head_shards(weight, reduce_hidden_grad, resolved)
-    how = (chunk_bytes, upcast, main_grad, save_logits, shards)
-    source = HeadInput(hidden, weight, bias, ids, "ids", *how)
+    source = HeadInput(
+        hidden,
+        **_local_head(weight, bias, resolved, reduce_hidden_grad),
+        ids=ids,
+        ids_name="ids",
+        chunk_bytes=chunk_bytes,
+        upcast=upcast,
+        main_grad=main_grad,
+        save_logits=save_logits,
+    )
     return _log_probabilities(source, mask, resolved)
 
 
@@ -353,14 +370,14 @@ def _shards(logits, options):
     return find_shards("logits", logits, -1, group, start)
 
 
-def _head_shards(weight, reduce_hidden_grad, options):
-    group, start = options.vocab_parallel_group, options.vocab_start
-    if group is None and start is None:  # a DTensor may be sharded over data-parallel ranks
-        return None
-    validation.check_floats("weight", weight)
-    validation.check_not_sharded("weight", weight)
-    _, shards = find_shards("weight", weight, 0, group, start)
-    return shards._replace(reduces=bool(reduce_hidden_grad))
+def _local_head(weight, bias, options, reduce_hidden_grad):
+    """Fields of `HeadInput`: this rank's rows of the head, and where they lie."""
+    group, start, shards = options.vocab_parallel_group, options.vocab_start, None
+    if group is not None or start is not None or is_dtensor(weight) or is_dtensor(bias):
+        validation.check_floats("weight", weight)
+        weight, bias, shards = find_head_shards(weight, bias, group, start)
+        shards = shards._replace(reduces=bool(reduce_hidden_grad))
+    return {"weight": weight, "bias": bias, "shards": shards}
 
 
 def _check_bounds(bounds):

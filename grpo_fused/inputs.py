@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_fused import validation
 from grpo_fused.autograd.head import LinearLogProb, LinearLoss, run_linear_logprob
-from grpo_fused.autograd.head_losses import SequenceLosses, TokenLosses
+from grpo_fused.autograd.head_losses import LogpsLosses, TokenLosses
 from grpo_fused.autograd.logits import FusedLoss, LogProb, run_fused_loss, run_logprob
 from grpo_fused.bundles import Chunking, Gradients, Head, LossResults
 from grpo_fused.head.chunks import chunk_limit, logits_bytes
@@ -21,7 +21,7 @@ from grpo_fused.head.order import (
     tokens_with_gradient,
 )
 from grpo_fused.losses.on_logps import loss_on_logps
-from grpo_fused.parallel import Shards
+from grpo_fused.parallel import Shards, largest_shard
 
 # Logits of a chunk. On a GPU long enough for its matmuls to be bound by arithmetic and for few
 # updates of dW; on a CPU about the size of its caches, but no fewer rows than a fast matmul needs.
@@ -164,10 +164,8 @@ class HeadInput:
         Args:
             order: of the tokens; None: active ones as they come.
         """
-        chunking = self._chunking(order_tokens(sequences) if order is None else order)
-        tokens = tokens.of_softmax()
-        if self.shards is not None:
-            tokens = tokens._replace(ids=tokens.ids - self.shards.start)
+        chunking = self._chunking(order_tokens(sequences.local) if order is None else order)
+        tokens = self._in_shard(tokens.of_softmax())
         arguments = (tokens, scales, chunking, entropy, backend, self.save_logits, self.shards)
         if self.wants_gradient():
             inputs = (self.tensor, self.weight, self.bias, self.main_grad)
@@ -176,40 +174,69 @@ class HeadInput:
 
     def token_loss(self, tokens, scales, formula, entropy, backend, sequences):
         """LossResults of a token-level loss."""
+        sequences = sequences.local
         chunking = self._chunking(order_tokens(sequences, tokens_with_gradient(tokens, sequences)))
         return self._run(TokenLosses(tokens, scales, formula, entropy, backend, chunking))
 
     def logps_loss(self, tokens, scales, formula, entropy, backend, sequences, grad_scale):
         """LossResults of a loss on log-probabilities.
 
-        Where the longest sequence fits a chunk, the gradient is computed with the loss. Otherwise,
-        or if the upstream gradient is not known, the logits are computed twice.
+        Where a chunk has all that the gradient of its tokens depends on, the gradient is computed
+        with the loss: of token-level losses in every chunk, of sequence-level ones if the longest
+        sequence fits a chunk. Otherwise the logits are computed twice.
         """
-        wanted = tokens_with_gradient(tokens, sequences, formula.couples_tokens)
-        known = formula.reduction == "sum" and grad_scale is not None and self.shards is None
+        couples, local = formula.couples_tokens, sequences.local
+        over_ranks = couples and sequences.group is not None
+        # Over ranks, tokens of others decide whether a token here has a gradient.
+        wanted = None if over_ranks else tokens_with_gradient(tokens, local, couples)
+        known = formula.reduction == "sum" and grad_scale is not None and not over_ranks
+        losses = None
         if known and not torch.compiler.is_compiling():  # autograd does not run inside of an op
-            order, by_sequence = order_sequences(sequences, wanted)
-            chunking = self._chunking(order)
-            limit = chunk_limit(len(self.weight), self.dtype, chunking.chunk_bytes)
-            groups = group_sequences(by_sequence.on_host, limit)
-            rows = tokens.ids.numel() if order.counts is None else int(order.counts[1])
-            # On a device wrong cu_seqlens may end before the tokens do: see `sequences.Packed`.
-            complete = sum(by_sequence.on_host) == rows
-            if groups is not None and complete:
-                arguments = (tokens, scales, formula, entropy, backend, chunking)
-                how = (sequences, grad_scale, by_sequence, groups)
-                return self._run(SequenceLosses(*arguments, *how))
-        else:
-            order = order_tokens(sequences, wanted)
-        arguments = (tokens, scales, entropy, backend, sequences, order)
+            arguments = (tokens, scales, formula, entropy, backend, sequences, grad_scale)
+            losses = self._chunked_losses(arguments, wanted)
+        if losses is not None:
+            return self._run(losses)
+        arguments = (tokens, scales, entropy, backend, sequences, order_tokens(local, wanted))
         logps, entropies = self.log_probabilities(*arguments)
         results = loss_on_logps(logps, entropies, tokens, formula, sequences)
         return LossResults(*results, logps, entropies)
 
-    def _chunking(self, order):
-        chunk_bytes = self.chunk_bytes
+    def _chunked_losses(self, arguments, wanted):
+        """`LogpsLosses`, or None: a sequence does not fit a chunk."""
+        tokens, _, formula, _, _, sequences, _ = arguments
+        losses = LogpsLosses(*arguments, self.shards)
+        losses = losses._replace(tokens=self._in_shard(tokens))
+        local, V = sequences.local, None
+        if self.shards is not None:  # the ranks exchange chunks of the same tokens
+            V = largest_shard(self.shards, len(self.weight), self.tensor.device)
+        if not formula.couples_tokens:
+            chunking = self._chunking(order_tokens(local, wanted), V, losses.depth)
+            return losses._replace(chunking=chunking)
+        order, by_sequence = order_sequences(local, wanted)
+        chunking = self._chunking(order, V, losses.depth)
+        limit = chunk_limit(len(self.weight), self.dtype, chunking.chunk_bytes)
+        groups = group_sequences(by_sequence.on_host, limit)
+        rows = tokens.ids.numel() if order.counts is None else int(order.counts[1])
+        # On a device wrong cu_seqlens may end before the tokens do: see `sequences.Packed`.
+        if groups is None or sum(by_sequence.on_host) != rows:
+            return None
+        return losses._replace(chunking=chunking, by_sequence=by_sequence, groups=groups)
+
+    def _in_shard(self, tokens):
+        """Tokens with ids relative to the first column of this rank."""
+        if self.shards is None:
+            return tokens
+        return tokens._replace(ids=tokens.ids - self.shards.start)
+
+    def _chunking(self, order, V=None, depth=1):
+        """`Chunking` for `depth` chunks at a time, of as many rows as fit with V columns."""
+        own = len(self.weight)
+        V, chunk_bytes = own if V is None else V, self.chunk_bytes
         if chunk_bytes is None:
-            chunk_bytes = default_chunk_bytes(self.tensor.device, len(self.weight), self.dtype)
+            chunk_bytes = default_chunk_bytes(self.tensor.device, V, self.dtype)
+        if V != own or depth > 1:
+            rows = chunk_limit(V, self.dtype, chunk_bytes // depth)
+            chunk_bytes = logits_bytes(rows, own, self.dtype)
         return Chunking(self.dtype, *order, chunk_bytes)
 
     def _head(self):

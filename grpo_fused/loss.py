@@ -8,6 +8,7 @@ from torch import Tensor
 from grpo_fused import arguments, validation
 from grpo_fused.bundles import Formula, Scales
 from grpo_fused.checks import check_choice, constant
+from grpo_fused.collectives import check_group
 from grpo_fused.losses.metrics import as_dict
 from grpo_fused.losses.on_logps import LogpsFormula
 from grpo_fused.losses.table import LOSSES
@@ -24,7 +25,7 @@ class LossOutput(NamedTuple):
             over active tokens; those of sequence-level ratios (level "sequence", advantages (B,))
             over sequences.
         sums: (8,) float32, see `grpo_fused.losses.metrics`, for exact means over ranks and
-            micro-batches.
+            micro-batches. The first rank of a sequence_group counts ratios of sequences.
         logps: (B, T) float32, 0 where masked.
         entropies: (B, T) float32, 0 where masked; None if they were not computed.
         Tokens of a packed batch are (N,) instead of (B, T).
@@ -58,7 +59,8 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
     if not of_logps:
         backend = validation.choose_implementation(options.implementation, source.tensor.device)
     layout, source = arguments.lay_out(source, mask, advantages, options)
-    sequences = arguments.make_sequences(layout, mask, backend)
+    check_group("sequence_group", options.sequence_group)
+    sequences = arguments.make_sequences(layout, mask, backend, options.sequence_group)
     temperature = 1.0 if of_logps else options.temperature
     tokens = arguments.make_tokens(source, layout, sequences, temperature, advantages, options)
     scales, grad_scale = Scales(), 1.0

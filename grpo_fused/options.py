@@ -4,6 +4,7 @@ Functions take them as `**options: Unpack[...]`, so type checkers and editors kn
 `with_options` shows them in `help()` and `inspect.signature`. `grpo_loss` documents them.
 """
 
+import functools
 import inspect
 from collections import namedtuple
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from grpo_fused import agreement
 from grpo_fused.bundles import Number
 from grpo_fused.checks import nearest
 from grpo_fused.losses.objectives import Objective
@@ -38,9 +40,11 @@ class FamilyOptions(TypedDict, total=False):
     use_bias_correction_kl: Annotated[bool, False]
     entropy_coef: Annotated[Number, 0.0]
     num_items_in_batch: Annotated[Number | None, None]
+    num_entropy_items_in_batch: Annotated[Number | None, None]
     num_sequences_in_batch: Annotated[Number | None, None]
     max_completion_length: Annotated[Number | None, None]
     cu_seqlens: Annotated[Tensor | None, None]
+    sequence_group: Annotated["torch.distributed.ProcessGroup | None", None]
 
 
 class SoftmaxOptions(TypedDict, total=False):
@@ -92,7 +96,11 @@ ResolvedSoftmaxOptions = _resolved(SoftmaxOptions)
 
 
 def with_options(declared: type) -> Callable[[F], F]:
-    """Decorator: show the declared keywords in the signature in the place of `**options`."""
+    """Decorator of public functions.
+
+    Shows the declared keywords in the signature in the place of `**options`, and lets ranks compare
+    their arguments where `agreement` is enabled.
+    """
     hints, defaults = get_type_hints(declared), _defaults(declared)
     keywords = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
@@ -102,7 +110,17 @@ def with_options(declared: type) -> Callable[[F], F]:
     def decorate(function):
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        function.__signature__ = signature.replace(parameters=[*own, *keywords])
-        return function
+        signature = signature.replace(parameters=[*own, *keywords])
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if agreement.ENABLED:
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                agreement.check_agreement(function.__name__, bound.arguments)
+            return function(*args, **kwargs)
+
+        call.__signature__ = signature
+        return call
 
     return decorate

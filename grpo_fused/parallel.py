@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo_fused import checks
 from grpo_fused.bundles import Statistics
+from grpo_fused.collectives import check_group, gather, reduce_over_ranks, start_gather
 from grpo_fused.torch_backend.rows import LN2, LOG2E, sharpness
 
 
@@ -22,12 +23,14 @@ class Shards(NamedTuple):
         group: the ranks that hold one vocabulary, in the order of their columns.
         start: the first column of this rank.
         size: columns of all ranks; None = not known without an exchange.
+        largest: columns of the rank that has most of them; None as for size.
         reduces: whether gradients of hidden states are summed over the ranks.
     """
 
     group: "torch.distributed.ProcessGroup"
     start: int
-    size: int | None
+    size: int | None = None
+    largest: int | None = None
     reduces: bool = True
 
 
@@ -40,30 +43,62 @@ def find_shards(name, tensor, dimension, group, vocab_start):
         group, vocab_start: as `selective_log_softmax`.
 
     Raises:
-        ValueError: a DTensor that is not sharded over the vocabulary alone, or given with a group;
-            a group or vocab_start of the wrong kind.
+        ValueError: a DTensor that is not sharded over the vocabulary alone, or over other ranks
+            than those of the group; a group or vocab_start of the wrong kind.
     """
-    placed = _is_dtensor(tensor)
+    check_group("vocab_parallel_group", group)
+    placed = is_dtensor(tensor)
     if group is None and not placed:
         if vocab_start is not None:
             raise ValueError("vocab_start requires vocab_parallel_group, got None")
         return tensor, None
     if placed:
-        if group is not None:
-            raise ValueError(
-                f"vocab_parallel_group must be None if {name} is a DTensor: it has one"
-            )
-        return _of_dtensor(name, tensor, dimension % tensor.dim())
-    if not isinstance(group, torch.distributed.ProcessGroup):
-        raise ValueError(f"vocab_parallel_group must be a ProcessGroup or None, got {group!r}")
+        if vocab_start is not None:
+            raise ValueError(f"vocab_start must be None if {name} is a DTensor: it knows its own")
+        return _of_dtensor(name, tensor, dimension % tensor.dim(), group)
     if vocab_start is None:
-        return tensor, _exchange_sizes(tensor, dimension, group)
+        return tensor, _exchange_sizes(group, tensor.shape[dimension], tensor.device)
     if isinstance(vocab_start, bool) or not isinstance(vocab_start, int) or vocab_start < 0:
         raise ValueError(f"vocab_start must be a nonnegative integer or None, got {vocab_start!r}")
-    return tensor, Shards(group, vocab_start, None)
+    return tensor, Shards(group, vocab_start)
 
 
-def _is_dtensor(tensor):
+def find_head_shards(weight, bias, group, vocab_start):
+    """(weight, bias, `Shards`) of an LM head that is sharded, both local to this rank.
+
+    A weight sharded over the vocabulary looks like one that FSDP has sharded over data-parallel
+    ranks, so only a mesh dimension named "tp", or the group, says which it is.
+
+    Raises:
+        ValueError: as `find_shards`; a DTensor that may be sharded over data-parallel ranks; a
+            weight or bias on other ranks than the other.
+    """
+    if is_dtensor(weight) and group is None and not is_vocab_parallel(weight):
+        raise ValueError(
+            f"weight is a DTensor {list(weight.placements)} on the mesh "
+            f"{weight.device_mesh.mesh_dim_names}: only [Shard(0)] on ('tp',) says that its "
+            "vocabulary is parallel; of other tensor-parallel ranks pass their "
+            "vocab_parallel_group; sharded by FSDP, call the function within the forward of the "
+            "module that owns it, where FSDP has gathered it, or pass full_tensor() with "
+            'grad_placements=[Partial("avg")]'
+        )
+    if is_dtensor(bias):
+        if not is_dtensor(weight) or bias.device_mesh != weight.device_mesh:
+            raise ValueError("bias is a DTensor, weight is not, or it is on other ranks")
+        bias = _of_dtensor("bias", bias, 0, group)[0]
+    weight, shards = find_shards("weight", weight, 0, group, vocab_start)
+    return weight, bias, shards
+
+
+def is_vocab_parallel(weight):
+    """Whether a DTensor weight (V, H) says by itself that its vocabulary is parallel."""
+    from torch.distributed.tensor import Shard
+
+    named = weight.device_mesh.mesh_dim_names == ("tp",)
+    return named and weight.placements in ((Shard(0),), (Shard(-2),))
+
+
+def is_dtensor(tensor):
     if type(tensor) in (Tensor, torch.nn.Parameter) or not isinstance(tensor, Tensor):
         return False
     from torch.distributed.tensor import DTensor
@@ -71,7 +106,13 @@ def _is_dtensor(tensor):
     return isinstance(tensor, DTensor)
 
 
-def _of_dtensor(name, tensor, dimension):
+def dtensor_group(tensor):
+    """The ranks of the one mesh dimension over which a DTensor is sharded, or None."""
+    sharded = [i for i, p in enumerate(tensor.placements) if p.is_shard()]
+    return tensor.device_mesh.get_group(sharded[0]) if len(sharded) == 1 else None
+
+
+def _of_dtensor(name, tensor, dimension, group):
     from torch.distributed.tensor import Replicate, Shard
 
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -83,41 +124,60 @@ def _of_dtensor(name, tensor, dimension):
             f"replicated over other dimensions of its mesh, got {list(placements)}: "
             "redistribute() it"
         )
-    group, size = mesh.get_group(sharded[0]), tensor.shape[dimension]
-    share = math.ceil(size / group.size())  # of all ranks but the last, as torch.chunk cuts
-    return tensor.to_local(), Shards(group, min(share * group.rank(), size), size)
+    own, size = mesh.get_group(sharded[0]), tensor.shape[dimension]
+    if group is not None and ranks_of(group) != ranks_of(own):
+        raise ValueError(
+            f"vocab_parallel_group must have the ranks of {name}, {ranks_of(own)}, "
+            f"got {ranks_of(group)}"
+        )
+    share = math.ceil(size / own.size())  # of all ranks but the last, as torch.chunk cuts
+    return tensor.to_local(), Shards(own, min(share * own.rank(), size), size, share)
 
 
-def _gather(tensor, group):
-    """The tensors of all ranks, one behind the other in the first dimension."""
-    dist = torch.distributed
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch < 2.13
-    gathered = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
-    gather(gathered, tensor, group=group)
-    return gathered
+def ranks_of(group):
+    return torch.distributed.get_process_group_ranks(group)
 
 
-def _exchange_sizes(tensor, dimension, group):
-    size = torch.tensor([tensor.shape[dimension]], device=tensor.device)
-    sizes = _gather(size, group).tolist()
-    return Shards(group, sum(sizes[: group.rank()]), sum(sizes))
+def _exchange_sizes(group, size, device):
+    sizes = gather(torch.tensor([size], device=device), group).tolist()
+    return Shards(group, sum(sizes[: group.rank()]), sum(sizes), max(sizes))
 
 
-def merge(shards, local, tokens, scales, backend):
+def largest_shard(shards, size, device):
+    """Columns of the rank that has most of them, by an exchange if the shards do not tell.
+
+    Args:
+        size: columns of this rank.
+    """
+    if shards.largest is not None:
+        return shards.largest
+    return _exchange_sizes(shards.group, size, device).largest
+
+
+def exchange_statistics(shards, local):
+    """Start the exchange of `Statistics` (B, T) of the columns of this rank, for `merge`.
+
+    Args:
+        local: written by `logprob_fwd` with `shard`: in the place of log-probabilities log(2^z) of
+            the target, NaN if its column is elsewhere, in the place of entropies the sums of
+            2^z z; z is relative to the maxima.
+    """
+    parts = torch.stack([part for part in local if part is not None])
+    pending = start_gather(parts, shards.group)
+    return pending._replace(gathered=pending.gathered.unflatten(0, (-1, len(parts))))
+
+
+def merge(exchange, tokens, scales, backend):
     """`Statistics` (B, T) of whole rows, from those of the columns of every rank.
 
     Args:
-        local: `Statistics` of this rank, written by `logprob_fwd` with `shard`: in the place of
-            log-probabilities log(2^z) of the target, NaN if its column is elsewhere, in the place
-            of entropies the sums of 2^z z; z is relative to the maxima.
+        exchange: of `exchange_statistics`.
         tokens, scales, backend: those of the rows.
 
     Raises:
         ValueError: on the CPU, an active target that no rank has.
     """
-    parts = torch.stack([part for part in local if part is not None])
-    gathered = _gather(parts, shards.group).unflatten(0, (-1, len(parts)))
-    targets, *weighted, maxima, totals = gathered.unbind(1)
+    targets, *weighted, maxima, totals = exchange.wait().unbind(1)
     maximum = maxima.amax(0)  # NaN if one is
     # Of the torch backend, maxima are logits; of the kernels, exponents of 2.
     unit = sharpness(tokens.temperature, scales) * LOG2E if backend == "torch" else 1.0
@@ -141,10 +201,10 @@ def merge(shards, local, tokens, scales, backend):
     return Statistics(logp, entropy, maximum, total)
 
 
-def sum_over_ranks(shards, dhidden):
+def reduce_hidden_grad(shards, dhidden):
     """Sum the gradients of hidden states, to which every rank's columns add, in place."""
     if shards.reduces:
-        torch.distributed.all_reduce(dhidden, group=shards.group)
+        reduce_over_ranks(dhidden, shards.group)
 
 
 def _check_known(known, tokens):

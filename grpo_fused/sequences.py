@@ -6,6 +6,8 @@ by torch.where, never multiplied by 0, which would turn inf into NaN.
 
 import torch
 
+from grpo_fused.collectives import sum_over_ranks
+
 
 class once:
     """A cached property. functools.cached_property takes a lock, which Dynamo cannot trace."""
@@ -34,13 +36,21 @@ class Padded:
         tokens: B T, active or not.
         counts: number of active tokens per sequence: (B,), or a float if all tokens are active.
         total: number of active tokens: a 0-d tensor, or a float if all tokens are active.
+        group: None, the ranks that share the sequences: see `OverRanks`.
+        local: the tokens of this rank as sequences of their own.
     """
+
+    group = None
 
     def __init__(self, shape, mask, device=None):
         self.active = None if mask is None else _as_bool(mask)
         self.shape = self.number, self.length = tuple(shape)
         self.tokens = self.number * self.length
         self.device = mask.device if device is None else device
+
+    @property
+    def local(self):
+        return self
 
     @once
     def counts(self):
@@ -138,6 +148,47 @@ class Packed(Padded):
         if self.number == 0:
             return values[0, :0]
         return torch.segment_reduce(values[0], "sum", offsets=self.offsets, unsafe=True)
+
+
+class OverRanks:
+    """Sequences whose tokens lie on several ranks, every one of which has some of each.
+
+    Values per token are those of this rank; sums, means and counts are those of whole sequences,
+    each with an exchange of one number a sequence.
+
+    Args:
+        local: `Padded` or `Packed` tokens of this rank; all ranks have the same sequences, in the
+            same order.
+        group: the ranks, a torch.distributed group.
+    """
+
+    def __init__(self, local, group):
+        self.local, self.group = local, group
+
+    def __getattr__(self, name):
+        return getattr(self.local, name)
+
+    @once
+    def counts(self):
+        counts = self.local.counts
+        if not isinstance(counts, torch.Tensor):
+            counts = torch.full((self.local.number,), counts, device=self.local.device)
+        return sum_over_ranks(counts, self.group)
+
+    @once
+    def total(self):
+        return self.counts.sum()
+
+    def padded_length(self):
+        raise ValueError(
+            "max_completion_length is required with sequence_group and seq-mean-token-sum-norm: "
+            "a rank does not know the length of the others' tokens, got None"
+        )
+
+    def sum(self, values):
+        return sum_over_ranks(self.local.sum(values), self.group)
+
+    mean = Padded.mean
 
 
 def _as_bool(mask):

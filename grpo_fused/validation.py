@@ -16,6 +16,7 @@ from grpo_fused.kernels.objective import HAS_TRITON
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.objectives import LEVELS, Objective
 from grpo_fused.losses.weights import RULES
+from grpo_fused.parallel import is_dtensor
 
 if HAS_TRITON:
     import grpo_fused.kernels.launch as launch
@@ -123,7 +124,8 @@ def check_head(source):
     """Check shapes, dtypes and devices of the weight, bias and main_grad of a `HeadInput`."""
     weight, bias, main_grad = source.weight, source.bias, source.main_grad
     check_floats("weight", weight)
-    check_not_sharded("weight", weight)
+    if is_dtensor(source.tensor):
+        raise ValueError("hidden is a DTensor: pass to_local() of what every rank holds in full")
     H = source.tensor.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != H or weight.shape[0] == 0:
         raise ValueError(
@@ -155,20 +157,6 @@ def check_head(source):
         )
     if torch.is_grad_enabled() and not weight.requires_grad:
         raise ValueError("main_grad requires a weight with requires_grad=True")
-
-
-def check_not_sharded(name, tensor):
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-        return
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(tensor, DTensor):
-        raise ValueError(
-            f"{name} is a DTensor sharded over ranks: call the function within the forward of the "
-            "module that owns it, where FSDP has gathered it, or pass full_tensor() with "
-            'grad_placements=[Partial("avg")]; of tensor-parallel ranks pass to_local() and their '
-            "vocab_parallel_group"
-        )
 
 
 def check_tokens(source, layout, tensors):

@@ -6,7 +6,7 @@ from grpo_fused.autograd.common import first_order, make_statistics, save, saved
 from grpo_fused.bundles import Derivatives, Gradients, Head, Scales, Statistics, Tokens
 from grpo_fused.head.chunks import chunk_limit, logits_memory
 from grpo_fused.ops import BACKENDS
-from grpo_fused.parallel import merge, sum_over_ranks
+from grpo_fused.parallel import exchange_statistics, merge, reduce_hidden_grad
 from grpo_fused.torch_backend.pages import allocate
 
 
@@ -96,7 +96,7 @@ def run_linear_logprob(
         in_dtype(head, chunking), chunking, tokens, scales, statistics, logits, sharded
     )
     if sharded:
-        statistics = merge(shards, statistics, tokens, scales, backend)
+        statistics = merge(exchange_statistics(shards, statistics), tokens, scales, backend)
     return statistics, logits
 
 
@@ -161,7 +161,7 @@ class LinearLogProb(torch.autograd.Function):
         if accumulate:
             gradients = gradients._replace(weight=None)
         if gradients.hidden is not None and ctx.shards is not None:
-            sum_over_ranks(ctx.shards, gradients.hidden)
+            reduce_hidden_grad(ctx.shards, gradients.hidden)
         return *cast_gradients(gradients, head), *(None,) * 8
 
 

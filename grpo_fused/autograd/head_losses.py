@@ -1,9 +1,10 @@
-"""Losses over an LM head in three matmuls: per token, or per sequence with whole sequences a chunk.
+"""Losses over an LM head in three matmuls: in one launch a chunk, or on log-probabilities.
 
 Both hold what `autograd.head.LinearLoss` needs: tokens, chunking, backend, the upstream gradient
 that is folded in, and `run`.
 """
 
+from collections import deque
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -20,12 +21,15 @@ from grpo_fused.bundles import (
     LossResults,
     Number,
     Scales,
+    Statistics,
     Tokens,
 )
+from grpo_fused.collectives import Pending
 from grpo_fused.head.chunks import ChunkedHead, slice_tokens
 from grpo_fused.head.order import SequenceOrder
 from grpo_fused.losses.on_logps import LogpsFormula, loss_on_logps
 from grpo_fused.ops import BACKENDS
+from grpo_fused.parallel import Shards, exchange_statistics, merge, reduce_hidden_grad
 from grpo_fused.sequences import Packed, Padded
 
 
@@ -53,10 +57,25 @@ class TokenLosses(NamedTuple):
         return reduce(launchers, outputs, self.tokens.active)
 
 
-class SequenceLosses(NamedTuple):
-    """A loss on the log-probabilities of whole sequences, a few sequences per chunk.
+class Chunk(NamedTuple):
+    """A chunk whose log-probabilities are under way."""
 
-    A chunk holds whole sequences, so that the gradient is known while their logits still exist.
+    start: int  # of packed tokens [start, stop) those before middle have a gradient
+    middle: int
+    stop: int
+    states: Tensor  # (n, H)
+    logits: Tensor  # (n, V)
+    tokens: Tokens
+    sequences: Padded
+    found: Statistics
+    exchange: Pending | None  # of the statistics, over the ranks of a sharded vocabulary
+
+
+class LogpsLosses(NamedTuple):
+    """A loss on log-probabilities, whose gradient is known while the logits of a chunk exist.
+
+    A chunk holds any tokens, or whole sequences where a loss couples their tokens. Over a sharded
+    vocabulary the ranks exchange statistics once a chunk, during the matmul of the next one.
     """
 
     tokens: Tokens
@@ -64,11 +83,17 @@ class SequenceLosses(NamedTuple):
     formula: LogpsFormula
     entropy: bool
     backend: str
-    chunking: Chunking
     sequences: Padded
     upstream: Number
-    by_sequence: SequenceOrder
-    groups: list[tuple[int, int]]  # [first, last) sequences of every chunk
+    shards: Shards | None = None
+    chunking: Chunking | None = None
+    by_sequence: SequenceOrder | None = None
+    groups: list[tuple[int, int]] | None = None  # [first, last) sequences of every chunk
+
+    @property
+    def depth(self):
+        """Chunks whose logits exist at a time."""
+        return 1 if self.shards is None else 2
 
     def run(self, head, gradients):
         """LossResults; writes into Gradients."""
@@ -77,24 +102,19 @@ class SequenceLosses(NamedTuple):
         chunked = ChunkedHead(head, self.chunking, self.tokens.ids, gradients, packs=True)
         results = make_statistics(shape, self.entropy, False, like)
         packed = chunked.pack_outputs(results)
-        starts = [0, *accumulate(self.by_sequence.on_host)]
-        ends = [starts[last] for _, last in self.groups]
-        groups = [group for group in self.groups if starts[group[0]] < starts[group[1]]]
-        longest = max((starts[last] - starts[first] for first, last in groups), default=0)
-        memory = chunked.memory(longest)
-        tokens = self._packed_tokens(chunked)
-        for group, (start, middle, stop) in zip(groups, chunked.chunks(ends), strict=True):
-            states = chunked.states(start, stop)
-            logits = chunked.logits(states, memory[: stop - start])
-            part, sequences = self._part(tokens, group, start, stop)
-            n = middle - start if chunked.wants_gradient else 0
-            found = self._chunk(logits, part, sequences, n)
-            for target, values in zip(packed, found, strict=True):
-                if target is not None:
-                    target[:, start:stop] = values
-            if n:
-                chunked.backward(start, middle, states[:n], logits[:n])
+        tokens, chunks = self._packed_tokens(chunked), list(self._chunks(chunked))
+        rows = max((stop - start for start, _, stop, _ in chunks), default=0)
+        memory = [chunked.memory(rows) for _ in chunks[: self.depth]]
+        pending = deque()
+        for k, place in enumerate(chunks):
+            pending.append(self._start(chunked, tokens, *place, memory[k % self.depth]))
+            if len(pending) == self.depth:
+                self._finish(chunked, pending.popleft(), packed)
+        for chunk in pending:
+            self._finish(chunked, chunk, packed)
         chunked.unpack_outputs(results, packed)
+        if self.shards is not None and gradients.hidden is not None:
+            reduce_hidden_grad(self.shards, gradients.hidden)
         logps, entropies = results[:2]
         with torch.no_grad():
             loss, sums, metrics = loss_on_logps(
@@ -102,14 +122,65 @@ class SequenceLosses(NamedTuple):
             )
         return LossResults(loss, sums, metrics, logps, entropies)
 
+    def _chunks(self, chunked):
+        """Yield (start, middle, stop, group of sequences or None) of every chunk."""
+        if self.groups is None:
+            for chunk in chunked.chunks():
+                yield *chunk, None
+            return
+        starts = [0, *accumulate(self.by_sequence.on_host)]
+        ends = [starts[last] for _, last in self.groups]
+        groups = [group for group in self.groups if starts[group[0]] < starts[group[1]]]
+        for chunk, group in zip(chunked.chunks(ends), groups, strict=True):
+            yield *chunk, group
+
+    def _start(self, chunked, tokens, start, middle, stop, group, memory):
+        """`Chunk`: its logits and statistics are launched, and their exchange."""
+        states = chunked.states(start, stop)
+        logits = chunked.logits(states, memory[: stop - start])
+        part, sequences = self._part(tokens, group, start, stop)
+        middle, sharded = middle if chunked.wants_gradient else start, self.shards is not None
+        found = make_statistics(part.ids.shape, self.entropy, middle > start or sharded, logits)
+        BACKENDS[self.backend].logprob_fwd(
+            logits[None], part.of_softmax(), self.scales, found, sharded
+        )
+        exchange = exchange_statistics(self.shards, found) if sharded else None
+        return Chunk(start, middle, stop, states, logits, part, sequences, found, exchange)
+
+    def _finish(self, chunked, chunk, packed):
+        """Write the log-probabilities of a chunk and add its gradients."""
+        found, n = chunk.found, chunk.middle - chunk.start
+        if chunk.exchange is not None:
+            found = merge(chunk.exchange, chunk.tokens, self.scales, self.backend)
+        for target, values in zip(packed[:2], found[:2], strict=True):
+            if target is not None:
+                target[:, chunk.start : chunk.stop] = values
+        if n:
+            derivatives = self._derivatives(found, chunk.tokens, chunk.sequences)
+            bundles = (chunk.tokens.of_softmax(), found, derivatives)
+            tokens, statistics, derivatives = (slice_tokens(b, 0, n) for b in bundles)
+            rows = chunk.logits[None, :n]
+            BACKENDS[self.backend].logprob_bwd(
+                rows, tokens, self.scales, statistics, derivatives._replace(dlogits=rows)
+            )
+            chunked.backward(chunk.start, chunk.middle, chunk.states[:n], chunk.logits[:n])
+
     def _packed_tokens(self, chunked):
         """Tokens in the order of the head: values per token (1, n), those per sequence as (B,)."""
-        kept = {n: v for n, v in self.tokens._asdict().items() if _per_sequence(v)}
-        tokens = self.tokens._replace(active=None, **dict.fromkeys(kept))
+        tokens, kept = self.tokens, {}
+        if self.groups is None:
+            advantages = self.sequences.local.broadcast(tokens.advantages)
+            tokens = tokens._replace(advantages=advantages)
+        else:
+            kept = {n: v for n, v in tokens._asdict().items() if _per_sequence(v)}
+        tokens = tokens._replace(active=None, **dict.fromkeys(kept))
         return chunked.pack(tokens)._replace(**kept)
 
     def _part(self, tokens, group, start, stop):
         """(packed tokens [start, stop), their sequences)."""
+        if group is None:
+            n = stop - start
+            return slice_tokens(tokens, start, stop), Padded((1, n), None, tokens.ids.device)
         first, last = group
         index, lengths = self.by_sequence.index, self.by_sequence.lengths
         kept = {
@@ -120,21 +191,6 @@ class SequenceLosses(NamedTuple):
         part = slice_tokens(tokens._replace(**dict.fromkeys(kept)), start, stop)._replace(**kept)
         ends = F.pad(lengths[first:last].cumsum(0), (1, 0))
         return part, Packed((1, stop - start), None, ends)
-
-    def _chunk(self, logits, tokens, sequences, n):
-        """Statistics of a chunk; writes the gradient of its first n rows over their logits."""
-        launchers, shape = BACKENDS[self.backend], tokens.ids.shape
-        found = make_statistics(shape, self.entropy, n > 0, logits)
-        launchers.logprob_fwd(logits[None], tokens.of_softmax(), self.scales, found, False)
-        if n:
-            derivatives = self._derivatives(found, tokens, sequences)
-            tokens, statistics, derivatives = (
-                slice_tokens(bundle, 0, n) for bundle in (tokens.of_softmax(), found, derivatives)
-            )
-            rows = logits[None, :n]
-            derivatives = derivatives._replace(dlogits=rows)
-            launchers.logprob_bwd(rows, tokens, self.scales, statistics, derivatives)
-        return found._replace(maxima=None, totals=None)
 
     def _derivatives(self, found, tokens, sequences):
         """`Derivatives` of the loss times the upstream gradient.

@@ -13,7 +13,7 @@ from grpo_fused.autograd.common import (
 )
 from grpo_fused.bundles import Derivatives, Scales, Statistics, Tokens
 from grpo_fused.ops import BACKENDS
-from grpo_fused.parallel import merge
+from grpo_fused.parallel import exchange_statistics, merge
 from grpo_fused.torch_backend.pages import allocate
 
 
@@ -44,7 +44,9 @@ def run_logprob(logits, tokens, scales, entropy, backend, shards=None, gradient=
     sharded = shards is not None
     statistics = make_statistics(tokens.ids.shape, entropy, gradient or sharded, logits)
     BACKENDS[backend].logprob_fwd(logits, tokens, scales, statistics, sharded)
-    return merge(shards, statistics, tokens, scales, backend) if sharded else statistics
+    if sharded:
+        statistics = merge(exchange_statistics(shards, statistics), tokens, scales, backend)
+    return statistics
 
 
 class FusedLoss(torch.autograd.Function):

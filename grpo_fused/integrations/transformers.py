@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from grpo_fused.parallel import is_vocab_parallel
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -84,8 +86,10 @@ def why_not_fused(model: "PreTrainedModel") -> str | None:
     weight = lm_head.weight
     if not (type(weight.data) in (torch.Tensor, DTensor) and weight.is_floating_point()):
         return f"its weight is quantised ({type(weight.data).__name__}, {weight.dtype})"
-    if isinstance(weight, DTensor) and not any(isinstance(m, FSDPModule) for m in model.modules()):
-        return "its weight is sharded over the vocabulary or over the hidden dimension"
+    fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    if isinstance(weight, DTensor) and not fsdp and not is_vocab_parallel(weight):
+        mesh = weight.device_mesh.mesh_dim_names
+        return f"its weight is a DTensor {list(weight.placements)} on the mesh {mesh}"
     if model.base_model is model or getattr(model.config, "is_encoder_decoder", False):
         return f"{type(model).__name__} has no backbone that returns hidden states"
     # FSDP1 leaves no parameters here, or empty slices of them: a forward would be a collective

@@ -12,6 +12,7 @@ import functools
 import operator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_fused.kernels.objective import HAS_TRITON, Terms, jit, tl  # noqa: F401 (the interpreter's)
@@ -114,6 +115,12 @@ def total(terms: Terms) -> tuple[Tensor, Tensor]:
     ratio = terms.ratio
     highest = ratio.amax() if ratio.numel() else ratio.new_zeros(())
     return sums, torch.cat([_means(sums), highest[None]])
+
+
+def without_ratios(sums: Tensor) -> Tensor:
+    """Sums (8,) without those over ratios, the last ones, which another rank counts."""
+    kept = PLACES["ratios"]
+    return F.pad(sums[:kept], (0, len(SUMS) - kept))
 
 
 def _sum(values, like):

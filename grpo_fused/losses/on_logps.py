@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from grpo_fused.losses.kl import KL_ESTIMATORS, corrected, weighted
-from grpo_fused.losses.metrics import Terms, total
+from grpo_fused.losses.metrics import Terms, total, without_ratios
 from grpo_fused.losses.objectives import Objective, clamped_exp
 from grpo_fused.losses.sequence_objectives import SequenceObjective
 
@@ -57,9 +57,10 @@ def _without_masked(tokens, sequences):
 
 
 def _log_ratios(logps, tokens, formula, sequences):
-    """(log-ratio of tokens, log-ratio of the level), (B, T), differentiable in logps.
+    """(log-ratio of tokens, of the level, both (B, T), means), differentiable in logps.
 
-    The log-ratio of the level lies within the formula's bounds; outside it has no gradient.
+    The log-ratio of the level lies within the formula's bounds; outside it has no gradient. The
+    means (B,) are None at level "token".
     """
     if tokens.old_logps is None:
         zero = torch.where(logps.isnan(), logps, 0.0).detach()
@@ -67,14 +68,15 @@ def _log_ratios(logps, tokens, formula, sequences):
     else:
         log_ratio = logps - tokens.old_logps
     log_ratio = level_log_ratio = sequences.select(log_ratio)
+    means = None
     if formula.level != "token":
-        mean = sequences.spread(sequences.mean(log_ratio)).expand_as(log_ratio)
-        level_log_ratio = mean
+        means = sequences.mean(log_ratio)
+        level_log_ratio = mean = sequences.spread(means).expand_as(log_ratio)
     if formula.level == "sequence_token":
         level_log_ratio = _Derivative.apply(log_ratio, mean.detach(), torch.ones_like(mean))
     if formula.log_ratio_bounds is not None:
         level_log_ratio = level_log_ratio.clamp(*formula.log_ratio_bounds)
-    return log_ratio, level_log_ratio
+    return log_ratio, level_log_ratio, means
 
 
 def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
@@ -123,7 +125,7 @@ def loss_on_logps(logps, entropies, tokens, formula, sequences):
     The loss is () or, for reduction="none", (B, T); sums and metrics are detached.
     """
     tokens = _without_masked(tokens, sequences)
-    log_ratio, level_log_ratio = _log_ratios(logps, tokens, formula, sequences)
+    log_ratio, level_log_ratio, means = _log_ratios(logps, tokens, formula, sequences)
     loss, clipped = _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences)
     kl = torch.zeros_like(logps)
     if tokens.ref_logps is not None:
@@ -143,10 +145,12 @@ def loss_on_logps(logps, entropies, tokens, formula, sequences):
             ratio = clamped_exp(log_ratio)[0]
         elif formula.level == "sequence" and tokens.advantages.dim() == 1:
             units = torch.ones(sequences.number, dtype=torch.bool, device=logps.device)
-            ratio = clamped_exp(sequences.mean(log_ratio))[0]
+            ratio = clamped_exp(means)[0]
             clipped = sequences.mean(clipped)
         ratio = torch.where(units, ratio, 0.0)
         entropy = 0.0 if entropies is None else entropies.detach()
         of_tokens = (loss.detach(), kl.detach(), entropy, active)
         sums, metrics = total(Terms(*of_tokens, clipped, ratio, units))
+        if units is not active and sequences.group is not None and sequences.group.rank():
+            sums = without_ratios(sums)  # the first rank counts the sequences
     return loss, sums, metrics

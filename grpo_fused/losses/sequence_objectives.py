@@ -74,13 +74,14 @@ class Vespo(SequenceObjective):
         sequences: Padded,
     ) -> tuple[Tensor, Tensor]:
         lowest = math.log(1e-8)
-        log_weight = sequences.sum(log_ratio.detach().clamp(-20.0, 20.0))
+        terms, of_sequence = log_ratio.detach().clamp(-20.0, 20.0), 0.0
         if correction is not None:
             log_correction = correction.clamp(1e-8, math.exp(20.0)).log()
-            per_sequence = correction.dim() == 1
-            log_weight = log_weight + (
-                log_correction if per_sequence else sequences.sum(log_correction)
-            )
+            if correction.dim() == 1:
+                of_sequence = log_correction
+            else:
+                terms = terms + log_correction
+        log_weight = sequences.sum(terms) + of_sequence
         s = sequences.spread(log_weight.clamp(lowest, 20.0))
         positive = advantage >= 0
         k = by_sign(positive, self.k_pos, self.k_neg, advantage)

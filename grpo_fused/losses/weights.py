@@ -8,7 +8,8 @@ from torch import Tensor
 from grpo_fused import checks
 from grpo_fused.bundles import Number, Weight
 from grpo_fused.checks import NUMBERS, check_choice, check_tensor
-from grpo_fused.sequences import Padded
+from grpo_fused.collectives import check_group
+from grpo_fused.sequences import OverRanks, Padded
 
 RULES = (
     "seq-mean-token-mean",
@@ -27,6 +28,7 @@ def token_weights(
     num_items_in_batch: Number | None = None,
     num_sequences_in_batch: Number | None = None,
     max_completion_length: Number | None = None,
+    sequence_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """Weights w of a normalizer: the loss is sum_bt w[b, t] * loss[b, t].
 
@@ -49,6 +51,7 @@ def token_weights(
         num_sequences_in_batch: B, number or 0-d tensor; None = mask.shape[0], which includes fully
             masked sequences.
         max_completion_length: L, number or 0-d tensor; None = T.
+        sequence_group: the ranks that hold the tokens of the same sequences, as in `grpo_loss`.
         Divisors that the rule does not use are ignored.
 
     Returns:
@@ -64,7 +67,10 @@ def token_weights(
     check_tensor("mask", mask)
     if mask.dim() != 2:
         raise ValueError(f"mask must be (B, T), got shape {tuple(mask.shape)}")
+    check_group("sequence_group", sequence_group)
     sequences = Padded(mask.shape, mask)
+    if sequence_group is not None:
+        sequences = OverRanks(sequences, sequence_group)
     weight = rule_weight(
         sequences,
         rule,
@@ -87,9 +93,9 @@ def rule_weight(
 ):
     """The `Weight` of a rule, times a coefficient; arguments and errors as `token_weights`."""
     check_choice("normalizer", rule, RULES)
-    items = _divisor("num_items_in_batch", num_items_in_batch, sequences, at_least=0)
-    number = _divisor("num_sequences_in_batch", num_sequences_in_batch, sequences)
-    length = _divisor("max_completion_length", max_completion_length, sequences)
+    items = check_divisor("num_items_in_batch", num_items_in_batch, sequences, at_least=0)
+    number = check_divisor("num_sequences_in_batch", num_sequences_in_batch, sequences)
+    length = check_divisor("max_completion_length", max_completion_length, sequences)
     number = float(sequences.number or 1) if number is None else number
     if rule == "seq-mean-token-mean":
         return Weight(coefficient, sequences.counts, number)
@@ -129,7 +135,7 @@ def evaluate(weight, sequences, policy_mask=None):
     return sequences.broadcast(weight.float()) if weight.dim() else weight.float()
 
 
-def _divisor(name, value, sequences, at_least=None):
+def check_divisor(name, value, sequences, at_least=None):
     """Check a divisor; return None, a float or a 0-d tensor. Reads tensors on the CPU only."""
     if value is None:
         return None

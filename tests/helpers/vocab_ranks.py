@@ -1,30 +1,21 @@
-"""Vocabulary-parallel functions against unsharded ones: the checks of one rank of a gloo group.
-
-    python vocab_ranks.py RANK WORLD_SIZE FOLDER
+"""Vocabulary-parallel functions against unsharded ones: checks for `ranks`.
 
 In Triton's slow interpreter only the checks run that depend on its kernels.
 """
 
-import os
-import sys
-from datetime import timedelta
+import torch
+import torch.distributed as dist
+from batches import make_batch, relative_error
+from heads import chunk_bytes, loss_of, make_head_batch
+from launch_counter import FULL, PLAIN, options_of
+from packing import cu_seqlens, pack
+from ranks import Exchanges, Rank, raises
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from batches import make_batch, relative_error  # noqa: E402
-from heads import chunk_bytes, loss_of, make_head_batch  # noqa: E402
-from interpreter import speed_up  # noqa: E402
-from launch_counter import FULL, PLAIN, options_of  # noqa: E402
-from packing import cu_seqlens, pack  # noqa: E402
-
-from grpo_fused import (  # noqa: E402
+from grpo_fused import (
     LOSSES,
     grpo_loss,
     linear_grpo_loss,
     linear_selective_log_softmax,
-    parallel,
     selective_log_softmax,
 )
 
@@ -32,38 +23,32 @@ V = 97
 SIZES = {2: ((40, 57), (1, 96)), 3: ((30, 41, 26), (1, 95, 1))}  # columns of each rank
 
 
-class Rank:
-    """This process, and where its columns lie."""
+class Shard(Rank):
+    """A rank, and where its columns lie."""
 
     def __init__(self, rank, sizes):
-        self.rank, self.sizes, self.group = rank, sizes, dist.group.WORLD
-        self.start = sum(sizes[:rank])
-        self.columns = slice(self.start, self.start + sizes[rank])
+        super().__init__(rank.rank, rank.size, rank.folder)
+        self.sizes, self.start = sizes, sum(sizes[: self.rank])
+        self.columns = slice(self.start, self.start + sizes[self.rank])
 
     def options(self, given):
         """Keywords of a sharded call; the start is given or exchanged."""
         start = {"vocab_start": self.start} if given else {}
         return {"vocab_parallel_group": self.group, **start}
 
-    def assert_same_bits(self, *tensors):
-        """Every rank has the same results."""
-        for tensor in tensors:
-            found = [torch.empty_like(tensor) for _ in self.sizes]
-            dist.all_gather(found, tensor.detach().contiguous())
-            bits = [values.view(torch.int32) for values in found]
-            assert all(torch.equal(bits[0], other) for other in bits)
+
+def check_everything(rank):
+    usual, odd = (Shard(rank, sizes) for sizes in SIZES[rank.size])
+    of_kernels = (losses, log_probabilities, half_precision)
+    of_torch = (packed, dtensors, heads, head_dtensors, head_log_probabilities, errors, traffic)
+    for implementation in ("torch", "triton"):
+        for check in of_kernels + of_torch * (implementation == "torch"):
+            check(usual, implementation)
+        log_probabilities(odd, implementation)
+    head_traffic(usual)
 
 
-def raises(error, text, function):
-    try:
-        function()
-    except error as found:
-        assert text in str(found), found
-    else:
-        raise AssertionError(f"no {error.__name__} with {text!r}")
-
-
-def check_losses(rank, implementation):
+def losses(rank, implementation):
     """Every loss of the family, with few options and with all; in Triton one of each kind."""
     for i, loss_type in enumerate(LOSSES if implementation == "torch" else ("dapo", "gspo")):
         for names in (PLAIN, FULL) if implementation == "torch" else (FULL,):
@@ -95,7 +80,7 @@ def check_losses(rank, implementation):
             rank.assert_same_bits(got.loss, got.logps, got.entropies, got.sums)
 
 
-def check_log_probabilities(rank, implementation):
+def log_probabilities(rank, implementation):
     """Any upstream gradients; shards that are -inf as a whole; far logits; half precision."""
     for seed in range(3):
         batch = make_batch(V=V, seed=seed)
@@ -124,7 +109,7 @@ def check_log_probabilities(rank, implementation):
         rank.assert_same_bits(*found[1][:2])
 
 
-def check_packed(rank, implementation):
+def packed(rank, implementation):
     batch, lengths = make_batch(V=V), (6, 1, 0, 4)
     logits, ids, mask = pack(lengths, batch.logits[:, :-1], batch.ids, batch.mask)
     options = {"cu_seqlens": cu_seqlens(lengths, "cpu"), "implementation": implementation}
@@ -139,7 +124,7 @@ def check_packed(rank, implementation):
         assert relative_error(gradients[1], gradients[0]) < 4e-6
 
 
-def check_half_precision(rank, implementation):
+def half_precision(rank, implementation):
     """bfloat16 shards: the gradient is rounded once, as that of whole rows."""
     batch = make_batch(V=V, dtype=torch.bfloat16)
     tokens = (batch.ids, batch.mask, batch.advantages)
@@ -152,31 +137,37 @@ def check_half_precision(rank, implementation):
     assert relative_error(got, want) < 2e-3
 
 
-def check_dtensors(rank, implementation):
+def dtensors(rank, implementation):
     """Sharded logits bring their group, and get a gradient that is sharded as they are."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Shard as Placed
 
-    mesh = init_device_mesh("cpu", (len(rank.sizes),), mesh_dim_names=("tp",))
+    mesh = init_device_mesh("cpu", (rank.size,), mesh_dim_names=("tp",))
     batch = make_batch(V=V)
     tokens, options = (batch.ids, batch.mask, batch.advantages), {"implementation": implementation}
     whole = batch.leaf()
     want = grpo_loss(whole, *tokens, **options)
     want.loss.backward()
-    leaf = distribute_tensor(batch.logits.clone(), mesh, [Shard(2)]).requires_grad_()
+    leaf = distribute_tensor(batch.logits.clone(), mesh, [Placed(2)]).requires_grad_()
     out = grpo_loss(leaf, *tokens, **options)
     out.loss.backward()
-    assert leaf.grad.placements == (Shard(2),)
+    assert leaf.grad.placements == (Placed(2),)
     assert relative_error(out.loss, want.loss) < 2e-6
     assert relative_error(leaf.grad.full_tensor(), whole.grad) < 4e-6
-    for placement in (Shard(0), Replicate()):
+    for placement in (Placed(0), Replicate()):
         wrong = distribute_tensor(batch.logits.clone(), mesh, [placement])
         raises(ValueError, "redistribute", lambda w=wrong: grpo_loss(w, *tokens, **options))
     group = {"vocab_parallel_group": rank.group}
-    raises(ValueError, "must be None", lambda: grpo_loss(leaf, *tokens, **group, **options))
+    grpo_loss(leaf, *tokens, **group, **options)  # the same ranks
+    groups = [dist.new_group([k]) for k in range(rank.size)]
+    alone = {"vocab_parallel_group": groups[rank.rank]}
+    raises(ValueError, "must have the ranks", lambda: grpo_loss(leaf, *tokens, **alone, **options))
+    start = {"vocab_start": 0}
+    raises(ValueError, "must be None", lambda: grpo_loss(leaf, *tokens, **start, **options))
 
 
-def check_heads(rank, implementation):
+def heads(rank, implementation):
     """Every rank holds rows of the head; the gradient of hidden states is summed, or is not."""
     options = {"implementation": implementation, "chunk_bytes": chunk_bytes(7, V)}
     for loss_type in LOSSES if implementation == "torch" else ("dapo", "gspo"):
@@ -203,7 +194,45 @@ def check_heads(rank, implementation):
                 assert relative_error(got.grad[place], leaf.grad[place]) < 5e-6, loss_type
 
 
-def check_head_log_probabilities(rank, implementation):
+def head_dtensors(rank, implementation):
+    """A head on a mesh ("tp",) is vocabulary-parallel; on another mesh only with its group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Shard as Placed
+
+    head, whole = make_head_batch(V=V), make_head_batch(V=V)
+    tokens = (head.batch.ids, head.batch.mask, head.batch.advantages)
+    want, leaves = loss_of(whole, implementation)
+    want.loss.backward()
+    for names, more in (("tp",), {}), (("data",), {"vocab_parallel_group": rank.group}):
+        mesh = init_device_mesh("cpu", (rank.size,), mesh_dim_names=names)
+        hidden, *parameters = head.leaves()
+        weight, bias = (
+            distribute_tensor(t.detach(), mesh, [Placed(0)]).requires_grad_() for t in parameters
+        )
+        out = linear_grpo_loss(hidden, weight, *tokens, bias=bias, **more)
+        out.loss.backward()
+        assert relative_error(out.loss, want.loss) < 2e-6
+        assert weight.grad.placements == (Placed(0),)
+        for got, leaf in zip((hidden, weight, bias), leaves, strict=True):
+            got = got.grad if got is hidden else got.grad.full_tensor()
+            assert relative_error(got, leaf.grad) < 5e-6
+    plain = parameters[1].detach()
+    unclear = (
+        ("full_tensor", {"weight": weight, "bias": bias}),
+        ("bias is a DTensor", {"weight": parameters[0], "bias": bias}),
+        (
+            "hidden is a DTensor",
+            {"hidden": distribute_tensor(hidden.detach(), mesh, [Replicate()])},
+        ),
+    )
+    for text, wrong in unclear:
+        arguments = {"hidden": hidden, "weight": parameters[0], "bias": plain} | wrong
+        given = (arguments.pop("hidden"), arguments.pop("weight"))
+        raises(ValueError, text, lambda g=given, a=arguments: linear_grpo_loss(*g, *tokens, **a))
+
+
+def head_log_probabilities(rank, implementation):
     """Logits kept for backward or computed again, any upstream gradients, a frozen head."""
     head = make_head_batch(V=V)
     tokens = (head.batch.ids, head.batch.mask)
@@ -230,7 +259,7 @@ def check_head_log_probabilities(rank, implementation):
                 assert relative_error(got, want) < 5e-6
 
 
-def check_errors(rank, implementation):
+def errors(rank, implementation):
     """On every rank: an id that no rank has, a group of the wrong kind, a start without a group."""
     batch = make_batch(V=V)
     part = batch.logits[..., rank.columns]
@@ -248,45 +277,33 @@ def check_errors(rank, implementation):
     raises(ValueError, "requires", lambda: selective_log_softmax(part, ids, batch.mask, **start))
 
 
-def check_traffic(rank, implementation):
+def traffic(rank, implementation):
     """One exchange of 16 bytes a token and rank, 12 without entropies; none in backward."""
     batch, sent = make_batch(V=V), []
-    gather = parallel._gather
-
-    def counted(tensor, group):
-        sent.append(tensor.nbytes)
-        return gather(tensor, group)
-
-    parallel._gather = counted
-    try:
-        for entropy in (False, True):
-            part = batch.leaf()[..., rank.columns]
-            more = {"implementation": implementation, "compute_entropy": entropy}
+    for entropy in (False, True):
+        part = batch.leaf()[..., rank.columns]
+        more = {"implementation": implementation, "compute_entropy": entropy}
+        with Exchanges() as exchanges:
             out = selective_log_softmax(part, batch.ids, batch.mask, **rank.options(True), **more)
             out[0].sum().backward()
-    finally:
-        parallel._gather = gather
+        assert not exchanges.sent("reduce")
+        sent += exchanges.sent("gather")
     assert sent == [12 * 24, 16 * 24]
 
 
-def main():
-    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    torch.set_num_threads(1)
-    speed_up()
-    rendezvous = {"init_method": f"file://{folder}/meet", "timeout": timedelta(seconds=60)}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, **rendezvous)
-    checks = [check for name, check in globals().items() if name.startswith("check_")]
-    of_kernels = (check_losses, check_log_probabilities, check_half_precision)
-    usual, odd = (Rank(rank, sizes) for sizes in SIZES[world_size])
-    for implementation in ("torch", "triton"):
-        for check in checks:
-            if implementation == "torch" or check in of_kernels:
-                check(usual, implementation)
-            if check is check_log_probabilities:
-                check(odd, implementation)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def head_traffic(rank):
+    """One exchange a chunk, waited for after the next chunk's began; one sum over hidden states."""
+    head = make_head_batch(V=V, mask=torch.ones(4, 6))
+    hidden, weight, bias = head.leaves()
+    b, options = head.batch, {"chunk_bytes": 2 * chunk_bytes(8, max(rank.sizes))}
+    with Exchanges() as exchanges:
+        linear_grpo_loss(
+            *(hidden, weight[rank.columns], b.ids, b.mask, b.advantages),
+            bias=bias[rank.columns],
+            implementation="torch",
+            **options | rank.options(True),
+        ).loss.backward()
+    assert exchanges.sent("gather") == [8] + [12 * 8] * 3
+    assert exchanges.sent("reduce") == [hidden.nbytes]
+    gather = ("gather", 12 * 8)
+    assert exchanges.log[2:-1] == [gather, gather, "wait", gather, "wait", "wait"]

@@ -48,6 +48,7 @@ SLOW_TESTS = {
     "whole": LOSSES,
     "advantages": "advantages edges",
     "head": ("linear linear_cost linear_use linear_compile linear_products -k 'not triton'"),
+    "shards": "merge",
 }
 
 # Sources that are mutated: the quick tests that kill most of their mutants, then all that could.
@@ -59,6 +60,7 @@ KILLERS = {
     "grpo_fused/losses/on_logps.py": ("family bounds", "torch"),
     "grpo_fused/losses/metrics.py": ("family bounds", "torch"),
     "grpo_fused/sequences.py": ("family bounds", "torch"),
+    "grpo_fused/parallel.py": ("shards", "shards"),
     "grpo_fused/corrections.py": ("corrections bounds", "torch"),
     "grpo_fused/advantages.py": ("advantages", "advantages"),
     "grpo_fused/arguments.py": ("family bounds validation", "whole"),
@@ -82,6 +84,9 @@ KILLERS = {
 # Left as they are: functions (by how their names begin) that validate, whose messages have tests
 # of their own, and functions, keywords and constants that only time depends on.
 NOT_FUNCTIONS = ("_check", "check_", "__post_init__", "_is_number", "chunk_rows", "has_gradient")
+# Functions that only several processes run: tests/helpers/*_ranks.py.
+NOT_FUNCTIONS += ("find_", "is_vocab_parallel", "is_dtensor", "dtensor_group", "_of_dtensor")
+NOT_FUNCTIONS += ("_exchange_sizes", "largest_shard", "OverRanks")
 NOT_KEYWORDS = {
     *("eviction_policy", "num_warps", "axis", "dim"),
     *("persistent", "min_blocks_per_sm", "unsafe"),

@@ -21,12 +21,13 @@ SOURCES = sorted([*ROOT.glob("grpo_fused/**/*.py"), *ROOT.glob("kernels/*.py")])
 # A file imports only from lines above its own, or from its own folder.
 ORDER = [
     ["kernels"],
-    ["bundles", "checks", "sequences"],
+    ["bundles", "checks", "collectives"],
+    ["sequences"],
     ["losses", "advantages", "corrections"],
     ["torch_backend"],
     ["head", "parallel"],
     ["ops"],
-    ["validation", "autograd"],
+    ["agreement", "validation", "autograd"],
     ["arguments", "inputs", "options"],
     ["loss"],
     ["functional"],

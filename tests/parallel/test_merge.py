@@ -6,6 +6,7 @@ from batches import make_batch, relative_error
 
 from grpo_fused import parallel
 from grpo_fused.bundles import Derivatives, Scales, Statistics, Tokens
+from grpo_fused.collectives import Pending
 from grpo_fused.ops import BACKENDS
 
 V = 97
@@ -30,10 +31,11 @@ def merged(batch, logits, cuts, scales, implementation, monkeypatch, entropy=Tru
         BACKENDS[implementation].logprob_fwd(x, tokens, scales, local, True)
         shards.append((x, tokens))
         parts.append(torch.stack([part for part in local if part is not None]))
-    monkeypatch.setattr(parallel, "_gather", lambda tensor, group: torch.cat(parts))
-    group = parallel.Shards(None, cuts[0], V)
+    gathered = Pending(torch.cat(parts), None)
+    monkeypatch.setattr(parallel, "start_gather", lambda tensor, group: gathered)
+    exchange = parallel.exchange_statistics(parallel.Shards(None, cuts[0], V), local)
     whole = Tokens(batch.ids, active, temperature)
-    return shards, parallel.merge(group, local, whole, scales, implementation), temperature
+    return shards, parallel.merge(exchange, whole, scales, implementation), temperature
 
 
 def exact(batch, logits, scales, temperature, upstream):

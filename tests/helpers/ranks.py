@@ -1,0 +1,113 @@
+"""One rank of a gloo group that runs the checks of modules of this folder.
+
+    python ranks.py RANK WORLD_SIZE FOLDER MODULE...
+
+Every function `check_...(rank)` of a module runs; `rank` is a `Rank`.
+"""
+
+import importlib
+import os
+import sys
+from datetime import timedelta
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from interpreter import speed_up  # noqa: E402
+
+from grpo_fused import collectives  # noqa: E402
+
+
+class Rank:
+    """This process, in a group of all."""
+
+    def __init__(self, rank, size, folder):
+        self.rank, self.size, self.folder, self.group = rank, size, folder, dist.group.WORLD
+
+    def gather(self, tensor):
+        """The tensors of all ranks, of one shape."""
+        found = [torch.empty_like(tensor.detach()) for _ in range(self.size)]
+        dist.all_gather(found, tensor.detach().contiguous())
+        return found
+
+    def sum(self, tensor):
+        return torch.stack(self.gather(tensor)).sum(0)
+
+    def assert_same_bits(self, *tensors):
+        """Every rank has the same results."""
+        for tensor in tensors:
+            first, *others = [values.view(torch.int32) for values in self.gather(tensor)]
+            assert all(torch.equal(first, other) for other in others)
+
+
+def raises(error, text, function):
+    try:
+        function()
+    except error as found:
+        assert text in str(found), found
+    else:
+        raise AssertionError(f"no {error.__name__} with {text!r}")
+
+
+class Exchanges:
+    """Context manager that lists (collective, bytes of this rank) of the exchanges of the package.
+
+    Attributes:
+        log: the exchanges, and "wait" where a gather is waited for.
+    """
+
+    def __enter__(self):
+        self.log, self.doors = [], (dist.all_gather_into_tensor, dist.all_reduce)
+        self.single = getattr(dist, "all_gather_single", None)
+        self.wait = collectives.Pending.wait
+        dist.all_gather_into_tensor = self._count("gather", dist.all_gather_into_tensor, 1)
+        dist.all_reduce = self._count("reduce", dist.all_reduce, 0)
+        if self.single is not None:
+            dist.all_gather_single = self._count("gather", self.single, 1)
+
+        def wait(pending):
+            self.log.append("wait")
+            return self.wait(pending)
+
+        collectives.Pending.wait = wait
+        return self
+
+    def _count(self, name, function, place):
+        def call(*args, **kwargs):
+            self.log.append((name, args[place].nbytes))
+            return function(*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *exception):
+        dist.all_gather_into_tensor, dist.all_reduce = self.doors
+        if self.single is not None:
+            dist.all_gather_single = self.single
+        collectives.Pending.wait = self.wait
+
+    def sent(self, name):
+        """Bytes of every exchange of a kind."""
+        return [entry[1] for entry in self.log if entry[0] == name]
+
+
+def main():
+    rank, size, folder, *modules = sys.argv[1:]
+    torch.set_num_threads(1)
+    speed_up()
+    rendezvous = {"init_method": f"file://{folder}/meet", "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", rank=int(rank), world_size=int(size), **rendezvous)
+    for module in map(importlib.import_module, modules):
+        for name, check in list(vars(module).items()):
+            if name.startswith("check_"):
+                try:
+                    check(Rank(int(rank), int(size), folder))
+                except BaseException:
+                    print(f"{module.__name__}.{name} failed on rank {rank}", file=sys.stderr)
+                    raise
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
