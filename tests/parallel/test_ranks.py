@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "ranks.py"
-ALL = ("vocab_ranks", "sequence_ranks", "agreement_ranks", "model_ranks")
+ALL = ("vocab_ranks", "sequence_ranks", "agreement_ranks", "fuzz_ranks", "model_ranks")
 SLOW = pytest.mark.slow
 
 
