@@ -1,10 +1,12 @@
 """Log-probabilities and entropies with verl's signatures, and `patch_verl`, which installs them.
 
-verl computes these before it calls a policy loss: from logits (`verl.utils.torch_functional`) or,
-with model.use_fused_kernels=True, from hidden states and the LM head. Importing this module
-replaces nothing; `patch_verl()` does so in one process, `verl_patch` in every worker.
+verl computes these before it calls a policy loss: from logits (`verl.utils.torch_functional`, with
+Megatron `verl.utils.megatron.tensor_parallel`) or, with model.use_fused_kernels=True, from hidden
+states and the LM head. Importing this module replaces nothing; `patch_verl()` does so in one
+process, `verl_patch` in every worker.
 """
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -92,6 +94,75 @@ def entropy_from_logits_with_chunking(logits: torch.Tensor, chunk_size: int = 20
     return entropy_from_logits(logits)
 
 
+def vocab_parallel_log_probs_from_logits(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Compute log-probabilities of labels over Megatron's ranks; verl's function of that name.
+
+    Args:
+        logits: (..., V / ranks) float32, bfloat16 or float16, the columns of this rank, already
+            divided by the temperature.
+        labels: (...) integer, all in [0, V).
+
+    Returns:
+        (...) float32, differentiable in logits, with the same bits on every rank.
+
+    Raises:
+        ValueError: as `selective_log_softmax`.
+
+    References:
+        verl 0.9.1, verl/utils/megatron/tensor_parallel.py.
+    """
+    check_tensor("labels", labels, tuple(logits.shape[:-1]), logits.device, integer=True)
+    rows, ids = _flatten(logits, labels)
+    logps, _ = selective_log_softmax(rows, ids, **_megatron_shards(logits.shape[-1]))
+    return logps.view(labels.shape)
+
+
+def vocab_parallel_entropy(vocab_parallel_logits: torch.Tensor) -> torch.Tensor:
+    """Compute entropies of softmax(logits) over Megatron's ranks; verl's function of that name.
+
+    One exchange instead of three; the softmax is not stored, and logits stay as they are.
+
+    Args:
+        vocab_parallel_logits: (..., V / ranks) float32, bfloat16 or float16.
+
+    Returns:
+        (...) float32, differentiable in the logits.
+
+    Raises:
+        ValueError: as `selective_log_softmax`.
+
+    References:
+        verl 0.9.1, verl/utils/megatron/tensor_parallel.py.
+    """
+    shape, V = vocab_parallel_logits.shape[:-1], vocab_parallel_logits.shape[-1]
+    ids = torch.zeros(shape, dtype=torch.int64, device=vocab_parallel_logits.device)
+    rows, ids = _flatten(vocab_parallel_logits, ids)
+    shards = _megatron_shards(V)
+    return selective_log_softmax(rows, ids, compute_entropy=True, **shards)[1].view(shape)
+
+
+def vocab_parallel_entropy_with_chunking(
+    vocab_parallel_logits: torch.Tensor, chunk_size: int = 2048
+) -> torch.Tensor:
+    """Compute `vocab_parallel_entropy`; verl's function of the same name.
+
+    No chunks are needed, because no softmax is stored.
+
+    Args:
+        vocab_parallel_logits: (..., V / ranks) float32, bfloat16 or float16.
+        chunk_size: ignored.
+
+    Returns:
+        (...) float32, differentiable in the logits.
+
+    References:
+        verl 0.9.1, verl/utils/megatron/tensor_parallel.py.
+    """
+    return vocab_parallel_entropy(vocab_parallel_logits)
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -111,14 +182,17 @@ def linear_cross_entropy(
         labels: (...) integer, all in [0, V).
         temperature: number or 0-d tensor > 0, or one per token with the shape of labels.
         reduction: "none", "sum" or "mean" of the log-probabilities; entropies are never reduced.
-        dist_process_group: None or a group of one rank; sharded vocabularies are not supported.
+        dist_process_group: None, or tensor-parallel ranks with equal shards of weight in their
+            order. As with verl's kernel, the gradient of hidden is then the part of this rank's
+            columns: the gather of sequence-parallel hidden states, which verl calls before, sums
+            it over the ranks.
 
     Returns:
         (logprobs, entropy), float32, differentiable in hidden and weight. Both are flat, (N,), as
         from verl's kernel; reduced logprobs are ().
 
     Raises:
-        ValueError: a group of several ranks; an unknown reduction; shapes that do not match; and as
+        ValueError: an unknown reduction; shapes that do not match; and as
             `linear_selective_log_softmax`.
 
     References:
@@ -127,17 +201,15 @@ def linear_cross_entropy(
     reductions = {"none": lambda values: values, "sum": torch.sum, "mean": torch.mean}
     check_choice("reduction", reduction, reductions)
     check_tensor("labels", labels, tuple(hidden.shape[:-1]), hidden.device, integer=True)
+    shards = {}
     if dist_process_group is not None and dist_process_group.size() > 1:
-        raise ValueError(
-            f"dist_process_group must have 1 rank, got {dist_process_group.size()}: use verl's own "
-            "kernel for a vocabulary that is sharded by tensor parallelism"
-        )
+        shards = _shards(dist_process_group, len(weight)) | {"reduce_hidden_grad": False}
     if isinstance(temperature, torch.Tensor) and temperature.dim():
         check_tensor("temperature", temperature, tuple(labels.shape), labels.device)
         temperature = temperature.flatten()
     rows, ids = _flatten(hidden, labels)
     logps, entropies = linear_selective_log_softmax(
-        rows, weight, ids, temperature=temperature, compute_entropy=True
+        rows, weight, ids, temperature=temperature, compute_entropy=True, **shards
     )
     return reductions[reduction](logps), entropies
 
@@ -148,9 +220,27 @@ def _fused_linear_for_ppo(self, hidden_states, vocab_weights, input_ids, tempera
     return tuple(values.view(input_ids.shape) for values in results)
 
 
+def _shards(group, columns):
+    """Keywords for equal shards."""
+    return {"vocab_parallel_group": group, "vocab_start": group.rank() * columns}
+
+
+def _megatron_shards(columns):
+    from megatron.core import parallel_state
+
+    return _shards(parallel_state.get_tensor_model_parallel_group(), columns)
+
+
 def _flatten(values, ids):
     """Flatten (..., columns) to (N, columns) and (...) to (N,)."""
     return values.reshape(-1, values.shape[-1]), ids.reshape(-1)
+
+
+MEGATRON = (
+    "vocab_parallel_log_probs_from_logits",
+    "vocab_parallel_entropy",
+    "vocab_parallel_entropy_with_chunking",
+)
 
 
 def patch_verl() -> list[str]:
@@ -177,6 +267,10 @@ def patch_verl() -> list[str]:
         "entropy_from_logits_with_chunking": torch_functional,
         "linear_cross_entropy": kernel,
     }
+    with contextlib.suppress(ImportError):  # without Megatron
+        from verl.utils.megatron import tensor_parallel
+
+        modules |= dict.fromkeys(MEGATRON, tensor_parallel)
     missing = [name for name, module in modules.items() if not hasattr(module, name)]
     if missing or not hasattr(FusedLinearForPPO, "forward"):
         missing = ", ".join(missing) or "FusedLinearForPPO.forward"

@@ -1,5 +1,6 @@
 """Load the adapters of docs/integrations.md; stand-ins for frameworks; the formula in torch."""
 
+import enum
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from batches import relative_error
+from tiny_models import V
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "integrations.md").read_text()
@@ -73,3 +75,95 @@ def assert_same(got, wanted, leaf, tolerance=2e-6):
     (expected,) = torch.autograd.grad(wanted, leaf)
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)
     assert relative_error(gradient, expected) < tolerance
+
+
+def slime_batch(padding):
+    """Pack three samples into one row; lists hold one tensor per sample, as in slime."""
+    generator = torch.Generator().manual_seed(0)
+    totals, responses = [7, 5, 9], [4, 1, 6]
+
+    def of_responses(scale=1.0):
+        return [scale * torch.randn(n, generator=generator) for n in responses]
+
+    tokens = [torch.randint(0, V, (n,), generator=generator) for n in totals]
+    logits = 2 * torch.randn(1, sum(totals) + padding, V, generator=generator)
+    starts = [sum(totals[:i]) for i in range(3)]
+    rows = [
+        logits[0, s + total - n - 1 : s + total - 1]
+        for s, total, n in zip(starts, totals, responses, strict=True)
+    ]
+    own = [
+        log_softmax_of(x / 0.7, ids[-n:]).float()
+        for x, ids, n in zip(rows, tokens, responses, strict=True)
+    ]
+    masks = [torch.ones(n, dtype=torch.int) for n in responses]
+    masks[2][3] = 0
+    return logits, {
+        "unconcat_tokens": tokens,
+        "total_lengths": totals,
+        "response_lengths": responses,
+        "loss_masks": masks,
+        "advantages": of_responses(),
+        "log_probs": [a + b for a, b in zip(own, of_responses(0.5), strict=True)],
+        "ref_log_probs": [a + b for a, b in zip(own, of_responses(0.3), strict=True)],
+    }
+
+
+SLIME = {
+    "tensor_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "advantage_estimator": "grpo",
+    "eps_clip": LOW,
+    "eps_clip_high": HIGH,
+    "eps_clip_c": 1.5,
+    "rollout_temperature": 0.7,
+    "use_kl_loss": True,
+    "kl_loss_coef": BETA,
+    "entropy_coef": 0.02,
+}
+
+
+def sum_of_sample_mean(data):
+    """slime's reduction of packed values, for a batch of it."""
+
+    def reduce(values):
+        parts = values.split(data["response_lengths"])
+        masks = data["loss_masks"]
+        return sum((p * m).sum() / m.sum() for p, m in zip(parts, masks, strict=True))
+
+    return reduce
+
+
+def nemo_batch():
+    """(logits, data) of NeMo-RL."""
+    _, old, ref, advantages, mask = make_tokens(T=7)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, V, mask.shape, generator=generator)
+    logits = 2 * torch.randn(*mask.shape, V, generator=generator)
+    own = log_softmax_of(logits[:, :-1], ids[:, 1:])
+    shifts = (0.5 * old[:, 1:], 0.3 * ref[:, 1:])
+    old[:, 1:], ref[:, 1:] = (own + shift for shift in shifts)
+    return logits, {
+        "input_ids": ids,
+        "token_mask": mask.long(),
+        "sample_mask": torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]),
+        "advantages": advantages,
+        "prev_logprobs": old,
+        "reference_policy_logprobs": ref,
+    }
+
+
+def fake_nemo_rl(monkeypatch):
+    """The enums of its interfaces: (LossInputType, LossType)."""
+    inputs = enum.Enum("LossInputType", {"LOGIT": "logit", "LOGPROB": "logprob"})
+    types = enum.Enum("LossType", {"TOKEN_LEVEL": "token", "SEQUENCE_LEVEL": "sequence"})
+    interfaces = "nemo_rl.algorithms.loss.interfaces"
+    make_fake(monkeypatch, interfaces, LossInputType=inputs, LossType=types)
+    return inputs, types
+
+
+def fake_megatron(monkeypatch, group):
+    """Megatron, whose tensor-parallel ranks are a group."""
+    state = {"get_tensor_model_parallel_group": lambda: group}
+    state = make_fake(monkeypatch, "megatron.core.parallel_state", **state)
+    make_fake(monkeypatch, "megatron.core", mpu=state)

@@ -1,6 +1,5 @@
 """Adapters of docs/integrations.md that take logits or a model, against plain torch."""
 
-import enum
 from types import SimpleNamespace
 
 import pytest
@@ -9,62 +8,25 @@ from adapters import (
     BETA,
     HIGH,
     LOW,
+    SLIME,
     assert_same,
     clipped,
+    fake_megatron,
+    fake_nemo_rl,
     k3,
     load,
     log_softmax_of,
-    make_fake,
-    make_tokens,
+    nemo_batch,
+    slime_batch,
+    sum_of_sample_mean,
 )
 from batches import relative_error
-from tiny_models import V, batch, tiny
+from tiny_models import batch, tiny
 
 
-def slime_batch(padding):
-    """Pack three samples into one row; lists hold one tensor per sample, as in slime."""
-    generator = torch.Generator().manual_seed(0)
-    totals, responses = [7, 5, 9], [4, 1, 6]
-
-    def of_responses(scale=1.0):
-        return [scale * torch.randn(n, generator=generator) for n in responses]
-
-    tokens = [torch.randint(0, V, (n,), generator=generator) for n in totals]
-    logits = 2 * torch.randn(1, sum(totals) + padding, V, generator=generator)
-    starts = [sum(totals[:i]) for i in range(3)]
-    rows = [
-        logits[0, s + total - n - 1 : s + total - 1]
-        for s, total, n in zip(starts, totals, responses, strict=True)
-    ]
-    own = [
-        log_softmax_of(x / 0.7, ids[-n:]).float()
-        for x, ids, n in zip(rows, tokens, responses, strict=True)
-    ]
-    masks = [torch.ones(n, dtype=torch.int) for n in responses]
-    masks[2][3] = 0
-    return logits, {
-        "unconcat_tokens": tokens,
-        "total_lengths": totals,
-        "response_lengths": responses,
-        "loss_masks": masks,
-        "advantages": of_responses(),
-        "log_probs": [a + b for a, b in zip(own, of_responses(0.5), strict=True)],
-        "ref_log_probs": [a + b for a, b in zip(own, of_responses(0.3), strict=True)],
-    }
-
-
-SLIME = {
-    "tensor_model_parallel_size": 1,
-    "context_parallel_size": 1,
-    "advantage_estimator": "grpo",
-    "eps_clip": LOW,
-    "eps_clip_high": HIGH,
-    "eps_clip_c": 1.5,
-    "rollout_temperature": 0.7,
-    "use_kl_loss": True,
-    "kl_loss_coef": BETA,
-    "entropy_coef": 0.02,
-}
+@pytest.fixture(autouse=True)
+def megatron(monkeypatch):
+    fake_megatron(monkeypatch, None)
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "gspo"])
@@ -73,14 +35,10 @@ def test_slime(estimator, padding):
     logits, data = slime_batch(padding)
     logits.requires_grad_(True)
 
-    def sum_of_sample_mean(values):
-        parts = values.split(data["response_lengths"])
-        masks = data["loss_masks"]
-        return sum((p * m).sum() / m.sum() for p, m in zip(parts, masks, strict=True))
-
+    reduce = sum_of_sample_mean(data)
     options = {"eps_clip_c": None} if estimator == "gspo" else {}
     args = SimpleNamespace(**SLIME | options | {"advantage_estimator": estimator})
-    loss, log = load("slime").fused_policy_loss(args, data, logits, sum_of_sample_mean)
+    loss, log = load("slime").fused_policy_loss(args, data, logits, reduce)
 
     terms, end, ratios = [], 0, []
     lists = ("unconcat_tokens", "total_lengths", "response_lengths")
@@ -96,45 +54,37 @@ def test_slime(estimator, padding):
         loss_i = clipped(own, old, data["advantages"][i], cap=args.eps_clip_c)
         loss_i = loss_i + BETA * k3(logps, data["ref_log_probs"][i])
         terms.append(loss_i + 0.02 * (log_p.exp() * log_p).sum(-1))
-    assert_same(loss, sum_of_sample_mean(torch.cat(terms)), logits)
+    assert_same(loss, reduce(torch.cat(terms)), logits)
     assert not log["loss"].requires_grad and log["loss"] == loss
-    expected = sum_of_sample_mean(torch.cat(ratios)).item()
+    expected = reduce(torch.cat(ratios)).item()
     assert log["ppo_kl"].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_slime_with_sharded_logits_raises():
+def test_slime_with_context_parallelism_raises():
     logits, data = slime_batch(0)
-    for name in ("tensor_model_parallel_size", "context_parallel_size"):
-        with pytest.raises(ValueError, match="must be 1"):
-            args = SimpleNamespace(**SLIME | {name: 2})
-            load("slime").fused_policy_loss(args, data, logits, torch.sum)
+    with pytest.raises(ValueError, match="must be 1"):
+        args = SimpleNamespace(**SLIME | {"context_parallel_size": 2})
+        load("slime").fused_policy_loss(args, data, logits, torch.sum)
 
 
 @pytest.mark.parametrize("beta", [0.0, BETA])
 @pytest.mark.parametrize("kind", ["FusedPGLossFn", "PGLossFnFromLogps"])
 def test_nemo_rl(kind, beta, monkeypatch):
     """Call the loss as NeMo-RL's wrapper does: by keywords that depend on input_type."""
-    inputs = enum.Enum("LossInputType", {"LOGIT": "logit", "LOGPROB": "logprob"})
-    types = enum.Enum("LossType", {"TOKEN_LEVEL": "token", "SEQUENCE_LEVEL": "sequence"})
-    interfaces = "nemo_rl.algorithms.loss.interfaces"
-    make_fake(monkeypatch, interfaces, LossInputType=inputs, LossType=types)
+    inputs, types = fake_nemo_rl(monkeypatch)
     loss_fn = getattr(load("nemo_rl"), kind)(LOW, HIGH, 1.5, beta)
 
-    _, old, ref, advantages, mask = make_tokens(T=7)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, V, mask.shape, generator=generator)
-    logits = 2 * torch.randn(*mask.shape, V, generator=generator)
-    own = log_softmax_of(logits[:, :-1], ids[:, 1:])
-    shifts = (0.5 * old[:, 1:], 0.3 * ref[:, 1:])
-    old[:, 1:], ref[:, 1:] = (own + shift for shift in shifts)
-    data = {
-        "input_ids": ids,
-        "token_mask": mask.long(),
-        "sample_mask": torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]),
-        "advantages": advantages,
-        "prev_logprobs": old,
-        "reference_policy_logprobs": ref,
-    }
+    logits, data = nemo_batch()
+    ids, mask, old, ref = (
+        data[name]
+        for name in (
+            "input_ids",
+            "token_mask",
+            "prev_logprobs",
+            "reference_policy_logprobs",
+        )
+    )
+    advantages = data["advantages"]
     logits.requires_grad_(True)
     logps = log_softmax_of(logits[:, :-1], ids[:, 1:])
     given = {"logits": logits}

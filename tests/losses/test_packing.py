@@ -56,6 +56,12 @@ def test_wrong_ends_name_sequences_that_exist(ends, implementation, device):
     assert ((index >= 0) & (index < 2)).all() and ((counts >= 0) & (counts <= 6)).all()
 
 
+def test_tokens_outside_belong_to_the_first_and_last_sequence(implementation, device):
+    ends = torch.tensor([2, 3, 4], device=device)
+    index, _ = located(BACKENDS[implementation].locate, ends, None, 2, 6, device)
+    assert index.tolist() == [0, 0, 0, 1, 1, 1]
+
+
 def test_blocks_smaller_than_sequences(monkeypatch, device):
     monkeypatch.setattr(reduce, "BLOCK", 16)
     lengths = [15, 16, 17, 0, 33]

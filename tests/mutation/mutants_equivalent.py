@@ -16,7 +16,6 @@ EQUIVALENT = {
         "2b068389-3b84 metrics.means `True -> False` ...ict(zip(MEANS, _means(sums), strict=True))",
     ],
     "any order of tokens will do, and so few sequences are sorted stably in any case": [
-        "e81999e1-6452 order._order `True -> False` ...ank.flatten().argsort(stable=True), totals)",
         "16e98c56-7f0a order.order_sequences `True -> False` ...(torch.uint8).argsort(stable=True)",
         "1eaf235e-a609 order._order `2 -> 3` rank = 2 - active.to(torch.uint8) - wanted.to(torch.u",
     ],

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "ranks.py"
-ALL = ("vocab_ranks", "sequence_ranks", "agreement_ranks", "fuzz_ranks", "model_ranks")
+NAMES = ("vocab", "sequence", "agreement", "fuzz", "adapter", "model")
+ALL = tuple(f"{name}_ranks" for name in NAMES)
 SLOW = pytest.mark.slow
 
 
