@@ -19,35 +19,39 @@ from grpo_fused.trainer.rewards import RewardScores
 from grpo_fused.trainer.rollouts.rollout import Rollout
 from grpo_fused.trainer.rollouts.rollout_fn import convert_output
 from grpo_fused.trainer.run.data import split_columns
-from grpo_fused.trainer.run.errors import any_rank
+from grpo_fused.trainer.run.errors import any_rank, together
 from grpo_fused.trainer.run.metrics import completions_table, rollout_metrics
 
 
 def collect(trainer) -> Experience:
     """Samples a rollout, scores it, and computes everything that the loss needs besides logits."""
     config, accelerator, started = trainer.config, trainer.accelerator, time.perf_counter()
-    rollout = sample(trainer)
-    scores = score(trainer, rollout)
+    ranks = trainer.ranks
+    rollout = ranks.broadcast(together(accelerator, lambda: sample(trainer)))
+    scores = ranks.share(lambda: score(trainer, rollout))
     batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
 
-    metrics, rewards = rollout_metrics(accelerator, rollout, scores, config.num_generations)
+    metrics, rewards = rollout_metrics(ranks, rollout, scores, config.num_generations)
+    mine = slice(ranks.index * trainer.rows_per_rank, (ranks.index + 1) * trainer.rows_per_rank)
     if not any_rank(accelerator, scores.steps is not None):
         advantages = group_advantages(rewards, config.num_generations, config.scale_rewards)
-        first = accelerator.process_index * trainer.rows_per_rank
-        batch.advantages = advantages[first : first + trainer.rows_per_rank]
+        batch.advantages = advantages[mine]
     else:
-        batch.advantages = step_advantages(
-            scores.as_steps(rollout.completion_ids),
-            batch.completion_ids.shape[1],
+        steps = sum(ranks.gather_objects(scores.as_steps(rollout.completion_ids)), [])
+        length = max((end + 1 for row in steps for end, _ in row), default=1)
+        advantages = step_advantages(
+            steps,
+            max(length, batch.completion_ids.shape[1]),
             config.num_generations,
             config.scale_rewards,
         )
+        batch.advantages = advantages[mine, : batch.completion_ids.shape[1]]
     counts = batch.completion_mask.sum(1).view(config.minibatches, -1).sum(1).float()
     lengths = zip(map(len, rollout.prompt_ids), map(len, rollout.completion_ids), strict=True)
     experience = Experience(
         batch.to(accelerator.device),
         list(lengths),
-        accelerator.reduce(counts.to(accelerator.device)).tolist(),
+        ranks.sum(counts.to(accelerator.device)).tolist(),
         metrics,
     )
     if config.is_off_policy or batch.sampling_logps is not None:
@@ -68,7 +72,7 @@ def collect(trainer) -> Experience:
 def sample(trainer) -> Rollout:
     """Samples the next rollout of this rank, with the rollout_fn or with `generate`."""
     config = trainer.config
-    rows = [trainer.data[i] for i in next_rows(trainer) for _ in range(config.num_generations)]
+    rows = [trainer.data[i] for i in next_rows(trainer)]
     prompts, columns = split_columns(rows)
     if trainer.rollout_fn is not None:
         output = trainer.rollout_fn(list(prompts), trainer)
@@ -80,11 +84,15 @@ def sample(trainer) -> Rollout:
 
 
 def next_rows(trainer) -> list[int]:
-    """Returns the indices of this rank's next prompts; every epoch shuffles the data anew."""
-    config, accelerator, size = trainer.config, trainer.accelerator, len(trainer.data)
-    share = config.prompts_per_rollout // accelerator.num_processes
-    first = trainer.rollouts * config.prompts_per_rollout + accelerator.process_index * share
-    places = range(first, first + share)
+    """Returns the index of each of this rank's next rows; every epoch shuffles the data anew.
+
+    A group of num_generations rows has the same index; it may straddle ranks.
+    """
+    config, size = trainer.config, len(trainer.data)
+    first = trainer.ranks.index * trainer.rows_per_rank
+    rows = range(first, first + trainer.rows_per_rank)
+    prompts = [row // config.num_generations for row in rows]
+    places = [trainer.rollouts * config.prompts_per_rollout + prompt for prompt in prompts]
     return [epoch_order(config.seed, place // size, size)[place % size] for place in places]
 
 

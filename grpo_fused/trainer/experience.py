@@ -1,10 +1,11 @@
 """Experience: a rollout with its advantages as tensors, split into micro-batches."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from grpo_fused import mask_truncated, outcome_advantages, process_advantages, rollout_weights
 from grpo_fused.trainer.rollouts.rollout import Rollout, pad
@@ -61,6 +62,27 @@ class Batch:
 
         return Batch(*map(trim, fields(self)))
 
+    @classmethod
+    def concatenate(cls, batches: "list[Batch]", pad_id: int) -> "Batch":
+        """Joins batches whose prompts and completions are padded to different lengths."""
+        P = max(batch.prompt_ids.shape[1] for batch in batches)
+        T = max(batch.completion_ids.shape[1] for batch in batches)
+
+        def widen(name, batch):
+            tensor = getattr(batch, name)
+            if tensor is None or tensor.shape[1:] in ((), (1,)):
+                return tensor
+            value = pad_id if name.endswith("_ids") else 0
+            left, right = P - tensor.shape[1], T - tensor.shape[1]
+            widths = (left, 0) if name.startswith("prompt") else (0, right)
+            return F.pad(tensor, widths, value=value)
+
+        found = []
+        for field in fields(cls):
+            parts = [widen(field.name, batch) for batch in batches]
+            found.append(None if parts[0] is None else torch.cat(parts))
+        return cls(*found)
+
     def to(self, device: torch.device) -> "Batch":
         values = (getattr(self, field.name) for field in fields(self))
         return Batch(*(None if value is None else value.to(device) for value in values))
@@ -98,6 +120,45 @@ class Experience:
         batch = {field.name: getattr(self.batch, field.name) for field in fields(Batch)}
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         return state | {"batch": batch}
+
+    @classmethod
+    def deal(
+        cls, parts: "list[Experience]", minibatches: int, index: int, size: int, pad_id: int
+    ) -> "Experience":
+        """Deals the experience of all ranks out to another number of ranks.
+
+        Every minibatch keeps its sequences, so that the steps on it have the same gradients.
+
+        Args:
+            parts: of all ranks that collected it.
+            minibatches: of the run.
+            index, size: which of how many ranks the result is for.
+            pad_id: of prompts and completions.
+
+        Raises:
+            ValueError: the sequences of a minibatch cannot be divided among the ranks.
+        """
+        batches = Batch.concatenate([part.batch for part in parts], pad_id)
+        lengths = [pair for part in parts for pair in part.lengths]
+        own, first = [], 0
+        rows: list[list[int]] = [[] for _ in range(minibatches)]
+        for part in parts:
+            share = len(part.lengths) // minibatches
+            for minibatch in rows:
+                minibatch += range(first, first + share)
+                first += share
+        for minibatch in rows:
+            share, rest = divmod(len(minibatch), size)
+            if rest:
+                raise ValueError(
+                    f"resume: a minibatch of {len(minibatch)} sequences cannot be divided among "
+                    f"{size} ranks"
+                )
+            own += minibatch[index * share : (index + 1) * share]
+        values = (getattr(batches, field.name) for field in fields(Batch))
+        batch = Batch(*(None if value is None else value[own] for value in values))
+        lengths = [lengths[row] for row in own]
+        return replace(parts[0], batch=batch, lengths=lengths)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Experience":

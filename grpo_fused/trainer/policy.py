@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from grpo_fused import (
     LOSSES,
@@ -46,7 +47,10 @@ def prepare_model(model: nn.Module, config: GRPOTrainerConfig) -> None:
 
 
 def make_optimizer(model: nn.Module, config: GRPOTrainerConfig) -> torch.optim.Optimizer:
-    """Returns AdamW over the trainable parameters, without weight decay for norms and biases."""
+    """Returns AdamW over the trainable parameters, without weight decay for norms and biases.
+
+    One parameter at a time if some are sharded: torch does not mix them with others.
+    """
     parameters = trainable_parameters(model)
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -56,6 +60,7 @@ def make_optimizer(model: nn.Module, config: GRPOTrainerConfig) -> torch.optim.O
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=tuple(config.adam_betas),
+        foreach=False if any(isinstance(p, DTensor) for p in parameters) else None,
     )
 
 

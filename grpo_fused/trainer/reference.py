@@ -7,33 +7,39 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
 class Reference:
     """The model that the KL penalty compares the policy to: an earlier version of the policy.
 
-    It is a frozen copy of the model. For a model with adapters there is no copy: the policy itself
-    serves, with its adapters switched off or, after a refresh, set to their values at that time.
+    It is a frozen copy of the model. Otherwise the policy itself serves, with other values in its
+    parameters for a while: a model that transformers has distributed cannot be copied, and of one
+    with adapters these are switched off or, after a refresh, set to their values at that time.
 
     Args:
         model: the policy, before it is prepared or wrapped.
         mix: weight of the policy in a refreshed reference, in (0, 1].
+        distributed: whether transformers has distributed the model.
 
     Attributes:
-        model: the copy, or None for a model with adapters.
-        adapters: values of the adapters at the last refresh, or None.
+        model: the copy, or None where the policy serves.
+        values: of the policy's parameters where it serves, those of this rank: of all of them, or
+            of adapters at the last refresh; None before that.
 
     Raises:
         ValueError: mix is below 1 for a model with adapters: the average of two adapters is not
             the adapter of the average model.
     """
 
-    def __init__(self, model: nn.Module, mix: float = 1.0):
+    def __init__(self, model: nn.Module, mix: float = 1.0, distributed: bool = False):
         self.mix = mix
         self.model: nn.Module | None = None
-        self.adapters: list[torch.Tensor] | None = None
-        if not is_peft_model(model):
+        self.values: list[torch.Tensor] | None = None
+        if distributed:
+            self.values = [p.detach().clone() for p in trainable_parameters(model)]
+        elif not is_peft_model(model):
             self.model = copy.deepcopy(model).eval().requires_grad_(False)
         elif mix != 1.0:
             raise ValueError(f"reference_mix must be 1 for a model with adapters, got {mix}")
@@ -48,18 +54,24 @@ class Reference:
         """
         if self.model is not None:
             yield self.model
-        elif self.adapters is None:
+        elif self.values is None:
             with policy.disable_adapter():
                 yield model
         else:
-            with swapped_values(trainable_parameters(policy), self.adapters):
+            with swapped_values(policy, self.values):
                 yield model
 
     @torch.no_grad()
     def refresh(self, policy: nn.Module) -> None:
         """Sets the reference to the policy, or moves it towards the policy by `mix`."""
+        reshard(policy)
         if self.model is None:
-            self.adapters = [p.detach().clone() for p in trainable_parameters(policy)]
+            new = trainable_parameters(policy)
+            if self.values is None or self.mix == 1:
+                self.values = [parameter.detach().clone() for parameter in new]
+                return
+            for mine, parameter in zip(self.values, new, strict=True):
+                local_tensor(mine).lerp_(local_tensor(parameter.detach()), self.mix)
             return
         for mine, new in zip(self.model.parameters(), policy.parameters(), strict=True):
             new = full_tensor(new).to(mine.dtype)
@@ -68,10 +80,10 @@ class Reference:
             mine.copy_(new)
 
     def state_dict(self) -> Any:
-        """Returns the weights of the copy, equal on all ranks, or this rank's adapter shards."""
+        """Returns the weights of the copy, equal on all ranks, or this rank's values."""
         if self.model is not None:
             return self.model.state_dict()
-        return None if self.adapters is None else list(map(local_tensor, self.adapters))
+        return None if self.values is None else list(map(local_tensor, self.values))
 
     @torch.no_grad()
     def load_state_dict(self, state: Any, policy: nn.Module) -> None:
@@ -79,8 +91,8 @@ class Reference:
         if self.model is not None:
             self.model.load_state_dict(state)
         elif state is not None:
-            self.refresh(policy)  # allocates the adapters with the policy's sharding
-            for tensor, saved in zip(self.adapters, state, strict=True):
+            self.refresh(policy)  # allocates values with the policy's sharding
+            for tensor, saved in zip(self.values, state, strict=True):
                 local_tensor(tensor).copy_(saved)
 
 
@@ -102,14 +114,22 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees the weights that FSDP2 keeps gathered after a forward, which may be out of date."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextlib.contextmanager
-def swapped_values(
-    parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]
-) -> Iterator[None]:
-    """Gives parameters other values within the context, in place: wrappers keep their memory."""
+def swapped_values(model: nn.Module, values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Gives trainable parameters other values for a while, in place: wrappers keep their memory."""
+    reshard(model)
+    parameters = trainable_parameters(model)
 
     @torch.no_grad()
     def assign(new_values):
+        reshard(model)
         for parameter, value in zip(parameters, new_values, strict=True):
             local_tensor(parameter).copy_(local_tensor(value))
 

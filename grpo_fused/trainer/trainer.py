@@ -1,6 +1,5 @@
 """GRPOTrainer: collects experience, takes optimizer steps on it and refreshes the reference."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from transformers import (
 from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.experience import Experience
 from grpo_fused.trainer.policy import Policy, make_optimizer, prepare_model
+from grpo_fused.trainer.ranks import Ranks, clip_gradients, explain_lost_rank
 from grpo_fused.trainer.reference import Reference, trainable_parameters
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rewards.weighted import RewardFunction, TrainerState
@@ -32,7 +32,7 @@ from grpo_fused.trainer.run.config import GRPOTrainerConfig, tracker_config
 from grpo_fused.trainer.run.evaluation import evaluate
 from grpo_fused.trainer.run.log import RunLog
 from grpo_fused.trainer.run.metrics import progress_summary, step_metrics
-from grpo_fused.trainer.run.resume_checks import checksum_rows
+from grpo_fused.trainer.run.resume_checks import agreed_values, checksum_rows
 from grpo_fused.trainer.run.signals import StopSignals
 from grpo_fused.trainer.run.state import (
     exclude_frozen_weights,
@@ -63,7 +63,9 @@ class GRPOTrainer:
     """Trains a causal language model with GRPO or any other loss in `LOSSES`.
 
     Args:
-        model: a transformers model, or the folder or Hub name of one (loaded in float32).
+        model: a transformers model, or the folder or Hub name of one (loaded in float32). A model
+            loaded with a `DistributedConfig` is trained as transformers has distributed it, by
+            tensor parallelism, FSDP2 or both; any other is given to the accelerator.
         rewards: one or more reward functions with TRL's signature, or a `Rewards`, which
             documents what they may return.
         config: GRPOTrainerConfig.
@@ -74,11 +76,12 @@ class GRPOTrainer:
         peft_config: PeftConfig of adapters to train; the reference is then the model without
             adapters.
         rollout_fn: `rollout_fn(prompts, trainer)`, called instead of `generate`. Each prompt is
-            repeated num_generations times. It returns a dict of lists with one entry per prompt:
-            "completion_ids"; optionally "prompt_ids", "logprobs" (log-probability of each token
-            under the sampler, for rollout correction), "completion_mask" or "env_mask" (0 for
-            tokens that the policy did not sample), "truncated". Other entries become columns for
-            the reward functions. Evaluation always calls `generate`.
+            repeated num_generations times, over all ranks. It returns a dict of lists with one
+            entry per prompt: "completion_ids"; optionally "prompt_ids", "logprobs" (log-probability
+            of each token under the sampler, for rollout correction), "completion_mask" or
+            "env_mask" (0 for tokens that the policy did not sample), "truncated". Other entries
+            become columns for the reward functions. Evaluation always calls `generate`. Every rank
+            calls it; of ranks that share a batch, the result of the first counts.
         on_refresh: called with the trainer after the reference was refreshed, for instance to
             train the reward model further (DeepSeekMath, Algorithm 1, line 12). A reward function
             that is an object can collect the completions to train on.
@@ -134,7 +137,6 @@ class GRPOTrainer:
             if eval_data is None:
                 raise ValueError(f"eval_steps = {config.eval_steps} requires eval_data, got None")
             self.eval_data = check_rows("eval_data", eval_data)
-        self.rows_per_rank = count_rows_per_rank(config, self.accelerator.num_processes)
 
         set_seed(config.seed)  # initialises adapters alike on every rank
         if isinstance(model, str):
@@ -143,6 +145,14 @@ class GRPOTrainer:
         if tokenizer is None:
             raise ValueError("tokenizer is required unless model is a name, got None")
         check_model(model, config)
+        self.ranks = Ranks(self.accelerator, model)
+        self.ranks.check_agreement(agreed_values(config, data, model))
+        if self.ranks.distributed and peft_config is not None:
+            raise ValueError(
+                "peft_config must be None for a model that transformers has distributed: shard a "
+                "model with adapters by FSDP2 through Accelerate"
+            )
+        self.rows_per_rank = count_rows_per_rank(config, self.ranks.size)
         self.tokenizer, self.sampler = tokenizer, Sampler(tokenizer, model, config)
         if peft_config is not None:
             from peft import get_peft_model
@@ -150,14 +160,18 @@ class GRPOTrainer:
             model = get_peft_model(model, peft_config)
         self.reference: Reference | None = None
         if config.beta:
-            self.reference = Reference(model, config.reference_mix)
+            self.reference = Reference(model, config.reference_mix, self.ranks.distributed)
             if self.reference.model is not None:
                 prepare_model(self.reference.model, config)
                 self.reference.model.to(self.accelerator.device)
         prepare_model(model, config)
         model.train()  # gradient checkpointing is active in training mode only
         self.policy = Policy(config, model)
-        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, config))
+        optimizer = make_optimizer(model, config)
+        if self.ranks.distributed:
+            self.model, self.optimizer = model, self.accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
         if isinstance(self.unwrapped, FSDPModule):  # gathers the root's parameters for generate
             register_fsdp_forward_method(self.unwrapped, "generate")
@@ -181,9 +195,10 @@ class GRPOTrainer:
         Raises:
             ValueError: the checkpoint belongs to another run; a row or a reward is invalid.
             FloatingPointError: a gradient is not finite; the last checkpoint is untouched.
-            TrainingError: a checkpoint or `model/` could not be written; a reward function raised.
+            TrainingError: a checkpoint or `model/` could not be written; a reward function raised;
+                another rank stopped.
         """
-        set_seed(self.config.seed, device_specific=True)
+        set_seed(self.config.seed + self.ranks.index)
         checkpoint = resolve_checkpoint(self.config.resume, self.config.output_dir)
         self.accelerator.init_trackers("grpo_fused", tracker_config(self.config))
         if checkpoint is not None:
@@ -193,6 +208,10 @@ class GRPOTrainer:
         try:
             signal = self.run()
             save_pretrained(self)
+        except RuntimeError as error:
+            if lost := explain_lost_rank(error):
+                raise lost from error
+            raise
         finally:
             if self.accelerator.is_main_process:
                 self.run_log.close()
@@ -260,16 +279,20 @@ class GRPOTrainer:
         sums, max_ratio = 0.0, torch.zeros((), device=accelerator.device)
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+            with self.ranks.accumulation(self.model, is_last):
                 output = self.policy.loss(self.model, batch, num_items, num_sequences)
-                # Gradients are averaged over ranks, but losses are shares of a sum.
-                accelerator.backward(output.loss * accelerator.num_processes)
+                # Gradients are averaged over data-parallel ranks, but losses are shares of a sum.
+                accelerator.backward(output.loss * self.ranks.size)
             sums = sums + output.sums
             max_ratio = torch.maximum(max_ratio, output.metrics["ratio/max"])
         limit = config.max_grad_norm or float("inf")
-        grad_norm = accelerator.clip_grad_norm_(trainable_parameters(self.model), limit)
+        if self.ranks.distributed:
+            accelerator.unscale_gradients()
+            grad_norm = clip_gradients(trainable_parameters(self.model), limit)
+        else:
+            grad_norm = accelerator.clip_grad_norm_(trainable_parameters(self.model), limit)
         metrics, signal = step_metrics(
-            accelerator, sums, max_ratio, grad_norm, signals.received, self.reference is not None
+            self.ranks, sums, max_ratio, grad_norm, signals.received, self.reference is not None
         )
         has_scaler = accelerator.scaler is not None  # it skips steps that overflowed
         if not has_scaler and not math.isfinite(metrics["grad_norm"]):

@@ -95,7 +95,10 @@ def main():
     rank, size, folder, *modules = sys.argv[1:]
     torch.set_num_threads(1)
     speed_up()
-    rendezvous = {"init_method": f"file://{folder}/meet", "timeout": timedelta(seconds=60)}
+    rendezvous = {"init_method": f"file://{folder}/meet{size}", "timeout": timedelta(seconds=60)}
+    # For libraries that ask the environment.
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # unused: the group exists
     dist.init_process_group("gloo", rank=int(rank), world_size=int(size), **rendezvous)
     for module in map(importlib.import_module, modules):
         for name, check in list(vars(module).items()):

@@ -16,6 +16,7 @@ from trainer_runs import HELD_OUT, RewardScores, partial_credit, trainer_of, wei
 from grpo_fused import GRPOTrainerConfig
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.collect import collect, score
+from grpo_fused.trainer.ranks import Ranks
 from grpo_fused.trainer.reference import Reference, trainable_parameters
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rollouts.sampler import Sampler
@@ -23,7 +24,6 @@ from grpo_fused.trainer.run.checkpoint import list_checkpoints
 from grpo_fused.trainer.run.data import split_columns
 from grpo_fused.trainer.run.evaluation import evaluate
 from grpo_fused.trainer.run.signals import StopSignals
-from grpo_fused.trainer.run.validation import check_model
 
 T = 7
 # 4 prompts x 4 completions of 1 to 7 tokens; KL, entropy bonus and masked rows are all in it.
@@ -125,7 +125,7 @@ def keeps_sharded_adapters():
     lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     policy = get_peft_model(make_model(make_tokenizer()), lora)
     with pytest.raises(ValueError, match="model must not be sharded, got .* as a DTensor"):
-        check_model(fully_shard(make_model(make_tokenizer())), GRPOTrainerConfig())
+        Ranks(Accelerator(cpu=True), fully_shard(make_model(make_tokenizer())))
     reference, ids = Reference(policy), torch.arange(5)[None]
     fully_shard(policy)
     before = policy(input_ids=ids).logits.detach()

@@ -186,7 +186,7 @@ def test_groups_and_minibatches_that_cannot_be_divided_among_ranks(tmp_path):
     class Three(Accelerator):
         num_processes = 3
 
-    with pytest.raises(ValueError, match="prompts_per_rollout must be a multiple of the 3 ranks"):
+    with pytest.raises(ValueError, match=r"num_generations must be a multiple of the 3 .* 4 \* 4"):
         trainer_of(tmp_path, accelerator=Three(cpu=True))
     with pytest.raises(ValueError, match="minibatches must divide the 4 sequences of each of 3"):
         trainer_of(tmp_path, accelerator=Three(cpu=True), prompts_per_rollout=3, minibatches=3)

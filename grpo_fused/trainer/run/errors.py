@@ -1,7 +1,12 @@
 """Errors of a training run, and how all ranks learn that one of them failed."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from accelerate import Accelerator
+
+R = TypeVar("R")
 
 
 class TrainingError(RuntimeError):
@@ -15,6 +20,25 @@ def shorten(value: object, length: int = 80) -> str:
     """Returns `repr(value)` for an error message, cut after `length` characters."""
     text = repr(value)
     return text if len(text) <= length else text[:length] + "..."
+
+
+def together(accelerator: Accelerator, action: Callable[[], R]) -> R:
+    """Returns what an action returns; if it raises on one rank, every rank raises.
+
+    Every rank must call it.
+
+    Raises:
+        TrainingError: the action raised on another rank.
+        Exception: what the action raised on this one.
+    """
+    result = error = None
+    try:
+        result = action()
+    except Exception as raised:
+        error = raised
+    if any_rank(accelerator, error is not None):
+        raise error or TrainingError("another rank failed, and says why")
+    return result
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:

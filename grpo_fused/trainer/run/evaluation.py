@@ -17,10 +17,10 @@ def evaluate(trainer) -> dict[str, float]:
         Means over all ranks, as "eval/...": reward, each reward function, completion length. A
         mean is NaN if no completion has a score.
     """
-    config, accelerator = trainer.config, trainer.accelerator
-    num_ranks, num_rows = accelerator.num_processes, len(trainer.eval_data)
-    padded = -(-num_rows // num_ranks) * num_ranks
-    mine = range(accelerator.process_index, padded, num_ranks)
+    config, accelerator, ranks = trainer.config, trainer.accelerator, trainer.ranks
+    num_rows = len(trainer.eval_data)
+    padded = -(-num_rows // ranks.size) * ranks.size
+    mine = range(ranks.index, padded, ranks.size)
     device = accelerator.device
     sums = counts = 0.0
     states = random_states(device)
@@ -32,7 +32,8 @@ def evaluate(trainer) -> dict[str, float]:
                 rollout = trainer.sampler.rollout(
                     trainer.unwrapped, prompts, columns, temperature=config.eval_temperature
                 )
-            scores = score(trainer, rollout)
+            rollout = ranks.broadcast(rollout)
+            scores = ranks.share(lambda found=rollout: score(trainer, found))
             lengths = torch.tensor([float(len(ids)) for ids in rollout.completion_ids])
             values = {"reward": scores.total, "completions/mean_length": lengths}
             values |= {f"rewards/{name}": each for name, each in scores.each.items()}
@@ -42,6 +43,6 @@ def evaluate(trainer) -> dict[str, float]:
             counts = counts + counted.sum(1)
     finally:
         set_random_states(states, device)
-    sums, counts = accelerator.reduce(torch.stack([sums, counts]).to(device)).cpu()
+    sums, counts = ranks.sum(torch.stack([sums, counts]).to(device)).cpu()
     means = (sums / counts).tolist()
     return {f"eval/{name}": mean for name, mean in zip(values, means, strict=True)}

@@ -1,22 +1,21 @@
 """Metrics of a rollout and of an optimizer step, combined over all ranks."""
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from grpo_fused.losses import metrics
+from grpo_fused.trainer.ranks import Ranks
 from grpo_fused.trainer.reference import full_tensor
 from grpo_fused.trainer.rewards import RewardScores
 from grpo_fused.trainer.rollouts.rollout import Rollout
 
 
 def rollout_metrics(
-    accelerator: Accelerator, rollout: Rollout, scores: RewardScores, group_size: int
+    ranks: Ranks, rollout: Rollout, scores: RewardScores, group_size: int
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Combines rewards and lengths of all ranks, in one exchange of tensors.
 
     Args:
-        accelerator: of the run.
+        ranks: of the run.
         rollout: completions of this rank.
         scores: their rewards.
         group_size: completions per prompt.
@@ -30,7 +29,7 @@ def rollout_metrics(
     truncated = torch.tensor(rollout.truncated, dtype=torch.float32)
     columns = [scores.total, lengths, prompts, truncated, *(scores.each[name] for name in names)]
     columns = torch.stack([column.detach().float().cpu() for column in columns], dim=1)
-    columns = accelerator.gather(columns.to(accelerator.device)).cpu()
+    columns = ranks.gather(columns.to(ranks.accelerator.device)).cpu()
     rewards, lengths, prompts, truncated, *each = columns.unbind(1)
 
     groups = rewards.view(-1, group_size)
@@ -52,7 +51,7 @@ def rollout_metrics(
     for name, values in zip(names, each, strict=True):
         combined[f"rewards/{name}"] = values.nanmean()
     logged = {}
-    for of_rank in gather_object([scores.metrics]):
+    for of_rank in ranks.gather_objects(scores.metrics):
         for name, values in of_rank.items():
             logged[name] = [*logged.get(name, ()), *values]
     combined |= {name: sum(values) / len(values) for name, values in logged.items()}
@@ -60,7 +59,7 @@ def rollout_metrics(
 
 
 def step_metrics(
-    accelerator: Accelerator,
+    ranks: Ranks,
     sums: torch.Tensor,
     max_ratio: torch.Tensor,
     grad_norm: torch.Tensor | float,
@@ -70,7 +69,7 @@ def step_metrics(
     """Combines the metrics of an optimizer step over all ranks, in one exchange and one wait.
 
     Args:
-        accelerator: of the run.
+        ranks: of the run.
         sums: (8,) `LossOutput.sums`, added up over micro-batches.
         max_ratio: () largest importance ratio.
         grad_norm: gradient norm; a DTensor for sharded models.
@@ -82,8 +81,8 @@ def step_metrics(
     """
     grad_norm = full_tensor(torch.as_tensor(grad_norm)).to(max_ratio)
     own = torch.stack([max_ratio, max_ratio.new_tensor(signal), grad_norm])
-    every_rank = accelerator.gather(torch.cat([sums, own])[None]).cpu()
-    sums = every_rank[:, : len(metrics.SUMS)].sum(0)
+    every_rank = ranks.accelerator.gather(torch.cat([sums, own])[None]).cpu()
+    sums = every_rank[:: ranks.tensor_size, : len(metrics.SUMS)].sum(0)
     max_ratios, signals, grad_norms = every_rank[:, len(metrics.SUMS) :].unbind(1)
     combined = {"loss": float(sums[0]), "grad_norm": float(grad_norms[0])}
     combined |= {name: float(value) for name, value in metrics.means(sums).items()}

@@ -9,7 +9,7 @@ from typing import Any
 from grpo_fused.trainer.reference import is_peft_model
 
 # Keys of `run_metadata` that must be the same in the checkpoint.
-FIXED = ("ranks", "rows", "content of rows", "frozen weights", "adapters")
+FIXED = ("rows", "content of rows", "frozen weights", "adapters")
 
 
 def run_metadata(trainer) -> dict[str, Any]:
@@ -17,13 +17,22 @@ def run_metadata(trainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "rollouts": trainer.rollouts,
-        "ranks": trainer.accelerator.num_processes,
+        "ranks": trainer.ranks.size,
         "rows": len(trainer.data),
         "content of rows": trainer.data_checksum,
         "frozen weights": trainer.frozen_checksum,
         "adapters": adapter_settings(trainer.unwrapped),
         "config": dataclasses.asdict(trainer.config),
     }
+
+
+def agreed_values(config, data: Sequence[dict], model) -> dict[str, Any]:
+    """Returns what every rank of a run must have been given alike, by name."""
+    settings = {name: repr(value) for name, value in dataclasses.asdict(config).items()}
+    settings.pop("output_dir", None)  # a rank that writes nothing may have another
+    model = type(model).__name__, [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    values = {"the model": zlib.crc32(repr(model).encode())}
+    return settings | values | {"the number of rows": len(data), "data": checksum_rows(data)}
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], config) -> None:

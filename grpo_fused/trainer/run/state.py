@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as distributed_checkpoint
 from accelerate.utils import SAFE_WEIGHTS_NAME
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from grpo_fused.trainer.experience import Experience
 from grpo_fused.trainer.reference import full_tensor
@@ -22,24 +24,25 @@ from grpo_fused.trainer.run.checkpoint import (
 from grpo_fused.trainer.run.errors import TrainingError, any_rank
 from grpo_fused.trainer.run.resume_checks import check_same_run, run_metadata
 
-METADATA = "trainer.json"
+METADATA, SHARDS = "trainer.json", "shards"
 
 
 def save_state(trainer) -> None:
     """Writes a checkpoint of a trainer. Every rank must call it; see `save_checkpoint`."""
 
     def write(folder):
-        # Model, optimizer and loss scale. It skips random states that it cannot read.
-        trainer.accelerator.save_state(str(folder))
+        save_model(trainer, folder)
         experience = trainer.experience
         own = {
             "scheduler": trainer.scheduler.state_dict(),
             "experience": None if experience is None else experience.state_dict(),
             "random": random_states(trainer.accelerator.device),
         }
-        torch.save(own, folder / rank_file(trainer))
+        if trainer.ranks.is_first:
+            torch.save(own, folder / rank_file(trainer.ranks.index))
         main, reference = trainer.accelerator.is_main_process, trainer.reference
-        if reference is not None and (main or reference.model is None):
+        shared = reference is not None and reference.model is not None
+        if reference is not None and not trainer.ranks.distributed and (main or not shared):
             torch.save(reference.state_dict(), folder / reference_file(trainer))
         if main:
             (folder / METADATA).write_text(json.dumps(run_metadata(trainer), indent=1))
@@ -53,29 +56,81 @@ def save_state(trainer) -> None:
 def load_state(trainer, folder: str | Path) -> None:
     """Restores a trainer from a checkpoint. Every rank must call it.
 
+    On another number of data-parallel ranks, the experience is dealt out anew: steps have the same
+    gradients, up to rounding. Random states start from the seed, so that later samples differ.
+
     Raises:
-        ValueError: the checkpoint was written with other settings, data or number of ranks.
+        ValueError: the checkpoint was written with other settings or data, or cannot be divided
+            among the ranks.
     """
     folder = Path(folder)
     saved = json.loads((folder / METADATA).read_text())
     check_same_run(saved, run_metadata(trainer), trainer.config)
-    device = trainer.accelerator.device
-    trainer.accelerator.load_state(str(folder))
-    own = torch.load(folder / rank_file(trainer), map_location="cpu", weights_only=True)
-    trainer.scheduler.load_state_dict(own["scheduler"])
+    device, ranks = trainer.accelerator.device, trainer.ranks
+    load_model(trainer, folder)
+    same = saved["ranks"] == ranks.size
+    numbers = [ranks.index] if same else range(saved["ranks"])
+    parts = [
+        torch.load(folder / rank_file(number), map_location="cpu", weights_only=True)
+        for number in numbers
+    ]
+    trainer.scheduler.load_state_dict(parts[0]["scheduler"])
     trainer.experience = None
-    if own["experience"] is not None:
-        trainer.experience = Experience.from_state_dict(own["experience"], device)
-    if trainer.reference is not None:
-        state = torch.load(folder / reference_file(trainer), map_location="cpu", weights_only=True)
+    if parts[0]["experience"] is not None:
+        found = [Experience.from_state_dict(part["experience"], device) for part in parts]
+        where = (trainer.config.minibatches, ranks.index, ranks.size, trainer.sampler.pad_id)
+        trainer.experience = found[0] if same else Experience.deal(found, *where)
+    if trainer.reference is not None and not ranks.distributed:
+        file = folder / reference_file(trainer)
+        if not same and trainer.reference.model is None:
+            raise ValueError(
+                f"resume: adapters that the reference has taken over are saved by rank, so that "
+                f"{ranks.size} ranks cannot resume what {saved['ranks']} ranks saved"
+            )
+        state = torch.load(file, map_location="cpu", weights_only=True)
         trainer.reference.load_state_dict(state, trainer.unwrapped)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
-    set_random_states(own["random"], device)
+    if same:
+        set_random_states(parts[0]["random"], device)
 
 
-def rank_file(trainer) -> str:
-    """File of this rank's own state; Accelerate saves custom objects on rank 0 only."""
-    return f"rank_{trainer.accelerator.process_index}.pt"
+def save_model(trainer, folder: Path) -> None:
+    """Saves model, optimizer and loss scale; of a distributed model every rank its shards."""
+    if not trainer.ranks.distributed:
+        # It skips random states that it cannot read.
+        trainer.accelerator.save_state(str(folder))
+        return
+    distributed_checkpoint.save(distributed_state(trainer), checkpoint_id=folder / SHARDS)
+
+
+def load_model(trainer, folder: Path) -> None:
+    """Loads what `save_model` saved."""
+    if not trainer.ranks.distributed:
+        trainer.accelerator.load_state(str(folder))
+        return
+    state = distributed_state(trainer)
+    distributed_checkpoint.load(state, checkpoint_id=folder / SHARDS)
+    set_state_dict(
+        trainer.unwrapped,
+        trainer.optimizer.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+
+
+def distributed_state(trainer) -> dict[str, Any]:
+    """Model, optimizer and reference of a distributed model, by names, as `DTensor`s."""
+    model, optimizer = get_state_dict(trainer.unwrapped, trainer.optimizer.optimizer)
+    state = {"model": model, "optimizer": optimizer}
+    if trainer.reference is not None:
+        values = enumerate(trainer.reference.values)
+        state["reference"] = {str(number): value for number, value in values}
+    return state
+
+
+def rank_file(index: int) -> str:
+    """File of a data-parallel rank's own state; Accelerate saves custom objects on rank 0 only."""
+    return f"rank_{index}.pt"
 
 
 def reference_file(trainer) -> str:
@@ -145,18 +200,25 @@ def save_pretrained(trainer) -> None:
         TrainingError: the model could not be written; the unfinished folder is deleted.
     """
     accelerator, error = trainer.accelerator, None
-    weights = accelerator.get_state_dict(trainer.model)  # gathers sharded weights from all ranks
+    distributed, main = trainer.ranks.distributed, accelerator.is_main_process
+    weights = None
+    if not distributed:
+        weights = accelerator.get_state_dict(trainer.model)  # gathers sharded weights
     final = Path(trainer.config.output_dir) / "model"
-    if accelerator.is_main_process:
-        partial = final.with_name(f"model{PARTIAL}")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            trainer.unwrapped.save_pretrained(partial, state_dict=weights)
+    partial = final.with_name(f"model{PARTIAL}")
+    try:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        if main or distributed:  # of a distributed model, transformers gathers the weights
+            trainer.unwrapped.save_pretrained(partial, state_dict=weights, is_main_process=main)
+        if main:
             trainer.tokenizer.save_pretrained(partial)
             sync_folder(partial)
             replace_folder(partial, final)
-        except Exception as raised:  # safetensors raises exceptions of its own
-            error = raised
+    except Exception as raised:  # safetensors raises exceptions of its own
+        error = raised
+        if main:
             shutil.rmtree(partial, ignore_errors=True)
     if any_rank(accelerator, error is not None):
-        raise TrainingError(f"{final} could not be written ({error or 'on rank 0'})") from error
+        reason = error or "on another rank"
+        raise TrainingError(f"{final} could not be written ({reason})") from error

@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -41,7 +40,8 @@ def check_accelerator(config, accelerator: Accelerator) -> None:
     if parallel is not None and max(parallel.tp_size, parallel.cp_size) > 1:
         raise ValueError(
             "the accelerator must be data parallel (DDP or FSDP2), got tensor parallel size "
-            f"{parallel.tp_size}, context parallel size {parallel.cp_size}"
+            f"{parallel.tp_size}, context parallel size {parallel.cp_size}; for tensor parallelism "
+            "load the model with a DistributedConfig of transformers"
         )
     project = getattr(accelerator, "project_configuration", None)
     if getattr(project, "automatic_checkpoint_naming", False):
@@ -65,14 +65,9 @@ def check_model(model, config) -> None:
     """Checks a model before Accelerate prepares it.
 
     Raises:
-        ValueError: the model is sharded already, or has float16 weights with mixed_precision fp16.
+        ValueError: the model has float16 weights with mixed_precision fp16.
     """
     name, weight = next(iter(model.named_parameters()))
-    if isinstance(weight, DTensor):
-        raise ValueError(
-            f"model must not be sharded, got {name} as a DTensor; the accelerator shards it when "
-            "it prepares the model with FSDP2"
-        )
     if config.mixed_precision == "fp16" and weight.dtype == torch.float16:
         raise ValueError(
             "mixed_precision fp16 requires a float32 model, because gradients of float16 weights "
@@ -100,18 +95,18 @@ def check_rows(name: str, data: Sequence[dict]) -> Sequence[dict]:
 
 
 def count_rows_per_rank(config, num_ranks: int) -> int:
-    """Returns the sequences per rank of a rollout: complete groups, equal minibatches.
+    """Returns the sequences per data-parallel rank of a rollout, equal for all.
 
     Raises:
-        ValueError: prompts or minibatches cannot be divided among the ranks.
+        ValueError: sequences or minibatches cannot be divided among the ranks.
     """
-    prompts = config.prompts_per_rollout
-    if prompts % num_ranks:
+    rows = config.prompts_per_rollout * config.num_generations
+    if rows % num_ranks:
         raise ValueError(
-            f"prompts_per_rollout must be a multiple of the {num_ranks} ranks, because a group "
-            f"is never split, got {prompts}"
+            "prompts_per_rollout * num_generations must be a multiple of the "
+            f"{num_ranks} ranks, got {config.prompts_per_rollout} * {config.num_generations}"
         )
-    rows = prompts // num_ranks * config.num_generations
+    rows //= num_ranks
     if rows % config.minibatches:
         raise ValueError(
             f"minibatches must divide the {rows} sequences of each of {num_ranks} ranks, "

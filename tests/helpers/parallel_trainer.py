@@ -1,0 +1,81 @@
+"""Trainers over ranks, distributed by Accelerate or transformers, against one process.
+
+Rollouts are fixed: completions depend on the prompt and the place in its group. The optimizer is
+SGD, for AdamW would turn rounding errors into steps.
+"""
+
+import random
+
+import torch
+import torch.distributed as dist
+from trainer_runs import trainer_of, weights_of
+from transformers import AutoModelForCausalLM, DistributedConfig
+
+import grpo_fused.trainer.trainer as module
+from grpo_fused.demo import make_model, make_tokenizer
+from grpo_fused.trainer.collect import next_rows
+from grpo_fused.trainer.rewards import RewardScores
+
+T = 5
+# 12 rows in groups of 4, which straddle two ranks and four.
+RUN = {"prompts_per_rollout": 3, "num_generations": 4, "num_iterations": 2, "max_steps": 6}
+RUN |= {"max_completion_length": T, "beta": 0.3, "entropy_coef": 0.02, "micro_batch_size": 2}
+RUN |= {"reference_refresh_rollouts": 2, "reference_mix": 0.5, "max_grad_norm": 0.05}
+RUN |= {"learning_rate": 0.3}
+
+
+def sgd(model, config):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=0.9, foreach=False)
+
+
+def fixed(prompts, trainer):
+    """Completions of 1 to T tokens."""
+    first = trainer.ranks.index * trainer.rows_per_rank
+    completions = []
+    for place, (prompt, row) in enumerate(zip(prompts, next_rows(trainer), strict=True)):
+        assert trainer.data[row]["prompt"] == prompt
+        draw = random.Random(f"{prompt} {(first + place) % 4}")
+        completions.append([draw.randrange(2, 14) for _ in range(draw.randrange(0, T))] + [1])
+    return {"completion_ids": completions}
+
+
+def by_tokens(prompts, completions, completion_ids, columns):
+    totals = torch.tensor([float(sum(ids) % 5) for ids in completion_ids])
+    return RewardScores(totals, {"mod": totals})
+
+
+def trainer_on(folder, model=None, **options):
+    """(trainer, records) of a run with SGD."""
+    module.make_optimizer = sgd
+    given = {"rewards": by_tokens, "rollout_fn": fixed, "loss_type": "gspo"} | RUN | options
+    return trainer_of(folder, model=model, **given)
+
+
+def save_start(folder):
+    """The model that all runs start from, for `from_pretrained`."""
+    torch.manual_seed(3)
+    make_model(make_tokenizer()).save_pretrained(folder)
+
+
+def load_start(folder, kind):
+    config = {
+        "one": None,
+        "ddp": None,
+        "tp": DistributedConfig(tp_size=2),
+        "fsdp": DistributedConfig(fsdp_size=2),
+        "2x2": DistributedConfig(tp_size=2, fsdp_size=2) if dist.is_initialized() else None,
+    }[kind]
+    options = {"dtype": torch.float32, "distributed_config": config}
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def full_weights(trainer):
+    """{name: weight} of the whole model, without the names of wrappers."""
+    found = weights_of(trainer)
+    return {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in found.items()}
+
+
+def result(trainer, records):
+    """What runs are compared by: {"records": by step, "weights": by name}."""
+    return {"records": records, "weights": full_weights(trainer)}

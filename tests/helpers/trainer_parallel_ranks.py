@@ -1,0 +1,138 @@
+"""The trainer on several ranks: checks for `ranks`, which test_trainer_ranks.py starts.
+
+The folder has "start", the model, "one", the run of one process with its checkpoints, and
+"expected.pt", its results.
+"""
+
+import os
+
+import pytest
+import torch
+from batches import relative_error
+from parallel_trainer import by_tokens, load_start, result, trainer_on
+from ranks import raises
+from trainer_runs import HELD_OUT, partial_credit
+from transformers import AutoModelForCausalLM
+
+from grpo_fused.trainer import TrainingError
+from grpo_fused.trainer.collect import collect
+from grpo_fused.trainer.run.checkpoint import list_checkpoints
+
+KINDS = {2: ("ddp", "fsdp", "tp"), 4: ("2x2",)}
+
+
+def compare(found, expected, steps, where):
+    """Losses, gradient norms and metrics of every step, and the weights at the end."""
+    for step in steps:
+        got, want = found["records"][step], expected["records"][step]
+        for name in ("loss", "grad_norm", "kl", "entropy", "ratio/mean", "reward", "num_tokens"):
+            assert got[name] == pytest.approx(want[name], rel=1e-5, abs=1e-6), (where, step, name)
+    for name, weight in expected["weights"].items():
+        error = relative_error(found["weights"][name], weight)
+        assert error < 1e-5, (where, name, error)
+
+
+def check_runs(rank):
+    """Equal to one process; resumed on as many ranks bit by bit; one checkpoint of the whole."""
+    expected = torch.load(f"{rank.folder}/expected.pt")
+    for kind in KINDS[rank.size]:
+        folder = f"{rank.folder}/{kind}{rank.size}"
+        trainer, records = trainer_on(
+            folder, load_start(f"{rank.folder}/start", kind), save_steps=1, save_total_limit=None
+        )
+        trainer.train()
+        found = result(trainer, records)
+        compare(found, expected, range(1, 7), kind)
+        for path in (list_checkpoints(folder)[0], list_checkpoints(folder)[3]):
+            again = (f"{folder}-again", load_start(f"{rank.folder}/start", kind))
+            resumed, later = trainer_on(*again, resume=str(path))
+            resumed.train()
+            assert all(later[step] == records[step] for step in later), (kind, path)
+            weights = result(resumed, later)["weights"]
+            assert all(torch.equal(weights[n], w) for n, w in found["weights"].items())
+        saved = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
+        for name, weight in saved.named_parameters():
+            assert torch.equal(weight, found["weights"][name]), (kind, name)
+
+
+def check_another_number_of_ranks(rank):
+    """What one process, or four, has saved, in the middle of a rollout and behind one."""
+    expected = torch.load(f"{rank.folder}/expected.pt")
+    sources = {"ddp": "one", "tp": "2x24"} if rank.size == 2 else {"2x2": "tp2"}
+    for kind, source in sources.items():
+        for path in list_checkpoints(f"{rank.folder}/{source}")[2:4]:
+            folder = f"{rank.folder}/from-{source}-{path.name}-{rank.size}"
+            model = load_start(f"{rank.folder}/start", kind)
+            resumed, records = trainer_on(folder, model, resume=str(path))
+            resumed.train()
+            compare(result(resumed, records), expected, records, (kind, source, path.name))
+
+
+def check_sampling(rank):
+    """Ranks of tensor parallelism sample the same tokens, and score and evaluate them once."""
+    kind = KINDS[rank.size][-1]
+    folder = f"{rank.folder}/sampling{rank.size}"
+    calls = []
+
+    def counted(*arguments):
+        calls.append(1)
+        return partial_credit(*arguments)
+
+    options = {"rollout_fn": None, "max_completion_length": 2, "eval_data": HELD_OUT[:5]}
+    options |= {"eval_steps": 1, "rewards": counted, "max_steps": 2, "max_prompt_length": None}
+    trainer, records = trainer_on(folder, load_start(f"{rank.folder}/start", kind), **options)
+    batch = collect(trainer).batch
+    assert bool(calls) == (rank.rank % 2 == 0)
+    shape = torch.tensor(batch.completion_ids.shape)
+    assert torch.equal(rank.gather(shape)[rank.rank // 2 * 2], shape)
+    trainer.train()
+    assert "eval/reward" in records[1] and records[2]["num_tokens"] > 0
+    for name in ("reward", "loss", "eval/reward", "grad_norm"):
+        values = rank.gather(torch.tensor(records[2][name]))
+        assert all(torch.equal(value, values[0]) for value in values), name
+
+
+def check_disagreement(rank):
+    """A ValueError on every rank, which names what differs."""
+    start, folder = f"{rank.folder}/start", f"{rank.folder}/disagree"
+    mine = rank.rank == 0
+    for name, options in (
+        ("loss_type", {"loss_type": "dapo" if mine else "grpo"}),
+        ("max_completion_length", {"max_completion_length": 5 if mine else 6}),
+        ("data", {"data": [{"prompt": "1+1=" if mine else "1+2=", "answer": "2"}]}),
+    ):
+        model = load_start(start, "ddp")
+        raises(
+            ValueError, f"disagree on {name}", lambda m=model, o=options: trainer_on(folder, m, **o)
+        )
+
+
+def check_errors(rank):
+    """What one rank raises stops all of them."""
+
+    def failing(*arguments):
+        if rank.rank == rank.size - 1:
+            raise OSError("no answer")
+        return by_tokens(*arguments)
+
+    model = load_start(f"{rank.folder}/start", "ddp")
+    trainer, _ = trainer_on(f"{rank.folder}/errors", model, rewards=failing)
+    own = rank.rank == rank.size - 1
+    error, text = (OSError, "no answer") if own else (TrainingError, "another rank failed")
+    raises(error, text, trainer.train)
+
+
+def check_a_rank_that_dies(rank):
+    """The others stop with a message, and soon. The last check: this ends the group."""
+    model, seen = load_start(f"{rank.folder}/start", "ddp"), []
+
+    def dying(*arguments):
+        seen.append(1)
+        if rank.rank == rank.size - 1 and len(seen) == 2:
+            os._exit(0)
+        return by_tokens(*arguments)
+
+    trainer, records = trainer_on(f"{rank.folder}/dies", model, rewards=dying)
+    raises(TrainingError, "another rank stopped, or does not answer", trainer.train)
+    assert set(records) == {1, 2}
+    os._exit(0)  # no barrier without it
