@@ -107,11 +107,6 @@ class Policy:
             num_sequences: sequences of the optimizer step over all ranks.
         """
         config = self.config
-        # The bonus is a mean over the micro-batch: its share of the tokens makes the sum of
-        # micro-batches the mean over the step.
-        entropy_coef = config.entropy_coef
-        if entropy_coef:
-            entropy_coef = entropy_coef * batch.completion_mask.sum() / max(num_items, 1)
         options = {
             "old_logps": batch.old_logps,
             "ref_logps": batch.ref_logps,
@@ -123,9 +118,10 @@ class Policy:
             "beta": config.beta,
             "kl_estimator": config.kl_estimator,
             "use_bias_correction_kl": config.use_bias_correction_kl,
-            "entropy_coef": entropy_coef,
+            "entropy_coef": config.entropy_coef,
             "compute_entropy": True,
             "num_items_in_batch": num_items,
+            "num_entropy_items_in_batch": num_items,
             "num_sequences_in_batch": num_sequences,
             "max_completion_length": config.max_completion_length,
         }

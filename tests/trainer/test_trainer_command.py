@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from grpo_fused import cli
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.run.checkpoint import latest_checkpoint
+from grpo_fused.trainer.run.command import distribution
 
 ROOT = Path(__file__).parents[2]
 REWARDS = """
@@ -149,6 +151,40 @@ def test_sigterm_saves_and_the_run_can_be_resumed(files, tmp_path, capsys):
     command = arguments_of(files, tmp_path, max_steps=done + 1, save_steps="none", resume="latest")
     assert cli.main(command) == 0
     assert list(steps_of(tmp_path)) == list(range(1, done + 2))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "message"),
+    [
+        (4, {"tensor_parallel_size": 3}, "tensor_parallel_size must divide the 4 ranks, got 3"),
+        (4, {"tensor_parallel_size": 2}, "fully_shard is needed for 2 data-parallel ranks"),
+    ],
+)
+def test_ranks_that_do_not_fit(ranks, options, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(ValueError, match=message):
+        distribution(SimpleNamespace(**{"fully_shard": False} | options))
+
+
+def test_distributions(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for tensor, fully_shard, want in ((1, False, None), (1, True, (1, 4)), (4, False, (4, 1))):
+        config = SimpleNamespace(tensor_parallel_size=tensor, fully_shard=fully_shard)
+        found = distribution(config).get("distributed_config")
+        assert (found and (found.tp_size, found.fsdp_size)) == want
+
+
+@pytest.mark.slow
+def test_a_launcher_of_tensor_parallel_ranks(files, tmp_path):
+    """The command distributes the model; the checkpoint is one of shards."""
+    options = {"max_steps": 2, "tensor_parallel_size": 2, "save_steps": 1}
+    start = "-m torch.distributed.run --standalone --nproc_per_node 2 -m grpo_fused.cli".split()
+    command = [sys.executable, *start, *arguments_of(files, tmp_path, **options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=240)
+    assert list(steps_of(tmp_path)) == [1, 2]
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert (tmp_path / "checkpoint-2" / "shards" / ".metadata").exists()
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import inspect
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from trainer_runs import HELD_OUT, ROWS, RewardScores, partial_credit, trainer_o
 from transformers import Qwen3ForCausalLM
 
 from grpo_fused.demo import make_model, make_tokenizer
+from grpo_fused.trainer.experience import Batch, Experience
 from grpo_fused.trainer.run import resume_checks, state
 from grpo_fused.trainer.run.checkpoint import list_checkpoints
 from grpo_fused.trainer.run.resume_checks import checksum_rows
@@ -244,13 +244,53 @@ def test_an_evaluation_does_not_change_random_rewards(tmp_path):
     assert rewards[0] == rewards[1] and len(set(rewards[0])) == 4
 
 
-def test_another_number_of_ranks_cannot_be_resumed(saved, tmp_path):
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "checkpoint-1" / "trainer.json"
-    path.write_text(path.read_text().replace('"ranks": 1', '"ranks": 2'))
-    trainer, _ = trainer_of(tmp_path, max_steps=2, resume="latest")
-    with pytest.raises(ValueError, match="resume: ranks is 1, the checkpoint has 2"):
-        trainer.train()
+def experience_of(lengths, start):
+    """An Experience of one rank: sequences of (prompt, completion) tokens, numbered from start."""
+    P, T = (max(sizes) for sizes in zip(*lengths, strict=True))
+    rows = len(lengths)
+    number = torch.arange(start, start + rows)
+    prompts, completions = (torch.tensor(sizes)[:, None] for sizes in zip(*lengths, strict=True))
+    prompt_mask = torch.arange(P) >= P - prompts
+    mask = torch.arange(T) < completions
+    batch = Batch(
+        torch.where(prompt_mask, number[:, None], -7),
+        prompt_mask,
+        torch.where(mask, number[:, None], -7),
+        mask,
+        mask,
+        advantages=number.float(),
+        ref_logps=torch.where(mask, number[:, None].float(), 0.0),
+        importance_sampling_ratio=number[:, None].float(),
+    )
+    return Experience(batch, lengths, [4.0, 4.0], {"reward": 1.0}, position=1)
+
+
+def test_experience_of_two_ranks_is_dealt_to_others():
+    """Every minibatch keeps its sequences, whatever lengths they were padded to."""
+    parts = [
+        experience_of([(2, 1), (1, 3), (3, 2), (1, 1)], 0),
+        experience_of([(1, 4), (4, 1), (1, 1), (2, 2)], 4),
+    ]
+    minibatches = [[0, 1, 4, 5], [2, 3, 6, 7]]
+    lengths = [pair for part in parts for pair in part.lengths]
+    for size in (1, 2, 4):
+        dealt = [Experience.deal(parts, 2, index, size, -7) for index in range(size)]
+        for minibatch, members in enumerate(minibatches):
+            seen = []
+            for experience in dealt:
+                assert experience.position == 1 and experience.metrics == {"reward": 1.0}
+                for batch in experience.micro_batches(minibatch, 2, 1):
+                    (number,) = batch.advantages.int().tolist()
+                    seen.append(number)
+                    prompt, completion = lengths[number]
+                    assert batch.prompt_ids.tolist() == [[number] * prompt]
+                    assert batch.completion_ids.tolist() == [[number] * completion]
+                    assert batch.prompt_mask.all() and batch.completion_mask.all()
+                    assert batch.ref_logps.tolist() == [[float(number)] * completion]
+                    assert batch.importance_sampling_ratio.tolist() == [[float(number)]]
+            assert seen == members
+    with pytest.raises(ValueError, match="a minibatch of 4 sequences cannot be .* 3 ranks"):
+        Experience.deal(parts, 2, 0, 3, -7)
 
 
 def test_the_length_of_a_schedule_is_part_of_the_run(tmp_path):

@@ -1,6 +1,8 @@
 """The command `grpo-fused train`: builds a trainer from a config and trains."""
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -29,7 +31,8 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
         dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+        distributed = distribution(config)
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **distributed)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {config.model} cannot be loaded: {error}") from error
     run_log = RunLog(config.output_dir, f"{config.model}, {config.loss_type} loss")
@@ -43,6 +46,28 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
         peft_config=make_lora_config(config),
         run_log=run_log,
     )
+
+
+def distribution(config: TrainConfig) -> dict[str, Any]:
+    """Returns how transformers is to distribute the model; nothing: Accelerate wraps it.
+
+    Raises:
+        ValueError: the ranks are not a multiple of tensor_parallel_size; or they are more, and
+            neither DDP nor FSDP2 combines with it.
+    """
+    tensor, world = config.tensor_parallel_size, int(os.environ.get("WORLD_SIZE", 1))
+    if tensor == 1 and not config.fully_shard:
+        return {}
+    if world % tensor:
+        raise ValueError(f"tensor_parallel_size must divide the {world} ranks, got {tensor}")
+    if world > tensor and not config.fully_shard:
+        raise ValueError(
+            f"fully_shard is needed for {world // tensor} data-parallel ranks with "
+            f"tensor_parallel_size {tensor}, got False"
+        )
+    from transformers import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=tensor, fsdp_size=world // tensor)}
 
 
 def train(config: TrainConfig) -> TrainResult:

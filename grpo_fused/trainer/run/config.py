@@ -236,6 +236,12 @@ class TrainConfig(GRPOTrainerConfig):
 
     model: str = option("", "folder or Hub name of a causal language model for transformers")
     dtype: str = option("float32", "dtype of the model's weights", choices=DTYPES)
+    tensor_parallel_size: int = option(
+        1, "neighbouring ranks that share the model's layers and vocabulary, and a batch", low=1
+    )
+    fully_shard: bool = option(
+        False, "shard the weights over data-parallel ranks with FSDP2, by transformers' plan"
+    )
     tokenizer: str | None = option(None, "folder or Hub name; none: the model's tokenizer")
     data: str = option(
         "", "training rows: a .jsonl, .parquet or .csv file, a saved data set, reasoning_gym:TASK"
@@ -264,6 +270,11 @@ class TrainConfig(GRPOTrainerConfig):
         for name in ("model", "data", "rewards"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is required, got {getattr(self, name)!r}")
+        if self.lora_rank and (self.tensor_parallel_size > 1 or self.fully_shard):
+            raise ValueError(
+                "lora_rank must be 0 with tensor_parallel_size or fully_shard, "
+                f"got {self.lora_rank}: shard adapters by FSDP2 in a config of accelerate launch"
+            )
         if self.eval_data and not self.eval_steps:
             raise ValueError(f"eval_data requires eval_steps, got {self.eval_data!r} without it")
         if self.lora_target_modules and not self.lora_rank:
