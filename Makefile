@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo demo-lm test test-all mutate bench aot trl-matrix lint clean
+.PHONY: demo demo-lm test test-all zero3 mutate bench aot trl-matrix lint clean
 
 demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
@@ -23,6 +23,13 @@ test: .venv/ready
 # With the full matrices of options that `test` covers pairwise.
 test-all: .venv/ready
 	$(BIN)/python -m pytest --slow -n $(if $(filter cpu,$(DEVICE)),auto,0) --dist worksteal
+
+# The checks of two ranks, DeepSpeed's ZeRO-3 among them: it compiles an operator, so it stays apart.
+zero3: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/deepspeed \
+	  deepspeed hjson py-cpuinfo einops msgpack ninja
+	PYTHONPATH=build/deepspeed PATH=$$PWD/build/deepspeed/bin:$$PATH \
+	  $(BIN)/python -m pytest tests/parallel/test_ranks.py
 
 # A run that was cut goes on with `tests/mutation/mutate.py --resume runs/mutation.jsonl`.
 mutate: .venv/ready

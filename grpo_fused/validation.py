@@ -127,6 +127,12 @@ def check_head(source):
     if is_dtensor(source.tensor):
         raise ValueError("hidden is a DTensor: pass to_local() of what every rank holds in full")
     H = source.tensor.shape[-1]
+    if weight.numel() == 0:
+        raise ValueError(
+            f"weight is empty, got shape {tuple(weight.shape)}: of a weight that DeepSpeed ZeRO-3 "
+            "or FSDP1 has partitioned, call the function within the forward of the module that "
+            "owns it (`fuse_lm_head` does), or gather it (deepspeed.zero.GatheredParameters)"
+        )
     if weight.dim() != 2 or weight.shape[1] != H or weight.shape[0] == 0:
         raise ValueError(
             f"weight must be (V, {H}) for hidden (..., {H}), got {tuple(weight.shape)}"

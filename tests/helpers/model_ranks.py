@@ -3,6 +3,8 @@
 Ranks of data parallelism have parts of a batch, and wrappers average their gradients.
 """
 
+import importlib.util
+import os
 import warnings
 
 import torch
@@ -110,6 +112,31 @@ def check_data_parallel(rank):
             output = fused_loss(wrapped, rows(rank.rank, rank.size), **options)
             (rank.size * output.loss).backward()
             compare(full_gradients(wrapped), reference, (name, wrap.__name__, unit, late, options))
+
+
+def check_zero3(rank):
+    """DeepSpeed ZeRO-3, where it is installed (`make zero3`): untied and tied."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(rank.size)}
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}
+    config |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+    for name in ("qwen3", "llama"):
+        want = expected(tiny(name))
+        for options, reference in zip(OPTIONS, want, strict=True):
+            model = tiny(name)
+            fuse_lm_head(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            given = {"model": model, "optimizer": optimizer, "config": config}
+            engine, *_ = deepspeed.initialize(**given)
+            output = fused_loss(engine, rows(rank.rank, rank.size), **options)
+            engine.backward(rank.size * output.loss)
+            found = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
+            compare(found, reference, ("zero3", name, options))
 
 
 def check_gathers(rank):

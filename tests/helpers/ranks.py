@@ -8,6 +8,7 @@ Every function `check_...(rank)` of a module runs; `rank` is a `Rank`.
 import importlib
 import os
 import sys
+import time
 from datetime import timedelta
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -103,11 +104,13 @@ def main():
     for module in map(importlib.import_module, modules):
         for name, check in list(vars(module).items()):
             if name.startswith("check_"):
+                began = time.perf_counter()
                 try:
                     check(Rank(int(rank), int(size), folder))
                 except BaseException:
                     print(f"{module.__name__}.{name} failed on rank {rank}", file=sys.stderr)
                     raise
+                print(f"{module.__name__}.{name}: {time.perf_counter() - began:.1f} s", flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
