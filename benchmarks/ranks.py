@@ -1,24 +1,29 @@
 """Vocabulary-parallel losses on two gloo processes, against gathering logits or the weight.
 
     python -m benchmarks.ranks [--json FILE]
+    python -m benchmarks.ranks --model
 
 Every process has one thread. Ways to compute one loss alternate; times are medians over the rounds
 of the slower rank. Collectives and their bytes are counted as they are called. A rank's bytes are
-those it contributes to a gather, and the tensor that a reduction sums.
+those it contributes to a gather, and the tensor that a reduction sums. `--model` prints the tables
+of docs/scaling.md: what a head costs by its bytes and operations on GPUs that share a node.
 """
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.measure import environment
+from benchmarks.predict import GPUS
 from grpo_fused import grpo_loss, linear_grpo_loss
 
 ROUNDS, WORLD = 7, 2
@@ -154,10 +159,74 @@ def run_rank(rank, folder, queue):
     dist.destroy_process_group()
 
 
+NVLINK = 0.8 * 450e9  # bytes per second into an H100 or H200, as collectives reach them
+LATENCY = 20e-6  # seconds of a small collective
+
+
+class Head(NamedTuple):
+    """A head's loss and gradients in bfloat16 over tensor-parallel ranks, for one rank."""
+
+    tokens: int
+    V: int
+    H: int
+    ranks: int
+
+    @property
+    def matmuls(self):
+        """Seconds of three matmuls."""
+        return 6 * self.tokens * self.H * self.V / self.ranks / GPUS[2].flops
+
+    @property
+    def chunks(self):
+        """Two chunks of logits exist at a time, in 1 GiB."""
+        rows = 2**29 // (2 * math.ceil(self.V / self.ranks))
+        return math.ceil(self.tokens / rows)
+
+    @property
+    def exchanged(self):
+        """Bytes into this rank: statistics, and the sum of the gradients of hidden states."""
+        others = self.ranks - 1
+        return 12 * self.tokens * others, 2 * 2 * self.tokens * self.H * others // self.ranks
+
+    @property
+    def exchanges(self):
+        """Seconds in collectives, if none is hidden behind a matmul."""
+        if self.ranks == 1:
+            return 0.0
+        return sum(self.exchanged) / NVLINK + LATENCY * (self.chunks + 2)
+
+    @property
+    def logits(self):
+        """Bytes into this rank if logits are gathered."""
+        return 2 * self.tokens * self.V * (self.ranks - 1) // self.ranks
+
+    @property
+    def weight(self):
+        """Bytes into this rank if the weight is gathered and its gradient scattered."""
+        return 2 * 2 * self.V * self.H * (self.ranks - 1) // self.ranks
+
+
+def model_tables(tokens=32_768, H=4096):
+    print(f"{tokens} tokens, H = {H}, bfloat16, H200 (modelled)\n")
+    print("| V | ranks | matmuls ms | collectives ms | statistics MB | dhidden MB | ", end="")
+    print("logits instead MB | weight instead MB |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for V in (32_000, 128_256, 151_936, 262_144):
+        for ranks in (1, 2, 4, 8):
+            head = Head(tokens, V, H, ranks)
+            cells = [1e3 * head.matmuls, 1e3 * head.exchanges]
+            cells += [size / 1e6 for size in (*head.exchanged, head.logits, head.weight)]
+            print(f"| {V:,} | {ranks} | {' | '.join(f'{cell:,.1f}' for cell in cells)} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--model", action="store_true", help="print the modelled tables")
     options = parser.parse_args()
+    if options.model:
+        model_tables()
+        return
     queue = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run_rank, (folder, queue), nprocs=WORLD)

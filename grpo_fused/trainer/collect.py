@@ -37,15 +37,12 @@ def collect(trainer) -> Experience:
         advantages = group_advantages(rewards, config.num_generations, config.scale_rewards)
         batch.advantages = advantages[mine]
     else:
-        steps = sum(ranks.gather_objects(scores.as_steps(rollout.completion_ids)), [])
-        length = max((end + 1 for row in steps for end, _ in row), default=1)
+        own = scores.as_steps(rollout.completion_ids), batch.completion_ids.shape[1]
+        steps, lengths = zip(*ranks.gather_objects(own), strict=True)
         advantages = step_advantages(
-            steps,
-            max(length, batch.completion_ids.shape[1]),
-            config.num_generations,
-            config.scale_rewards,
+            sum(steps, []), max(lengths), config.num_generations, config.scale_rewards
         )
-        batch.advantages = advantages[mine, : batch.completion_ids.shape[1]]
+        batch.advantages = advantages[mine, : own[1]]
     counts = batch.completion_mask.sum(1).view(config.minibatches, -1).sum(1).float()
     lengths = zip(map(len, rollout.prompt_ids), map(len, rollout.completion_ids), strict=True)
     experience = Experience(

@@ -19,7 +19,7 @@ from grpo_fused.trainer.rewards import RewardScores
 T = 5
 # 12 rows in groups of 4, which straddle two ranks and four.
 RUN = {"prompts_per_rollout": 3, "num_generations": 4, "num_iterations": 2, "max_steps": 6}
-RUN |= {"max_completion_length": T, "beta": 0.3, "entropy_coef": 0.02, "micro_batch_size": 2}
+RUN |= {"max_completion_length": T, "beta": 0.3, "entropy_coef": 0.02, "micro_batch_size": 4}
 RUN |= {"reference_refresh_rollouts": 2, "reference_mix": 0.5, "max_grad_norm": 0.05}
 RUN |= {"learning_rate": 0.3}
 

@@ -1,8 +1,8 @@
-"""One rank of a gloo group that runs the checks of modules of this folder.
+"""Ranks of a gloo group, each of which runs the checks of modules of this folder.
 
     python ranks.py RANK WORLD_SIZE FOLDER MODULE...
 
-Every function `check_...(rank)` of a module runs; `rank` is a `Rank`.
+runs one rank by hand. Every function `check_...(rank)` of a module runs; `rank` is a `Rank`.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -18,6 +19,9 @@ import torch.distributed as dist  # noqa: E402
 from interpreter import speed_up  # noqa: E402
 
 from grpo_fused import collectives  # noqa: E402
+
+# By the server that ranks are forked from, for every test that starts ranks.
+IMPORTED = ["grpo_fused.demo", "hypothesis", "peft", "transformers"]
 
 
 class Rank:
@@ -92,21 +96,21 @@ class Exchanges:
         return [entry[1] for entry in self.log if entry[0] == name]
 
 
-def main():
-    rank, size, folder, *modules = sys.argv[1:]
+def run(rank, size, folder, modules):
+    """One rank, in a process of its own."""
     torch.set_num_threads(1)
     speed_up()
     rendezvous = {"init_method": f"file://{folder}/meet{size}", "timeout": timedelta(seconds=60)}
     # For libraries that ask the environment.
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # unused: the group exists
-    dist.init_process_group("gloo", rank=int(rank), world_size=int(size), **rendezvous)
+    dist.init_process_group("gloo", rank=rank, world_size=size, **rendezvous)
     for module in map(importlib.import_module, modules):
         for name, check in list(vars(module).items()):
             if name.startswith("check_"):
                 began = time.perf_counter()
                 try:
-                    check(Rank(int(rank), int(size), folder))
+                    check(Rank(rank, size, folder))
                 except BaseException:
                     print(f"{module.__name__}.{name} failed on rank {rank}", file=sys.stderr)
                     raise
@@ -115,5 +119,28 @@ def main():
     dist.destroy_process_group()
 
 
+def start(size, folder, modules, seconds=300):
+    """Run all ranks, forked from a server that has imported what they need once for all tests.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of a rank.
+        TimeoutError: they took longer.
+    """
+    Path(folder, f"meet{size}").unlink(missing_ok=True)
+    torch.multiprocessing.set_forkserver_preload(IMPORTED)
+    context = torch.multiprocessing.start_processes(
+        run, (size, str(folder), modules), nprocs=size, join=False, start_method="forkserver"
+    )
+    end = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=5):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{size} ranks of {modules} took more than {seconds} s")
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
 if __name__ == "__main__":
-    main()
+    rank, size, folder, *modules = sys.argv[1:]
+    run(int(rank), int(size), folder, modules)

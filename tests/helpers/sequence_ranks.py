@@ -203,6 +203,22 @@ def check_corrections(rank):
     assert torch.equal(got, want)
 
 
+def check_quantiles(rank):
+    """Ranks have different numbers of tokens, none, or all."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        entropies = torch.rand(3, 40, generator=generator).pow(3)
+        mask = torch.rand(3, 40, generator=generator) < 0.6
+        cut = [13, 0, 40, 27][seed]
+        bounds = [0, cut, 40, 40]
+        mine = slice(*bounds[rank.rank : rank.rank + 2])
+        for share in (0.2, 0.5):
+            want = entropy_quantile_mask(entropies, mask, share=share)[:, mine]
+            options = {"share": share, "process_group": rank.group}
+            got = entropy_quantile_mask(entropies[:, mine], mask[:, mine], **options)
+            assert torch.equal(got, want)
+
+
 def check_exchanges(rank):
     """Numbers of (B,) alone; none for token-level losses with global divisors."""
     batch, places = batch_of(0), columns(rank, "contiguous")
@@ -214,6 +230,7 @@ def check_exchanges(rank):
         ("gspo", [counts, sums, clips], [sums]),
         ("gspo_token", [counts, sums], []),
         ("vespo", [sums], []),
+        ("gmpo", [counts, sums, sums], [sums]),
     ):
         with Exchanges() as exchanges:
             loss = grpo_loss(

@@ -1,13 +1,9 @@
 """Rollout weights, off-policy and entropy masks against plain Python loops in float64."""
 
 import math
-import subprocess
-import sys
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from grpo_fused.corrections import entropy_quantile_mask, off_policy_mask, rollout_weights
 
@@ -193,41 +189,6 @@ def test_entropy_quantile_without_active_tokens_and_with_nan():
     assert entropy_quantile_mask(broken, share=0.7).tolist() == [False, False, True, True]
 
 
-def split_batch(seed):
-    """Entropies, their mask, and the number of tokens on rank 0 of 2, which may be 0 or all."""
-    generator = torch.Generator().manual_seed(seed)
-    entropies = torch.rand(3, 40, generator=generator).pow(3)
-    mask = torch.rand(3, 40, generator=generator) < 0.6
-    cut = [13, 0, 40, 27][seed % 4]
-    return entropies, mask, cut
-
-
-def on_rank(rank, path):
-    """Masks of a rank, in its own process: `python test_corrections.py rank path`."""
-    rendezvous = {"init_method": f"file://{path}/meet", "timeout": timedelta(seconds=60)}
-    dist.init_process_group("gloo", rank=rank, world_size=2, **rendezvous)
-    kept = []
-    for seed in range(4):
-        entropies, mask, cut = split_batch(seed)
-        mine = slice(None, cut) if rank == 0 else slice(cut, None)
-        for share in (0.2, 0.5):
-            options = {"share": share, "process_group": dist.group.WORLD}
-            kept.append(entropy_quantile_mask(entropies[:, mine], mask[:, mine], **options))
-    torch.save(kept, f"{path}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_entropy_quantile_over_two_ranks(tmp_path):
-    commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(2)]
-    ranks = [subprocess.Popen(command) for command in commands]
-    assert [rank.wait(timeout=150) for rank in ranks] == [0, 0]
-    pairs = zip(torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt"), strict=True)
-    for index, pair in enumerate(pairs):
-        entropies, mask, _ = split_batch(index // 2)
-        want = quantile_mask(entropies, mask, (0.2, 0.5)[index % 2])
-        assert torch.equal(torch.cat(pair, 1), want)
-
-
 @pytest.mark.parametrize("where", ["meta", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_no_synchronisation(where, request):
     """Meta tensors have no values: reading one raises an error."""
@@ -293,7 +254,3 @@ BAD = {
 def test_invalid_arguments(call):
     with pytest.raises(ValueError, match=BAD[call][1]):
         BAD[call][0]()
-
-
-if __name__ == "__main__":
-    on_rank(int(sys.argv[1]), sys.argv[2])

@@ -1,30 +1,11 @@
 """The trainer on two and on four processes; the checks are in `trainer_parallel_ranks`."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import ranks
 import torch
 from parallel_trainer import load_start, result, save_start, trainer_on
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "ranks.py"
-
-
-def start(folder, world_size):
-    """Runs the checks on so many ranks."""
-    meet = folder / f"meet{world_size}"
-    meet.unlink(missing_ok=True)
-    arguments = [str(world_size), str(folder), "trainer_parallel_ranks"]
-    ranks = [
-        subprocess.Popen([sys.executable, str(SCRIPT), str(rank), *arguments])
-        for rank in range(world_size)
-    ]
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0] * world_size
-    finally:
-        for rank in ranks:
-            rank.kill()
+MODULES = ("trainer_parallel_ranks",)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +25,13 @@ def folder(tmp_path_factory):
 
 
 def test_two_ranks(folder):
-    start(folder, 2)
+    ranks.start(2, folder, MODULES)
 
 
 @pytest.mark.slow
 def test_four_ranks(folder, monkeypatch):
     """After two ranks have saved checkpoints; then two resume what four have saved."""
     monkeypatch.setenv("GRPO_FUSED_SLOW", "1")
-    start(folder, 2)
-    start(folder, 4)
-    start(folder, 2)
+    ranks.start(2, folder, MODULES)
+    ranks.start(4, folder, MODULES)
+    ranks.start(2, folder, MODULES)

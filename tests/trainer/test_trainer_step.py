@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import torch
+from ranks import IMPORTED
 from trainer_ranks import STEP, close, gradients_of, run_rank
 from trainer_runs import trainer_of
 
@@ -108,8 +109,7 @@ def test_two_ranks(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Ranks forked from a server that has imported all of it do not import it once each.
-    torch.multiprocessing.set_forkserver_preload(["grpo_fused.demo", "peft", "transformers"])
+    torch.multiprocessing.set_forkserver_preload(IMPORTED)
     torch.multiprocessing.start_processes(
         run_rank, (str(tmp_path), port, expected), nprocs=2, start_method="forkserver"
     )
