@@ -58,12 +58,11 @@ class Counted:
 
 def gathered(part, dimension):
     """Shards of all ranks, joined; the gradient of every rank is that of its own shard."""
-    part = part.movedim(dimension, 0).contiguous()
-    whole = part.new_empty(WORLD * len(part), *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part.detach())
-    first = dist.get_rank() * len(part)
-    whole = torch.cat([whole[:first], part, whole[first + len(part) :]])
-    return whole.movedim(0, dimension).contiguous()
+    parts = part.new_empty(WORLD, *part.shape)
+    dist.all_gather_into_tensor(parts.flatten(0, 1), part.detach().contiguous())
+    parts = list(parts.unbind(0))
+    parts[dist.get_rank()] = part
+    return torch.cat(parts, dimension)
 
 
 def ways(rank, device="cpu"):

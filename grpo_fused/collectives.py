@@ -29,17 +29,18 @@ def check_group(name: str, group) -> None:
         raise ValueError(f"{name} must be a ProcessGroup or None, got {group!r}")
 
 
-def start_gather(tensor: Tensor, group, is_async: bool = True) -> Pending:
+def start_gather(tensor: Tensor, group) -> Pending:
     """Start to collect the tensors of all ranks, one behind the other in the first dimension."""
     dist = torch.distributed
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch < 2.13
     gathered = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
+    is_async = not torch.compiler.is_compiling()  # Dynamo traces no other
     return Pending(gathered, gather(gathered, tensor, group=group, async_op=is_async))
 
 
 def gather(tensor: Tensor, group) -> Tensor:
     """The tensors of all ranks, one behind the other in the first dimension."""
-    return start_gather(tensor, group, is_async=False).wait()
+    return start_gather(tensor, group).wait()
 
 
 def reduce_over_ranks(tensor: Tensor, group, op: str = "SUM") -> Tensor:

@@ -10,8 +10,13 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("world_size", "modules"),
-    [(2, ALL), pytest.param(3, ALL, marks=SLOW), pytest.param(4, ALL[-1:], marks=SLOW)],
-    ids=["2", "3", "4"],
+    [
+        (2, ALL),
+        pytest.param(3, ALL, marks=SLOW),
+        pytest.param(4, ALL[-1:], marks=SLOW),
+        pytest.param(2, ("compile_ranks",), marks=SLOW),
+    ],
+    ids=["2", "3", "4", "compiled"],
 )
 def test_against_one_process(world_size, modules, tmp_path):
     ranks.start(world_size, tmp_path, modules)
