@@ -1,5 +1,7 @@
 """What a head costs: matmuls, memory, and rounding, which do not grow with the number of chunks."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from batches import relative_error
@@ -10,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grpo_fused.head.chunks as linear
 import grpo_fused.torch_backend.rows as rows
-from grpo_fused import linear_grpo_loss, linear_selective_log_softmax
+from grpo_fused import Clip, linear_grpo_loss, linear_selective_log_softmax
 from grpo_fused.bundles import Chunking, Gradients, Head, Statistics
 from grpo_fused.head.chunks import ChunkedHead, chunk_limit, chunk_rows
 from grpo_fused.head.order import group_sequences, order_tokens
 from grpo_fused.inputs import default_chunk_bytes
+from grpo_fused.losses.objectives import Objective
 from grpo_fused.sequences import Padded
 
 V, H = 53, 16
@@ -106,6 +109,43 @@ def test_rows_that_are_switched_off_cost_one_matmul(loss_type):
         out.loss.backward()
 
     assert flops(step) == (24 + 2 * 12) * ONE
+
+
+@dataclass(frozen=True)
+class InTorch(Objective):
+    """Clip, without an implementation for the kernels."""
+
+    def evaluate(self, logp, log_ratio, advantage):
+        return Clip(0.2, 0.28).evaluate(logp, log_ratio, advantage)
+
+
+@pytest.mark.parametrize("rows", [5, 24])
+def test_objectives_in_torch_take_three_matmuls(rows):
+    """A token-level loss on log-probabilities: any tokens make a chunk, sequences are cut."""
+    found = []
+    for objective in (Clip(0.2, 0.28), InTorch()):
+        head = make_head_batch()
+        leaves, options = head.leaves(), {"ref_logps": head.batch.ref_logps, "beta": 0.1}
+
+        def step(leaves=leaves, options=options, objective=objective, head=head):
+            out, _ = loss_of(
+                *(head, "torch", leaves),
+                objective=objective,
+                old_logps=head.batch.old_logps,
+                chunk_bytes=chunk_bytes(rows),
+                **options,
+            )
+            out.loss.backward()
+            return out
+
+        out = step()
+        found.append([out.loss, out.logps, out.sums, *(leaf.grad for leaf in leaves)])
+        for leaf in leaves:
+            leaf.grad = None
+        counted = flops(step)
+    assert counted == 3 * int(head.batch.mask.sum()) * ONE
+    for got, want in zip(*found[::-1], strict=True):
+        assert relative_error(got, want) < 2e-6
 
 
 class Packing(TorchDispatchMode):

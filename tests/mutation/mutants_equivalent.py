@@ -9,6 +9,8 @@ EQUIVALENT = {
         "8e35a674-ca20 order.order_sequences `Is -> IsNot` if wanted is None:",
     ],
     "an assertion of our own: both are of one length": [
+        "e6aff622-227d head_losses.LogpsLosses._chunks `True -> False` ...), groups, strict=True):",
+        "e07ae72f-1aba head_losses.LogpsLosses._finish `True -> False` ...found[:2], strict=True):",
         "db2a9eec-ea12 token_weights.token_weights `True -> False` ...alues, written, strict=True)",
         "106c8a6d-afc0 reduce._tables `True -> False` ...ators = zip(*MEANS.values(), strict=True)",
         "543c588a-d7cc chunks.ChunkedHead.unpack_outputs `True -> False` ... packed, strict=True):",
@@ -37,6 +39,7 @@ EQUIVALENT = {
         "1f6678c2-e16c objectives.Objective.__init_subclass__ `1 -> 2` number += 1",
     ],
     "items are clamped to 1 at least": [
+        "94ea49b1-aa46 arguments.make_values `1.0 -> 0.0` items = 1.0",
         "bb11baf7-15e5 arguments.make_values `1.0 -> 0.0` kl = Weight(0.0, 1.0, 1.0)",
         "a82a2e6c-e5a2 weights.rule_weight `1.0 -> 0.0` ...ight(coefficient, 1.0, number * length)",
         "4bb38058-00de weights.rule_weight `1.0 -> 0.0` return Weight(coefficient, 1.0, number)",
@@ -108,6 +111,8 @@ EQUIVALENT = {
         "e1b7bf6b-5ce3 rows.active_rows `Eq -> NotEq` ...is None or (active.device.type == 'cpu' a",
     ],
     "only time depends on it: either way is right": [
+        "d1d2d8c7-6d20 head_losses.LogpsLosses._start `Gt -> GtE` ...lf.entropy, middle > start or",
+        "f5d5b87f-525f head_losses.LogpsLosses.run `False -> True` ..., self.entropy, False, like)",
         "b7071e0c-66db softmax.tail_pointers `2 -> 3` if blocks.COLUMNS % 2 == 0:",
         "6980e393-16f8 chunks.ChunkedHead.slice `Or -> And` whole = self.single_chunk or stop - st",
         "da7c1060-3a03 softmax.line_pointers `Gt -> Lt` ... == tl.bfloat16) & (blocks.VECTOR > 1):",
@@ -181,5 +186,11 @@ EQUIVALENT = {
     ],
     "a barrier does nothing in the interpreter: test_machine_code.py": [
         "64d71d91-5295 logprob._logprob_bwd_kernel `IsNot -> Is` if scales.logit_softcap is not No",
+    ],
+    "only several processes run it: tests/helpers/sequence_ranks.py and vocab_ranks.py": [
+        "19737bdb-7367 on_logps.loss_on_logps `IsNot -> Is` if units is not active and sequences.g",
+        "823f50a7-98d4 metrics.without_ratios `Sub -> Add` ...(sums[:kept], (0, len(SUMS) - kept))",
+        "7942def9-8d27 sequences.OverRanks.counts `Not dropped` if not isinstance(counts, torch.Te",
+        "1afdb9dd-a7c1 head_losses.LogpsLosses.run `IsNot -> Is #2` ...ot None and gradients.hidde",
     ],
 }
