@@ -21,6 +21,7 @@ from grpo_fused.functional import (
 from grpo_fused.loss import LossOutput
 from grpo_fused.losses import LOSSES
 from grpo_fused.losses.objectives import Cispo, Clip, PolicyGradient, Sapo
+from grpo_fused.losses.off_policy_objectives import DppoKl, DppoTv, ImportanceSampling
 from grpo_fused.losses.sequence_objectives import Gmpo, Vespo
 from grpo_fused.losses.weights import token_weights
 
@@ -34,7 +35,10 @@ __all__ = [
     "LOSSES",
     "Cispo",
     "Clip",
+    "DppoKl",
+    "DppoTv",
     "Gmpo",
+    "ImportanceSampling",
     "LossOutput",
     "PolicyGradient",
     "Sapo",

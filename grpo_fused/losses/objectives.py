@@ -158,14 +158,15 @@ class Clip(Objective):
 class Cispo(Objective):
     """Policy gradient with capped importance weights; capped tokens keep their gradient.
 
-        -sg(min(rho, max_ratio)) A logp
+        -sg(clamp(rho, min_ratio, max_ratio)) A logp
 
     Attributes:
         max_ratio: cap of the weight, named epsilon_high in TRL. As there, only tokens above it
             with A > 0 count as clipped.
+        min_ratio: lower bound of the weight, which the paper does not have; verl and slime do.
 
     Raises:
-        ValueError: max_ratio is not a finite number > 0.
+        ValueError: max_ratio is not a finite number > 0, or min_ratio is not one >= 0.
 
     References:
         MiniMax-M1, https://arxiv.org/abs/2506.13585, eq. 4 and 5.
@@ -173,24 +174,26 @@ class Cispo(Objective):
 
     levels: ClassVar[tuple[str, ...]] = LEVELS
     max_ratio: float = 5.0
+    min_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         check_params(self, "max_ratio")
+        check_params(self, "min_ratio", zero=True)
 
     def evaluate(
         self, logp: Tensor, log_ratio: Tensor, advantage: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         ratio = clamped_exp(log_ratio)[0].detach()
-        derivative = -ratio.clamp(max=self.max_ratio) * advantage
+        derivative = -ratio.clamp(self.min_ratio, self.max_ratio) * advantage
         # torch.where: the loss is 0 without an advantage even if logp is -inf.
         loss = torch.where(advantage == 0, 0.0, derivative * logp)
         return loss, derivative, ((ratio > self.max_ratio) & (advantage > 0)).float()
 
     @staticmethod
     @jit
-    def per_token(logp, log_ratio, advantage, max_ratio):
+    def per_token(logp, log_ratio, advantage, max_ratio, min_ratio):
         ratio = jit_clamped_exp(log_ratio)[0]
-        derivative = -lesser(ratio, max_ratio) * advantage
+        derivative = -lesser(greater(ratio, min_ratio), max_ratio) * advantage
         loss = tl.where(advantage == 0.0, 0.0, derivative * logp)
         return loss, derivative, ((ratio > max_ratio) & (advantage > 0)).to(tl.float32)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from grpo_fused.losses.objectives import Cispo, Clip, Objective, PolicyGradient, Sapo
+from grpo_fused.losses.off_policy_objectives import DppoKl, DppoTv, ImportanceSampling
 from grpo_fused.losses.sequence_objectives import Gmpo, Vespo
 
 
@@ -121,5 +122,34 @@ LOSSES: dict[str, Loss] = {
         "GPG",
         "https://arxiv.org/abs/2504.02546",
         "the policy gradient objective",
+    ),
+    "dppo_tv": Loss(
+        DppoTv(),
+        "token-mean",
+        "DPPO",
+        "https://arxiv.org/abs/2602.04879",
+        "eq. 11 to 13",
+    ),
+    "dppo_kl": Loss(
+        DppoKl(),
+        "token-mean",
+        "DPPO",
+        "https://arxiv.org/abs/2602.04879",
+        "eq. 11, 12 and 14",
+    ),
+    "importance_sampling": Loss(
+        ImportanceSampling(),
+        "token-sum",
+        "Tinker",
+        "https://tinker-docs.thinkingmachines.ai/losses",
+        "importance_sampling",
+    ),
+    # The loss of "gpg" with another average; the weights of tokens are their advantages.
+    "cross_entropy": Loss(
+        PolicyGradient(),
+        "token-sum",
+        "Tinker",
+        "https://tinker-docs.thinkingmachines.ai/losses",
+        "cross_entropy",
     ),
 }

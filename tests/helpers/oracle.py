@@ -11,6 +11,8 @@ import torch
 
 CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None}
 GSPO = {"epsilon_low": 3e-4, "epsilon_high": 4e-4, "delta": None}
+CISPO = {"max_ratio": 5.0, "min_ratio": 0.0}
+DPPO = {"epsilon_low": 0.2, "epsilon_high": 0.2, "max_ratio": 20.0}
 SAPO = {"temperature_pos": 1.0, "temperature_neg": 1.05}
 VESPO = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
 ROWS = {  # loss_type -> (objective, knobs, ratio level, rule of the average); arXiv numbers
@@ -22,15 +24,21 @@ ROWS = {  # loss_type -> (objective, knobs, ratio level, rule of the average); a
     "gspo": ("Clip", GSPO, "sequence", "seq-mean-token-mean"),  # GSPO 2507.18071
     "gspo_token": ("Clip", GSPO, "sequence_token", "seq-mean-token-mean"),  # same, GSPO-token
     "luspo": ("Clip", CLIP, "sequence", "seq-mean-token-sum"),  # LUSPO 2602.05261
-    "cispo": ("Cispo", {"max_ratio": 5.0}, "token", "token-mean"),  # MiniMax-M1 2506.13585
+    "cispo": ("Cispo", CISPO, "token", "token-mean"),  # MiniMax-M1 2506.13585
     "sapo": ("Sapo", SAPO, "token", "seq-mean-token-mean"),  # SAPO 2511.20347
     "vespo": ("Vespo", VESPO, "token", "token-mean"),  # VESPO 2602.10693
     "gmpo": ("Gmpo", {"epsilon": 0.4}, "sequence", "seq-mean-token-mean"),  # GMPO 2507.20673
     "gpg": ("PolicyGradient", {}, "token", "token-mean"),  # GPG 2504.02546
+    "dppo_tv": ("DppoTv", DPPO, "token", "token-mean"),  # DPPO 2602.04879 eq. 13
+    "dppo_kl": ("DppoKl", DPPO, "token", "token-mean"),  # DPPO 2602.04879 eq. 14
+    "importance_sampling": ("ImportanceSampling", {}, "token", "token-sum"),  # Tinker
+    "cross_entropy": ("PolicyGradient", {}, "token", "token-sum"),  # Tinker
 }
-DEFAULTS = {ROWS[row][0]: ROWS[row][1] for row in "grpo cispo sapo vespo gmpo gpg".split()}  # knobs
+_EACH = "grpo cispo sapo vespo gmpo gpg dppo_tv dppo_kl importance_sampling"
+DEFAULTS = {ROWS[row][0]: ROWS[row][1] for row in _EACH.split()}  # knobs
 LEVELS = dict.fromkeys(DEFAULTS, ("token", "sequence", "sequence_token"))  # that have a meaning
-LEVELS.update(Vespo=("token",), PolicyGradient=("token",), Gmpo=("sequence",))
+LEVELS.update(dict.fromkeys(("Vespo", "PolicyGradient", "DppoTv", "DppoKl"), ("token",)))
+LEVELS.update(Gmpo=("sequence",))
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,15 @@ def _objective(name, knobs, logps, log_ratios, ratios, advantages, W):
             clipped = torch.clamp(ratio, 1 - knobs["epsilon_low"], 1 + knobs["epsilon_high"])
             losses.append(-torch.minimum(torch.clamp(ratio, max=delta) * A, clipped * A))
         elif name == "Cispo":  # MiniMax-M1: the clipped ratio is a constant
-            losses.append(-min(ratio.item(), knobs["max_ratio"]) * A * logp)
+            weight = min(max(ratio.item(), knobs["min_ratio"]), knobs["max_ratio"])
+            losses.append(-weight * A * logp)
+        elif name in ("DppoTv", "DppoKl"):  # no gradient where A pushes p on, out of its bound
+            weight = min(ratio.item(), knobs["max_ratio"])
+            if any(_outside(name, logp.item(), ratio.item(), A, knobs)):
+                weight = 0.0
+            losses.append(-weight * A * logp)
+        elif name == "ImportanceSampling":
+            losses.append(-ratio * A)
         elif name == "Sapo":  # SAPO: soft gate, value 2 / tau and slope 1 at ratio 1
             tau = knobs["temperature_pos"] if A > 0 else knobs["temperature_neg"]
             losses.append(-4 / tau * torch.sigmoid(tau * (ratio - 1)) * A)
@@ -177,8 +193,23 @@ def _objective(name, knobs, logps, log_ratios, ratios, advantages, W):
     return losses
 
 
-def _clipped(name, ratio, log_ratio, A, knobs):
+def _outside(name, logp, ratio, A, knobs):
+    """Whether DPPO's divergence is out of its bound below p_old, where A < 0, and above it."""
+    p, old = math.exp(logp), math.exp(logp) / ratio
+    divergence = abs(p - old)
+    if name == "DppoKl":
+        old = min(old, 1.0)
+        others = (1 - old) * math.log((1 - old + 1e-8) / (1 - p + 1e-8))
+        divergence = others - old * math.log(ratio)
+    low = p < old and divergence > knobs["epsilon_low"]
+    high = p > old and divergence > knobs["epsilon_high"]
+    return low and A < 0, high and A > 0
+
+
+def _clipped(name, ratio, log_ratio, A, knobs, logp):
     """Whether the ratio is clipped at the low and at the high end."""
+    if name in ("DppoTv", "DppoKl"):
+        return _outside(name, logp, ratio, A, knobs)
     value, low, high = ratio, -math.inf, math.inf  # Sapo, Vespo, PolicyGradient: never
     if name == "Clip":
         low, high = 1 - knobs["epsilon_low"], 1 + knobs["epsilon_high"]
@@ -194,12 +225,14 @@ def grpo_loss(
     loss_type="dapo", objective=None, knobs=None, importance_sampling_level=None, normalizer=None,
     kl_normalizer=None, importance_sampling_ratio=None, policy_mask=None, beta=0.0,
     kl_estimator="k3", use_bias_correction_kl=False, temperature=1.0, logit_softcap=None,
-    logit_scale=1.0, entropy_coef=0.0, reduction="sum", upstream=None, **divisors,
+    logit_scale=1.0, entropy_coef=0.0, reduction="sum", upstream=None,
+    num_entropy_items_in_batch=None, **divisors,
 ):  # fmt: skip
     """Loss of a row of ROWS, or of one put together from its four choices.
 
         policy[b,t] = importance_sampling_ratio * objective where policy_mask != 0, else 0
-        sum:  sum_bt (w policy + w_kl beta kl)[b,t] - entropy_coef * mean of H over active tokens
+        sum:  sum_bt (w policy + w_kl beta kl)[b,t] - entropy_coef * mean of H over active tokens,
+              or sum of H / num_entropy_items_in_batch
         none: (policy + beta kl - entropy_coef H)[b,t], with the gradient of sum(upstream * loss)
 
     Args:
@@ -245,16 +278,20 @@ def grpo_loss(
                 kl = _kl(_at(ref_logps, b, t) - logps[b, t], kl_estimator)
                 kls[b, t] = kl * ratio if use_bias_correction_kl else kl
         told = _ratios(own, log_ratios, "token") if name == "Gmpo" else ratios
-        told = [(r.item(), d.item(), a) for r, d, a in zip(told, log_ratios, A, strict=True)]
+        told = [
+            (r.item(), d.item(), a, logp.item())
+            for r, d, a, logp in zip(told, log_ratios, A, own, strict=True)
+        ]
         if level == "sequence" and name != "Gmpo" and advantages.ndim == 1:
-            told = told[:1] or [(1.0, 0.0, 0.0)]  # one unit per sequence, the masked ones too
-        units += [(r, *_clipped(name, r, d, a, knobs)) for r, d, a in told]
+            told = told[:1] or [(1.0, 0.0, 0.0, 0.0)]  # one unit per sequence, the masked ones too
+        units += [(r, *_clipped(name, r, d, a, knobs, logp)) for r, d, a, logp in told]
     if reduction == "none":
         weights = kl_weights = entropy_weights = upstream
     else:
         weights = token_weights(mask, normalizer or row_rule, **divisors)
         kl_weights = token_weights(mask, kl_normalizer or normalizer or row_rule, **divisors)
-        entropy_weights = token_weights(mask, "token-mean-local")
+        items = num_entropy_items_in_batch
+        entropy_weights = token_weights(mask, "token-mean", num_items_in_batch=items)
     total, table = torch.zeros((), dtype=torch.float64), {}
     for b, t in rows:
         policy, kl = policies.get((b, t), 0.0), beta * kls.get((b, t), 0.0)

@@ -63,6 +63,7 @@ def cases(draw):
         "reduction": draw(st.sampled_from(["sum", "sum", "none"])),
         "num_items_in_batch": draw(st.sampled_from([None, 31])),
         "num_sequences_in_batch": draw(st.sampled_from([None, 7])),
+        "num_entropy_items_in_batch": draw(st.sampled_from([None, 13])),
         "max_completion_length": draw(st.sampled_from([T, 9])),
     }
     if options["beta"] or draw(st.booleans()):

@@ -7,9 +7,21 @@ import torch
 import triton
 import triton.language as tl
 from batches import make_batch, relative_error
-from dppo import DppoTv
+from dppo import DppoTv as UsersDppo
 
-from grpo_fused import LOSSES, Cispo, Clip, Gmpo, PolicyGradient, Sapo, Vespo, grpo_loss
+from grpo_fused import (
+    LOSSES,
+    Cispo,
+    Clip,
+    DppoKl,
+    DppoTv,
+    Gmpo,
+    ImportanceSampling,
+    PolicyGradient,
+    Sapo,
+    Vespo,
+    grpo_loss,
+)
 from grpo_fused.kernels.launch import kernel
 from grpo_fused.kernels.objective import KL_ESTIMATORS as KERNELS
 from grpo_fused.kernels.objective import OBJECTIVES
@@ -20,10 +32,11 @@ from grpo_fused.testing import check_objective, regimes
 
 CASES = [
     *(Clip(), Clip(0.2, 0.28), Clip(0.1, 0.3, 2.0), Clip(0.2, 0.4, 1.1), Clip(0.01, 0.01)),
-    *(Cispo(), Cispo(1.2)),
+    *(Cispo(), Cispo(1.2), Cispo(1.2, 0.8)),
     *(Sapo(), Sapo(3.0, 0.5)),
     PolicyGradient(),
-    *(DppoTv(), DppoTv(0.05, 0.3, 2.0)),
+    *(DppoTv(), DppoTv(0.05, 0.3, 2.0), UsersDppo(), UsersDppo(0.05, 0.3, 2.0)),
+    *(DppoKl(), DppoKl(0.02, 0.1, 1.5), ImportanceSampling()),
 ]
 BOUNDED = [objective for objective in CASES if isinstance(objective, Clip)]
 
@@ -84,7 +97,7 @@ def test_check_objective_finds_mistakes(mistake, message, device):
 def test_a_users_objective_in_both_implementations(implementation, device):
     """verl's DPPO, defined outside of the package, against autograd of its formula."""
     batch = make_batch(B=8, extra=0, mask=torch.ones(8, 6), device=device)
-    objective, w = DppoTv(0.02, 0.02, 1.2), torch.rand(8, device=device)
+    objective, w = UsersDppo(0.02, 0.02, 1.2), torch.rand(8, device=device)
     logits = batch.leaf()
     out = grpo_loss(
         logits,

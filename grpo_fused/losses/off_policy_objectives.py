@@ -1,0 +1,146 @@
+"""Policy objectives for data of another policy: trust regions in probabilities, and no bound."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from grpo_fused.kernels.objective import clamped_exp as jit_clamped_exp
+from grpo_fused.kernels.objective import exp, greater, jit, lesser, tl
+from grpo_fused.losses.objectives import LEVELS, Objective, check_params, clamped_exp
+
+TINY = 1e-8  # of a probability, in the logarithms of DPPO's divergence
+
+
+@dataclass(frozen=True)
+class ImportanceSampling(Objective):
+    """Policy gradient with the importance ratio, and no clip.
+
+        -rho A
+
+    References:
+        The loss importance_sampling of Tinker, https://tinker-docs.thinkingmachines.ai/losses.
+    """
+
+    levels: ClassVar[tuple[str, ...]] = LEVELS
+
+    def evaluate(
+        self, logp: Tensor, log_ratio: Tensor, advantage: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ratio, dratio = clamped_exp(log_ratio)
+        return -ratio * advantage, -dratio * advantage, torch.zeros_like(ratio)
+
+    @staticmethod
+    @jit
+    def per_token(logp, log_ratio, advantage):
+        ratio, dratio = jit_clamped_exp(log_ratio)
+        return -ratio * advantage, -dratio * advantage, 0.0 * ratio
+
+
+@dataclass(frozen=True)
+class _Dppo(Objective):
+    """What both divergences of DPPO share.
+
+        -sg(min(rho, max_ratio) 1[inside]) A logp
+
+    A token is outside if A pushes its probability p on from p_old and the divergence has passed
+    its bound: epsilon_high for A > 0, epsilon_low otherwise. Such tokens have no gradient, and
+    count as clipped.
+
+    Attributes:
+        epsilon_low, epsilon_high: bounds of the divergence, by the sign of A.
+        max_ratio: cap of the weight.
+
+    Raises:
+        ValueError: a parameter is not a finite number > 0.
+    """
+
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    max_ratio: float = 20.0
+
+    def __post_init__(self) -> None:
+        check_params(self, "epsilon_low", "epsilon_high", "max_ratio")
+
+    def _evaluate(self, logp, log_ratio, advantage, above, below):
+        ratio = clamped_exp(log_ratio)[0].detach()
+        above, below = above & (advantage > 0), below & (advantage < 0)
+        derivative = -ratio.clamp(max=self.max_ratio) * advantage
+        derivative = torch.where(above | below, 0.0, derivative)
+        # torch.where: the loss is 0 without a gradient even if logp is -inf.
+        loss = torch.where(derivative == 0, 0.0, derivative * logp)
+        return loss, derivative, above.float() - below.float()
+
+
+@jit
+def _weighted(logp, log_ratio, advantage, above, below, max_ratio):
+    """`_Dppo._evaluate` in the kernels."""
+    ratio = jit_clamped_exp(log_ratio)[0]
+    above = above & (advantage > 0)
+    below = below & (advantage < 0)
+    derivative = tl.where(above | below, 0.0, -lesser(ratio, max_ratio) * advantage)
+    loss = tl.where(derivative == 0.0, 0.0, derivative * logp)
+    return loss, derivative, above.to(tl.float32) - below.to(tl.float32)
+
+
+@dataclass(frozen=True)
+class DppoTv(_Dppo):
+    """DPPO with the binary total variation of the chosen token, abs(p - p_old).
+
+    Formula, attributes and errors: `_Dppo`, with defaults of verl.
+
+    References:
+        Rethinking the Trust Region in LLM Reinforcement Learning,
+        https://arxiv.org/abs/2602.04879, eq. 11 to 13; max_ratio as in section 5.4.
+    """
+
+    def evaluate(
+        self, logp: Tensor, log_ratio: Tensor, advantage: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        moved = (logp.exp() - (logp - log_ratio).exp()).detach()
+        above, below = moved > self.epsilon_high, moved < -self.epsilon_low
+        return self._evaluate(logp, log_ratio, advantage, above, below)
+
+    @staticmethod
+    @jit
+    def per_token(logp, log_ratio, advantage, epsilon_low, epsilon_high, max_ratio):
+        moved = exp(greater(logp, -100.0)) - exp(greater(logp - log_ratio, -100.0))
+        above = moved > epsilon_high
+        below = moved < -epsilon_low
+        return _weighted(logp, log_ratio, advantage, above, below, max_ratio)
+
+
+@dataclass(frozen=True)
+class DppoKl(_Dppo):
+    """DPPO with the binary KL of the chosen token against all others.
+
+        p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))
+
+    Formula, attributes and errors: `_Dppo`, with defaults of verl.
+
+    References:
+        As `DppoTv`, eq. 14.
+    """
+
+    def evaluate(
+        self, logp: Tensor, log_ratio: Tensor, advantage: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        p = logp.detach().exp()
+        p_old = (logp - log_ratio).detach().exp().clamp(max=1.0)
+        others = (1.0 - p_old) * ((1.0 - p_old + TINY) / (1.0 - p + TINY)).log()
+        divergence = -p_old * log_ratio.detach() + others
+        above = (divergence > self.epsilon_high) & (p > p_old)
+        below = (divergence > self.epsilon_low) & (p < p_old)
+        return self._evaluate(logp, log_ratio, advantage, above, below)
+
+    @staticmethod
+    @jit
+    def per_token(logp, log_ratio, advantage, epsilon_low, epsilon_high, max_ratio):
+        p = exp(greater(logp, -100.0))
+        p_old = lesser(exp(greater(logp - log_ratio, -100.0)), 1.0)
+        quotient = (1.0 - p_old + 1e-8) / (1.0 - p + 1e-8)
+        divergence = (1.0 - p_old) * (0.6931471805599453 * tl.log2(quotient)) - p_old * log_ratio
+        above = (divergence > epsilon_high) & (p > p_old)
+        below = (divergence > epsilon_low) & (p < p_old)
+        return _weighted(logp, log_ratio, advantage, above, below, max_ratio)
