@@ -10,12 +10,13 @@ import zlib
 import torch
 
 from grpo_fused.collectives import check_group
-from grpo_fused.parallel import dtensor_group, is_dtensor
+from grpo_fused.parallel import dtensor_group, is_dtensor, is_vocab_parallel
 
 ENABLED = os.environ.get("GRPO_FUSED_CHECK") == "1"
 # Arguments that hold a shard, or hidden states: ranks have values of their own.
 SHARDED = ("logits", "weight", "bias", "main_grad", "vocab_start")
 OWN_VALUES = (*SHARDED, "hidden")
+PER_SEQUENCE = ("advantages", "importance_sampling_ratio", "policy_mask", "temperature")
 GROUPS = ("vocab_parallel_group", "sequence_group")
 
 
@@ -35,7 +36,8 @@ def check_agreement(function: str, arguments: dict) -> None:
     shard = arguments.get("weight", arguments.get("logits"))
     vocabulary = arguments.get("vocab_parallel_group")
     if vocabulary is None and is_dtensor(shard):
-        vocabulary = dtensor_group(shard)
+        if "weight" not in arguments or is_vocab_parallel(shard):
+            vocabulary = dtensor_group(shard)
     if vocabulary is not None:
         ranks = _gather({"function": function} | _of_vocabulary(arguments), vocabulary)
         shards = [rank.pop("shard") for rank in ranks]
@@ -88,6 +90,8 @@ def _of_sequences(arguments):
     names = [name for name in ("completion_ids", "ids", "logps") if name in arguments]
     tokens = arguments[names[0]]
     layout = list(tokens.shape) if isinstance(tokens, torch.Tensor) else []
+    cu_seqlens = arguments.get("cu_seqlens")
+    number = [len(cu_seqlens) - 1] if isinstance(cu_seqlens, torch.Tensor) else layout[:1]
     found = {}
     for name, value in arguments.items():
         if name in GROUPS:
@@ -96,6 +100,9 @@ def _of_sequences(arguments):
             found[name] = repr(value)
             continue
         shape, per_token = list(value.shape), False
+        if shape == number and name in PER_SEQUENCE:  # also where N = B
+            found[name] = _describe(value, shape, True)
+            continue
         for extra, number in enumerate(("T", "T + 1")):
             if layout and shape[: len(layout)] == [*layout[:-1], layout[-1] + extra]:
                 shape[len(layout) - 1], per_token = number, True

@@ -20,10 +20,10 @@ class Pending(NamedTuple):
 
 
 def check_group(name: str, group) -> None:
-    """Check for a process group that this rank belongs to, or None.
+    """Raise unless a group is None or a process group of this rank.
 
     Raises:
-        ValueError: anything else.
+        ValueError: it is anything else.
     """
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
         raise ValueError(f"{name} must be a ProcessGroup or None, got {group!r}")
@@ -50,7 +50,7 @@ def reduce_over_ranks(tensor: Tensor, group, op: str = "SUM") -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """A sum over ranks. Every rank adds its own loss, so upstream gradients are summed, too."""
+    """A sum over ranks. The total loss is that of all ranks, so backward sums upstream gradients."""
 
     @staticmethod
     def forward(ctx, tensor, group):

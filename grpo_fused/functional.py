@@ -93,8 +93,8 @@ def grpo_loss(
         sequence_group: a torch.distributed group whose ranks hold the tokens of the same B
             sequences (context parallelism), in any order; ids are the targets of a rank's own rows.
             The losses and sums of the ranks add up to those of whole sequences, and gradients are
-            those of this total. Ranks exchange (B,) numbers, and only where a mean or a ratio
-            spans a sequence. None = a rank holds whole sequences.
+            those of this total. Ranks exchange (B,) numbers, in forward and backward, where a mean
+            or a ratio spans a sequence: all must call both. None = a rank holds whole sequences.
         grad_scale: number or 0-d tensor != 0, the upstream gradient expected in backward (of a
             loss scaler, or 1 / accumulation steps). A gradient computed in forward contains it, the
             loss does not; another upstream gradient costs one more pass.
@@ -152,9 +152,10 @@ def linear_grpo_loss(
     The same numbers, without memory of the size of the logits. Masked tokens are not computed.
     Tokens whose gradient is exactly 0 (no advantage, or switched off by policy_mask, without KL and
     entropy bonus) cost one matmul instead of three; on a GPU only with a mask, whose count is the
-    one value that synchronises with the device. The gradients of hidden, weight and bias are
-    computed in forward wherever `grpo_loss` computes that of the logits, and for sequence-level
-    losses if every sequence fits a chunk. Otherwise backward computes the logits again.
+    one value that synchronises with the device (with shards, their sizes too). The gradients of
+    hidden, weight and bias are computed in forward wherever `grpo_loss` computes that of the
+    logits, and for sequence-level losses if every sequence fits a chunk. Otherwise backward
+    computes the logits again.
 
     Args:
         hidden: (B, T, H), or (B, T + 1, H) whose last position is ignored, or with cu_seqlens

@@ -114,7 +114,7 @@ def with_options(declared: type) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def call(*args, **kwargs):
-            if agreement.ENABLED:
+            if agreement.ENABLED and not torch.compiler.is_compiling():
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 agreement.check_agreement(function.__name__, bound.arguments)

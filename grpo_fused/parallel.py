@@ -73,6 +73,11 @@ def find_head_shards(weight, bias, group, vocab_start):
         ValueError: as `find_shards`; a DTensor that may be sharded over data-parallel ranks; a
             weight or bias on other ranks than the other.
     """
+    if is_dtensor(weight) and weight.device_mesh.ndim > 1:
+        raise ValueError(
+            f"weight must be on a mesh of one dimension, got {weight.device_mesh}: who sums its "
+            "gradient over the others is not known; pass to_local() and a vocab_parallel_group"
+        )
     if is_dtensor(weight) and group is None and not is_vocab_parallel(weight):
         raise ValueError(
             f"weight is a DTensor {list(weight.placements)} on the mesh "
@@ -131,6 +136,8 @@ def _of_dtensor(name, tensor, dimension, group):
             f"got {ranks_of(group)}"
         )
     share = math.ceil(size / own.size())  # of all ranks but the last, as torch.chunk cuts
+    if share * (own.size() - 1) >= size:
+        raise ValueError(f"{name} must have columns on each of {own.size()} ranks, got {size}")
     return tensor.to_local(), Shards(own, min(share * own.rank(), size), size, share)
 
 
@@ -210,5 +217,4 @@ def reduce_hidden_grad(shards, dhidden):
 def _check_known(known, tokens):
     wrong = ~known if tokens.active is None else ~known & tokens.active
     if wrong.any():
-        b, t = wrong.nonzero()[0].tolist()
-        raise ValueError(f"the id of token {t} of sequence {b} lies in the vocabulary of no rank")
+        raise ValueError(f"{int(wrong.sum())} active ids lie in the vocabulary of no rank")

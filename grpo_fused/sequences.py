@@ -173,7 +173,8 @@ class OverRanks:
         counts = self.local.counts
         if not isinstance(counts, torch.Tensor):
             counts = torch.full((self.local.number,), counts, device=self.local.device)
-        return sum_over_ranks(counts, self.group)
+        # Of one dtype, whether a rank has a mask or not.
+        return sum_over_ranks(counts.to(torch.float32), self.group)
 
     @once
     def total(self):

@@ -6,7 +6,7 @@ states and the LM head. Importing this module replaces nothing; `patch_verl()` d
 process, `verl_patch` in every worker.
 """
 
-import contextlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
@@ -267,7 +267,7 @@ def patch_verl() -> list[str]:
         "entropy_from_logits_with_chunking": torch_functional,
         "linear_cross_entropy": kernel,
     }
-    with contextlib.suppress(ImportError):  # without Megatron
+    if importlib.util.find_spec("megatron") is not None:
         from verl.utils.megatron import tensor_parallel
 
         modules |= dict.fromkeys(MEGATRON, tensor_parallel)

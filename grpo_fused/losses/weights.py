@@ -50,7 +50,7 @@ def token_weights(
             ranks, pass the number of all ranks divided by the world size.
         num_sequences_in_batch: B, number or 0-d tensor; None = mask.shape[0], which includes fully
             masked sequences.
-        max_completion_length: L, number or 0-d tensor; None = T.
+        max_completion_length: L, number or 0-d tensor; None = T, but needed with sequence_group.
         sequence_group: the ranks that hold the tokens of the same sequences, as in `grpo_loss`.
         Divisors that the rule does not use are ignored.
 

@@ -21,12 +21,14 @@ from grpo_fused.trainer.rollouts.rollout_fn import convert_output
 from grpo_fused.trainer.run.data import split_columns
 from grpo_fused.trainer.run.errors import any_rank, together
 from grpo_fused.trainer.run.metrics import completions_table, rollout_metrics
+from grpo_fused.trainer.run.state import share_random_states
 
 
 def collect(trainer) -> Experience:
     """Samples a rollout, scores it, and computes everything that the loss needs besides logits."""
     config, accelerator, started = trainer.config, trainer.accelerator, time.perf_counter()
     ranks = trainer.ranks
+    share_random_states(ranks, accelerator.device)
     rollout = ranks.broadcast(together(accelerator, lambda: sample(trainer)))
     scores = ranks.share(lambda: score(trainer, rollout))
     batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)

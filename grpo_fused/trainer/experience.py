@@ -68,9 +68,12 @@ class Batch:
         P = max(batch.prompt_ids.shape[1] for batch in batches)
         T = max(batch.completion_ids.shape[1] for batch in batches)
 
+        weights = [batch.importance_sampling_ratio for batch in batches]
+        whole = all(weight is None or weight.shape[1] == 1 for weight in weights)  # (B, 1)
+
         def widen(name, batch):
             tensor = getattr(batch, name)
-            if tensor is None or tensor.shape[1:] in ((), (1,)):
+            if tensor is None or tensor.dim() == 1 or name == "importance_sampling_ratio" and whole:
                 return tensor
             value = pad_id if name.endswith("_ids") else 0
             left, right = P - tensor.shape[1], T - tensor.shape[1]

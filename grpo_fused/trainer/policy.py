@@ -49,7 +49,7 @@ def prepare_model(model: nn.Module, config: GRPOTrainerConfig) -> None:
 def make_optimizer(model: nn.Module, config: GRPOTrainerConfig) -> torch.optim.Optimizer:
     """Returns AdamW over the trainable parameters, without weight decay for norms and biases.
 
-    One parameter at a time if some are sharded: torch does not mix them with others.
+    With DTensors `foreach` is off, because torch cannot mix them with tensors in it.
     """
     parameters = trainable_parameters(model)
     groups = [

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,17 @@ from torch.distributed.tensor import DTensor
 
 from grpo_fused.trainer.run.errors import TrainingError, together
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 R = TypeVar("R")
 
 
 class Ranks:
     """Ranks of data parallelism, each of which may be several ranks of tensor parallelism.
 
-    Ranks of tensor parallelism are neighbours and share a batch: rewards come from the first of
-    them, and so do sampled tokens, for a rounding error may not part them.
+    Ranks of tensor parallelism are neighbours and share a batch: rewards, sampled tokens and
+    random states come from the first of them, because rounding must not make them differ.
 
     Args:
         accelerator: of the run.
@@ -30,8 +33,10 @@ class Ranks:
     Attributes:
         index, size: of data parallelism: which part of a batch this rank has, and of how many.
         tensor_size: ranks that share a batch.
+        tensor_group: those ranks, or None: only one.
         distributed: whether transformers has distributed the model (`DistributedConfig`), so that
             Accelerate must not wrap it.
+        accelerator: of the run.
 
     Raises:
         ValueError: the model is sharded by something else, or for another number of ranks.
@@ -61,6 +66,27 @@ class Ranks:
         self.tensor_group = None
         if self.tensor_size > 1:
             self.tensor_group, _ = dist.new_subgroups(self.tensor_size)
+
+    def check_options(self, config, peft_config: "PeftConfig | None") -> None:
+        """Checks what a model that transformers has distributed does not support.
+
+        Raises:
+            ValueError: adapters, or mixed_precision fp16.
+        """
+        if self.distributed and peft_config is not None:
+            raise ValueError(
+                "peft_config must be None for a model that transformers has distributed: shard a "
+                "model with adapters by FSDP2 through Accelerate"
+            )
+        if self.distributed and config.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision must be no or bf16 for a model that transformers has distributed: "
+                "torch does not scale gradients of DTensors and tensors together"
+            )
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context of a distributed model's forward; Accelerate wraps that of others itself."""
+        return self.accelerator.autocast() if self.distributed else contextlib.nullcontext()
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Concatenates a tensor (n, ...) of all data-parallel ranks, on all ranks."""
@@ -163,7 +189,9 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> torch.Tensor
 
 def explain_lost_rank(error: RuntimeError) -> TrainingError | None:
     """Returns a TrainingError for the error of a collective whose other ranks are gone."""
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
-        reason = str(error).strip().splitlines()[0]
-        return TrainingError(f"another rank stopped, or does not answer: {reason}")
+    text = str(error)
+    of_gloo = "gloo/" in text and ("Connection" in text or "imed out" in text or "error" in text)
+    if isinstance(error, dist.DistError) or (of_gloo and not isinstance(error, TrainingError)):
+        reason = text.strip().splitlines()[0]
+        return TrainingError(f"a collective failed, as if another rank had stopped: {reason}")
     return None

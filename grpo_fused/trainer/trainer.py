@@ -147,11 +147,7 @@ class GRPOTrainer:
         check_model(model, config)
         self.ranks = Ranks(self.accelerator, model)
         self.ranks.check_agreement(agreed_values(config, data, model))
-        if self.ranks.distributed and peft_config is not None:
-            raise ValueError(
-                "peft_config must be None for a model that transformers has distributed: shard a "
-                "model with adapters by FSDP2 through Accelerate"
-            )
+        self.ranks.check_options(config, peft_config)
         self.rows_per_rank = count_rows_per_rank(config, self.ranks.size)
         self.tokenizer, self.sampler = tokenizer, Sampler(tokenizer, model, config)
         if peft_config is not None:
@@ -201,11 +197,11 @@ class GRPOTrainer:
         set_seed(self.config.seed + self.ranks.index)
         checkpoint = resolve_checkpoint(self.config.resume, self.config.output_dir)
         self.accelerator.init_trackers("grpo_fused", tracker_config(self.config))
-        if checkpoint is not None:
-            load_state(self, checkpoint)
         if self.run_log is None and self.accelerator.is_main_process:
             self.run_log = RunLog(self.config.output_dir)
         try:
+            if checkpoint is not None:
+                load_state(self, checkpoint)
             signal = self.run()
             save_pretrained(self)
         except RuntimeError as error:
@@ -279,7 +275,7 @@ class GRPOTrainer:
         sums, max_ratio = 0.0, torch.zeros((), device=accelerator.device)
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
-            with self.ranks.accumulation(self.model, is_last):
+            with self.ranks.accumulation(self.model, is_last), self.ranks.autocast():
                 output = self.policy.loss(self.model, batch, num_items, num_sequences)
                 # Gradients are averaged over data-parallel ranks, but losses are shares of a sum.
                 accelerator.backward(output.loss * self.ranks.size)

@@ -3,6 +3,7 @@
 import enum
 import re
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -33,7 +34,7 @@ def make_fake(monkeypatch, name, **attributes):
         path = ".".join(parts[:n])
         if path not in sys.modules:
             module = ModuleType(path)
-            module.__path__ = []
+            module.__path__, module.__spec__ = [], ModuleSpec(path, None)
             monkeypatch.setitem(sys.modules, path, module)
             if n > 1:
                 setattr(sys.modules[".".join(parts[: n - 1])], parts[n - 1], module)

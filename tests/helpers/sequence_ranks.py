@@ -223,7 +223,7 @@ def check_exchanges(rank):
     """Numbers of (B,) alone; none for token-level losses with global divisors."""
     batch, places = batch_of(0), columns(rank, "contiguous")
     tokens = (batch.ids[:, places], batch.mask[:, places], batch.advantages)
-    counts, sums, clips = 8 * 4, 4 * 4, 4 * 4
+    counts, sums, clips = 4 * 4, 4 * 4, 4 * 4
     for loss_type, forward, backward in (
         ("dapo", [], []),
         ("grpo", [counts], []),

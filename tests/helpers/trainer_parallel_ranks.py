@@ -4,11 +4,13 @@ The folder has "start", the model, "one", the run of one process with its checkp
 "expected.pt", its results.
 """
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from batches import relative_error
 from parallel_trainer import by_tokens, load_start, result, trainer_on
 from ranks import raises
@@ -80,6 +82,7 @@ def check_sampling(rank):
 
     def counted(*arguments):
         calls.append(1)
+        torch.rand(3)  # on the first rank alone
         return partial_credit(*arguments)
 
     options = {"rollout_fn": None, "max_completion_length": 2, "eval_data": HELD_OUT[:5]}
@@ -94,6 +97,21 @@ def check_sampling(rank):
     for name in ("reward", "loss", "eval/reward", "grad_norm"):
         values = rank.gather(torch.tensor(records[2][name]))
         assert all(torch.equal(value, values[0]) for value in values), name
+
+
+def check_mixed_precision(rank):
+    """The forward of an update runs in the precision of old log-probabilities: ratios are 1."""
+    start, folder = f"{rank.folder}/start", f"{rank.folder}/bf16-{rank.size}"
+    kind, options = KINDS[rank.size][-1], {"max_steps": 1, "mixed_precision": "bf16"}
+    AcceleratorState._reset_state()
+    trainer, records = trainer_on(folder, load_start(start, kind), loss_type="dapo", **options)
+    trainer.train()
+    assert records[1]["ratio/max"] == records[1]["ratio/mean"] == 1.0
+    AcceleratorState._reset_state()
+    options["mixed_precision"] = "fp16"
+    call = functools.partial(trainer_on, folder, load_start(start, kind), **options)
+    raises(ValueError, "mixed_precision must be no or bf16", call)
+    AcceleratorState._reset_state()
 
 
 def check_disagreement(rank):
@@ -137,6 +155,6 @@ def check_a_rank_that_dies(rank):
         return by_tokens(*arguments)
 
     trainer, records = trainer_on(f"{rank.folder}/dies", model, rewards=dying)
-    raises(TrainingError, "another rank stopped, or does not answer", trainer.train)
+    raises(TrainingError, "as if another rank had stopped", trainer.train)
     assert set(records) == {1, 2}
     os._exit(0)  # no barrier without it

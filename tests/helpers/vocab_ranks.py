@@ -218,6 +218,13 @@ def head_dtensors(rank, implementation):
             got = got.grad if got is hidden else got.grad.full_tensor()
             assert relative_error(got, leaf.grad) < 5e-6
     plain = parameters[1].detach()
+    narrow = distribute_tensor(parameters[0].detach()[:1], mesh, [Placed(0)])
+    text = "must have columns on each"
+    options = {"vocab_parallel_group": rank.group}
+    raises(ValueError, text, lambda: linear_grpo_loss(hidden, narrow, *tokens, **options))
+    plane = init_device_mesh("cpu", (1, rank.size), mesh_dim_names=("dp", "tp"))
+    wide = distribute_tensor(parameters[0].detach(), plane, [Replicate(), Placed(0)])
+    raises(ValueError, "one dimension", lambda: linear_grpo_loss(hidden, wide, *tokens, **options))
     unclear = (
         ("full_tensor", {"weight": weight, "bias": bias}),
         ("bias is a DTensor", {"weight": parameters[0], "bias": bias}),

@@ -289,6 +289,11 @@ def test_experience_of_two_ranks_is_dealt_to_others():
                     assert batch.ref_logps.tolist() == [[float(number)] * completion]
                     assert batch.importance_sampling_ratio.tolist() == [[float(number)]]
             assert seen == members
+    parts = [experience_of([(1, 1), (1, 1)], 0), experience_of([(2, 3), (1, 1)], 2)]
+    batch = Experience.deal(parts, 1, 0, 1, -7).batch  # widths of 1 are widened, too
+    assert batch.completion_ids.tolist() == [[0, -7, -7], [1, -7, -7], [2, 2, 2], [3, -7, -7]]
+    assert batch.prompt_ids.tolist() == [[-7, 0], [-7, 1], [2, 2], [-7, 3]]
+    parts = [experience_of([(1, 1)] * 4, 0)] * 2
     with pytest.raises(ValueError, match="a minibatch of 4 sequences cannot be .* 3 ranks"):
         Experience.deal(parts, 2, 0, 3, -7)
 

@@ -28,10 +28,10 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
         eval_data = load_source(config, config.eval_data, EVAL_SEED)
     rewards = Rewards(config.rewards, config.reward_weights)
     transformers.set_seed(config.seed)
+    distributed = distribution(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
         dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        distributed = distribution(config)
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **distributed)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {config.model} cannot be loaded: {error}") from error
@@ -49,7 +49,7 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
 
 
 def distribution(config: TrainConfig) -> dict[str, Any]:
-    """Returns how transformers is to distribute the model; nothing: Accelerate wraps it.
+    """Returns keywords of `from_pretrained`; none if Accelerate wraps the model.
 
     Raises:
         ValueError: the ranks are not a multiple of tensor_parallel_size; or they are more, and

@@ -37,7 +37,7 @@ def together(accelerator: Accelerator, action: Callable[[], R]) -> R:
     except Exception as raised:
         error = raised
     if any_rank(accelerator, error is not None):
-        raise error or TrainingError("another rank failed, and says why")
+        raise error or TrainingError("another rank failed; see its message")
     return result
 
 

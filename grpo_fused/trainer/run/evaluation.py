@@ -4,7 +4,8 @@ import torch
 
 from grpo_fused.trainer.collect import score
 from grpo_fused.trainer.run.data import split_columns
-from grpo_fused.trainer.run.state import random_states, set_random_states
+from grpo_fused.trainer.run.errors import together
+from grpo_fused.trainer.run.state import random_states, set_random_states, share_random_states
 
 
 def evaluate(trainer) -> dict[str, float]:
@@ -28,11 +29,15 @@ def evaluate(trainer) -> dict[str, float]:
         for start in range(0, len(mine), config.eval_batch_size):
             part = mine[start : start + config.eval_batch_size]
             prompts, columns = split_columns([trainer.eval_data[i % num_rows] for i in part])
-            with accelerator.autocast():
-                rollout = trainer.sampler.rollout(
-                    trainer.unwrapped, prompts, columns, temperature=config.eval_temperature
-                )
-            rollout = ranks.broadcast(rollout)
+            share_random_states(ranks, device)
+
+            def sample(prompts=prompts, columns=columns):
+                with accelerator.autocast():
+                    return trainer.sampler.rollout(
+                        trainer.unwrapped, prompts, columns, temperature=config.eval_temperature
+                    )
+
+            rollout = ranks.broadcast(together(accelerator, sample))
             scores = ranks.share(lambda found=rollout: score(trainer, found))
             lengths = torch.tensor([float(len(ids)) for ids in rollout.completion_ids])
             values = {"reward": scores.total, "completions/mean_length": lengths}

@@ -9,7 +9,7 @@ from typing import Any
 from grpo_fused.trainer.reference import is_peft_model
 
 # Keys of `run_metadata` that must be the same in the checkpoint.
-FIXED = ("rows", "content of rows", "frozen weights", "adapters")
+FIXED = ("distributed", "rows", "content of rows", "frozen weights", "adapters")
 
 
 def run_metadata(trainer) -> dict[str, Any]:
@@ -18,6 +18,7 @@ def run_metadata(trainer) -> dict[str, Any]:
         "step": trainer.step,
         "rollouts": trainer.rollouts,
         "ranks": trainer.ranks.size,
+        "distributed": trainer.ranks.distributed,
         "rows": len(trainer.data),
         "content of rows": trainer.data_checksum,
         "frozen weights": trainer.frozen_checksum,
@@ -29,7 +30,8 @@ def run_metadata(trainer) -> dict[str, Any]:
 def agreed_values(config, data: Sequence[dict], model) -> dict[str, Any]:
     """Returns what every rank of a run must have been given alike, by name."""
     settings = {name: repr(value) for name, value in dataclasses.asdict(config).items()}
-    settings.pop("output_dir", None)  # a rank that writes nothing may have another
+    for name in ("output_dir", "report_to", "progress_bar"):  # matters to the rank that writes
+        settings.pop(name)
     model = type(model).__name__, [(n, tuple(p.shape)) for n, p in model.named_parameters()]
     values = {"the model": zlib.crc32(repr(model).encode())}
     return settings | values | {"the number of rows": len(data), "data": checksum_rows(data)}

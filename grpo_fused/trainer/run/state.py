@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
-from accelerate.utils import SAFE_WEIGHTS_NAME
+from accelerate.utils import SAFE_WEIGHTS_NAME, set_seed
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -57,7 +57,7 @@ def load_state(trainer, folder: str | Path) -> None:
     """Restores a trainer from a checkpoint. Every rank must call it.
 
     On another number of data-parallel ranks, the experience is dealt out anew: steps have the same
-    gradients, up to rounding. Random states start from the seed, so that later samples differ.
+    gradients, up to rounding. Random states are new ones, so that later samples differ.
 
     Raises:
         ValueError: the checkpoint was written with other settings or data, or cannot be divided
@@ -69,6 +69,8 @@ def load_state(trainer, folder: str | Path) -> None:
     device, ranks = trainer.accelerator.device, trainer.ranks
     load_model(trainer, folder)
     same = saved["ranks"] == ranks.size
+    if not same:
+        set_seed((trainer.config.seed + 1009 * saved["step"] + ranks.index) % 2**32)
     numbers = [ranks.index] if same else range(saved["ranks"])
     parts = [
         torch.load(folder / rank_file(number), map_location="cpu", weights_only=True)
@@ -77,17 +79,21 @@ def load_state(trainer, folder: str | Path) -> None:
     trainer.scheduler.load_state_dict(parts[0]["scheduler"])
     trainer.experience = None
     if parts[0]["experience"] is not None:
-        found = [Experience.from_state_dict(part["experience"], device) for part in parts]
+        cpu = torch.device("cpu")
+        found = [Experience.from_state_dict(part["experience"], cpu) for part in parts]
         where = (trainer.config.minibatches, ranks.index, ranks.size, trainer.sampler.pad_id)
-        trainer.experience = found[0] if same else Experience.deal(found, *where)
+        experience = found[0] if same else Experience.deal(found, *where)
+        experience.batch = experience.batch.to(device)
+        trainer.experience = experience
     if trainer.reference is not None and not ranks.distributed:
-        file = folder / reference_file(trainer)
-        if not same and trainer.reference.model is None:
+        shared = trainer.reference.model is not None
+        file = folder / (reference_file(trainer) if same or shared else "reference_0.pt")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not (same or shared or state is None):
             raise ValueError(
-                f"resume: adapters that the reference has taken over are saved by rank, so that "
+                "resume: adapters that the reference has taken over are saved by rank, so that "
                 f"{ranks.size} ranks cannot resume what {saved['ranks']} ranks saved"
             )
-        state = torch.load(file, map_location="cpu", weights_only=True)
         trainer.reference.load_state_dict(state, trainer.unwrapped)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
     if same:
@@ -95,7 +101,7 @@ def load_state(trainer, folder: str | Path) -> None:
 
 
 def save_model(trainer, folder: Path) -> None:
-    """Saves model, optimizer and loss scale; of a distributed model every rank its shards."""
+    """Saves model, optimizer and, by Accelerate, a loss scale; every rank its shards."""
     if not trainer.ranks.distributed:
         # It skips random states that it cannot read.
         trainer.accelerator.save_state(str(folder))
@@ -148,6 +154,12 @@ def random_states(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
+
+
+def share_random_states(ranks, device: torch.device) -> None:
+    """Gives ranks that share a batch the random states of the first: they sample together."""
+    if ranks.tensor_group is not None:
+        set_random_states(ranks.broadcast(random_states(device)), device)
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
