@@ -50,7 +50,7 @@ def reduce_over_ranks(tensor: Tensor, group, op: str = "SUM") -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """A sum over ranks. The total loss is that of all ranks, so backward sums upstream gradients."""
+    """A sum over ranks. The total loss is that of all ranks: backward sums upstream gradients."""
 
     @staticmethod
     def forward(ctx, tensor, group):

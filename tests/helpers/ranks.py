@@ -96,8 +96,10 @@ class Exchanges:
         return [entry[1] for entry in self.log if entry[0] == name]
 
 
-def run(rank, size, folder, modules):
+def run(rank, size, folder, modules, slow=False):
     """One rank, in a process of its own."""
+    if slow:  # the server's environment is that of the first test
+        os.environ["GRPO_FUSED_SLOW"] = "1"
     torch.set_num_threads(1)
     speed_up()
     rendezvous = {"init_method": f"file://{folder}/meet{size}", "timeout": timedelta(seconds=60)}
@@ -119,8 +121,15 @@ def run(rank, size, folder, modules):
     dist.destroy_process_group()
 
 
-def start(size, folder, modules, seconds=300):
+def start(size, folder, modules, slow=False, seconds=300):
     """Run all ranks, forked from a server that has imported what they need once for all tests.
+
+    Args:
+        size: number of ranks.
+        folder: where they meet.
+        modules: names of those with the checks.
+        slow: run the checks that take long, too.
+        seconds: after which all are killed.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of a rank.
@@ -129,7 +138,7 @@ def start(size, folder, modules, seconds=300):
     Path(folder, f"meet{size}").unlink(missing_ok=True)
     torch.multiprocessing.set_forkserver_preload(IMPORTED)
     context = torch.multiprocessing.start_processes(
-        run, (size, str(folder), modules), nprocs=size, join=False, start_method="forkserver"
+        run, (size, str(folder), modules, slow), nprocs=size, join=False, start_method="forkserver"
     )
     end = time.monotonic() + seconds
     try:

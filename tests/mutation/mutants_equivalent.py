@@ -190,7 +190,10 @@ EQUIVALENT = {
     "only several processes run it: tests/helpers/sequence_ranks.py and vocab_ranks.py": [
         "19737bdb-7367 on_logps.loss_on_logps `IsNot -> Is` if units is not active and sequences.g",
         "823f50a7-98d4 metrics.without_ratios `Sub -> Add` ...(sums[:kept], (0, len(SUMS) - kept))",
-        "7942def9-8d27 sequences.OverRanks.counts `Not dropped` if not isinstance(counts, torch.Te",
+        "7942def9-5592 sequences.OverRanks.counts `Not dropped` if not isinstance(counts, torch.Te",
         "1afdb9dd-a7c1 head_losses.LogpsLosses.run `IsNot -> Is #2` ...ot None and gradients.hidde",
+    ],
+    "token-level losses do not ask how many tokens a chunk has": [
+        "c5cba3ba-090d head_losses.LogpsLosses._part `Sub -> Add` n = stop - start",
     ],
 }

@@ -18,5 +18,6 @@ SLOW = pytest.mark.slow
     ],
     ids=["2", "3", "4", "compiled"],
 )
-def test_against_one_process(world_size, modules, tmp_path):
-    ranks.start(world_size, tmp_path, modules)
+def test_against_one_process(world_size, modules, tmp_path, request):
+    slow = request.node.get_closest_marker("slow") is not None
+    ranks.start(world_size, tmp_path, modules, slow)

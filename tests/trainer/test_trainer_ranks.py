@@ -29,9 +29,8 @@ def test_two_ranks(folder):
 
 
 @pytest.mark.slow
-def test_four_ranks(folder, monkeypatch):
+def test_four_ranks(folder):
     """After two ranks have saved checkpoints; then two resume what four have saved."""
-    monkeypatch.setenv("GRPO_FUSED_SLOW", "1")
-    ranks.start(2, folder, MODULES)
-    ranks.start(4, folder, MODULES)
-    ranks.start(2, folder, MODULES)
+    ranks.start(2, folder, MODULES, slow=True)
+    ranks.start(4, folder, MODULES, slow=True)
+    ranks.start(2, folder, MODULES, slow=True)
