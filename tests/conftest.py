@@ -49,9 +49,9 @@ POISONED = (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# Rows of LOSSES that launch the same kernels as another one, or with another objective of few lines,
-# which test_objectives compares. That one represents them in Triton's slow interpreter wherever a
-# test has both: kernels know weights, not normalisers.
+# Rows of LOSSES that launch the same kernels as another one, or with another objective, which
+# test_objectives compares. That one represents them in Triton's slow interpreter wherever a test
+# has both: kernels know weights, not normalisers.
 REPRESENTS = {
     "grpo": ("bnpo", "ppo", "dr_grpo", "dapo"),
     "gspo": ("gspo_token", "luspo", "vespo", "gmpo"),
