@@ -9,7 +9,7 @@ from grpo_fused.bundles import Scales, Tokens, TokenValues, TokenWeights, Weight
 from grpo_fused.checks import constant
 from grpo_fused.losses.weights import check_divisor, evaluate, is_number, rule_weight
 from grpo_fused.ops import BACKENDS
-from grpo_fused.sequences import OverRanks, Packed, Padded
+from grpo_fused.sequences import Packed, Padded, over_ranks
 
 
 class Layout(NamedTuple):
@@ -86,7 +86,7 @@ def make_sequences(layout, mask, implementation, group=None):
     else:
         locate = BACKENDS["triton"].locate if implementation == "triton" else None
         sequences = Packed(shape, mask, layout.cu_seqlens, layout.device, locate)
-    return sequences if group is None else OverRanks(sequences, group)
+    return over_ranks(sequences, group)
 
 
 def make_tokens(source, layout, sequences, temperature, advantages=None, options=None):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_fused.checks import active_tokens, check_choice, check_cu_seqlens, check_tensor
 from grpo_fused.collectives import check_group, reduce_over_ranks
-from grpo_fused.sequences import OverRanks, Packed, Padded
+from grpo_fused.sequences import Packed, Padded, over_ranks
 
 LIMIT = 80.0  # exponents are clamped to +-80, as everywhere in the package
 LEVELS = ("token", "sequence")
@@ -244,7 +244,7 @@ def _tokens(mask, cu_seqlens, group, **tensors):
         check_cu_seqlens(cu_seqlens, *shape, device)
         tensors = [tensor[None] for tensor in tensors]
         sequences = Packed((1, *shape), None if mask is None else mask[None], cu_seqlens)
-    return sequences if group is None else OverRanks(sequences, group), tensors
+    return over_ranks(sequences, group), tensors
 
 
 def _difference(logps, sampling_logps):

@@ -192,5 +192,10 @@ class OverRanks:
     mean = Padded.mean
 
 
+def over_ranks(local, group):
+    """`OverRanks` of sequences, or themselves without a group."""
+    return local if group is None else OverRanks(local, group)
+
+
 def _as_bool(mask):
     return (mask if mask.dtype == torch.bool else mask != 0).contiguous()

@@ -74,14 +74,14 @@ class Vespo(SequenceObjective):
         sequences: Padded,
     ) -> tuple[Tensor, Tensor]:
         lowest = math.log(1e-8)
-        terms, of_sequence = log_ratio.detach().clamp(-20.0, 20.0), 0.0
+        terms, log_correction = log_ratio.detach().clamp(-20.0, 20.0), None
         if correction is not None:
             log_correction = correction.clamp(1e-8, math.exp(20.0)).log()
-            if correction.dim() == 1:
-                of_sequence = log_correction
-            else:
-                terms = terms + log_correction
-        log_weight = sequences.sum(terms) + of_sequence
+            if correction.dim() > 1:
+                terms, log_correction = terms + log_correction, None
+        log_weight = sequences.sum(terms)
+        if log_correction is not None:
+            log_weight = log_weight + log_correction
         s = sequences.spread(log_weight.clamp(lowest, 20.0))
         positive = advantage >= 0
         k = by_sign(positive, self.k_pos, self.k_neg, advantage)

@@ -9,7 +9,7 @@ from grpo_fused import checks
 from grpo_fused.bundles import Number, Weight
 from grpo_fused.checks import NUMBERS, check_choice, check_tensor
 from grpo_fused.collectives import check_group
-from grpo_fused.sequences import OverRanks, Padded
+from grpo_fused.sequences import Padded, over_ranks
 
 RULES = (
     "seq-mean-token-mean",
@@ -68,9 +68,7 @@ def token_weights(
     if mask.dim() != 2:
         raise ValueError(f"mask must be (B, T), got shape {tuple(mask.shape)}")
     check_group("sequence_group", sequence_group)
-    sequences = Padded(mask.shape, mask)
-    if sequence_group is not None:
-        sequences = OverRanks(sequences, sequence_group)
+    sequences = over_ranks(Padded(mask.shape, mask), sequence_group)
     weight = rule_weight(
         sequences,
         rule,
