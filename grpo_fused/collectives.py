@@ -29,7 +29,7 @@ def check_group(name: str, group) -> None:
         raise ValueError(f"{name} must be a ProcessGroup or None, got {group!r}")
 
 
-def start_gather(tensor: Tensor, group) -> Pending:
+def start_gather(tensor: Tensor, group: "torch.distributed.ProcessGroup") -> Pending:
     """Start to collect the tensors of all ranks, one behind the other in the first dimension."""
     dist = torch.distributed
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch < 2.13
@@ -38,12 +38,14 @@ def start_gather(tensor: Tensor, group) -> Pending:
     return Pending(gathered, gather(gathered, tensor, group=group, async_op=is_async))
 
 
-def gather(tensor: Tensor, group) -> Tensor:
+def gather(tensor: Tensor, group: "torch.distributed.ProcessGroup") -> Tensor:
     """The tensors of all ranks, one behind the other in the first dimension."""
     return start_gather(tensor, group).wait()
 
 
-def reduce_over_ranks(tensor: Tensor, group, op: str = "SUM") -> Tensor:
+def reduce_over_ranks(
+    tensor: Tensor, group: "torch.distributed.ProcessGroup", op: str = "SUM"
+) -> Tensor:
     """Replace a tensor by its sum ("MIN", "MAX": its extremum) over the ranks; return it."""
     torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, op), group=group)
     return tensor
@@ -62,6 +64,6 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(grad_output, ctx.group), None
 
 
-def sum_over_ranks(tensor: Tensor, group) -> Tensor:
+def sum_over_ranks(tensor: Tensor, group: "torch.distributed.ProcessGroup") -> Tensor:
     """The sum over the ranks, differentiable: its gradient is that of the sum of their losses."""
     return _Sum.apply(tensor, group)

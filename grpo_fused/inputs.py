@@ -21,7 +21,7 @@ from grpo_fused.head.order import (
     tokens_with_gradient,
 )
 from grpo_fused.losses.on_logps import loss_on_logps
-from grpo_fused.parallel import Shards, largest_shard
+from grpo_fused.parallel import Shards, in_shard, largest_shard
 
 # Logits of a chunk. On a GPU long enough for its matmuls to be bound by arithmetic and for few
 # updates of dW; on a CPU about the size of its caches, but no fewer rows than a fast matmul needs.
@@ -81,9 +81,7 @@ class LogitsInput:
 
     def log_probabilities(self, tokens, scales, entropy, backend, sequences):
         """(logps, entropies) (B, T), differentiable; entropies is None without `entropy`."""
-        tokens = tokens.of_softmax()
-        if self.shards is not None:
-            tokens = tokens._replace(ids=tokens.ids - self.shards.start)
+        tokens = in_shard(self.shards, tokens.of_softmax())
         arguments = (self.tensor, tokens, scales, entropy, backend, self.shards)
         if self.wants_gradient():
             return LogProb.apply(*arguments, self.inplace)
@@ -165,7 +163,7 @@ class HeadInput:
             order: of the tokens; None: active ones as they come.
         """
         chunking = self._chunking(order_tokens(sequences.local) if order is None else order)
-        tokens = self._in_shard(tokens.of_softmax())
+        tokens = in_shard(self.shards, tokens.of_softmax())
         arguments = (tokens, scales, chunking, entropy, backend, self.save_logits, self.shards)
         if self.wants_gradient():
             inputs = (self.tensor, self.weight, self.bias, self.main_grad)
@@ -205,7 +203,7 @@ class HeadInput:
         """`LogpsLosses`, or None: a sequence does not fit a chunk."""
         tokens, _, formula, _, _, sequences, _ = arguments
         losses = LogpsLosses(*arguments, self.shards)
-        losses = losses._replace(tokens=self._in_shard(tokens))
+        losses = losses._replace(tokens=in_shard(self.shards, tokens))
         local, V = sequences.local, None
         if self.shards is not None:  # the ranks exchange chunks of the same tokens
             V = largest_shard(self.shards, len(self.weight), self.tensor.device)
@@ -221,12 +219,6 @@ class HeadInput:
         if groups is None or sum(by_sequence.on_host) != rows:
             return None
         return losses._replace(chunking=chunking, by_sequence=by_sequence, groups=groups)
-
-    def _in_shard(self, tokens):
-        """Tokens with ids relative to the first column of this rank."""
-        if self.shards is None:
-            return tokens
-        return tokens._replace(ids=tokens.ids - self.shards.start)
 
     def _chunking(self, order, V=None, depth=1):
         """`Chunking` for `depth` chunks at a time, of as many rows as fit with V columns."""

@@ -161,6 +161,11 @@ def largest_shard(shards, size, device):
     return _exchange_sizes(shards.group, size, device).largest
 
 
+def in_shard(shards, tokens):
+    """Tokens with ids relative to the first column of this rank; themselves without shards."""
+    return tokens if shards is None else tokens._replace(ids=tokens.ids - shards.start)
+
+
 def exchange_statistics(shards, local):
     """Start the exchange of `Statistics` (B, T) of the columns of this rank, for `merge`.
 

@@ -61,6 +61,11 @@ REPRESENTS = {
 REPRESENTED_BY = {name: by for by, names in REPRESENTS.items() for name in names}
 
 
+# Files with tests of more than 10 s.
+LONG = ("test_ranks", "test_trainer_ranks", "test_launch_path", "test_demo", "test_aot")
+LONG += ("test_trl_trainer", "test_examples", "test_machine_code", "test_compile", "test_structure")
+
+
 def is_represented(item, nodeids):
     params = item.callspec.params if hasattr(item, "callspec") else {}
     loss_type = params.get("loss_type")
@@ -104,6 +109,7 @@ def pytest_collection_modifyitems(config, items):
     represented = [item for item in items if is_represented(item, nodeids)]
     config.hook.pytest_deselected(items=represented)
     items[:] = [item for item in items if not is_represented(item, nodeids)]
+    items.sort(key=lambda item: item.path.stem not in LONG)  # or one worker waits for another's
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,8 @@ from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.run.checkpoint import list_checkpoints
 
 # GRPO_FUSED_SLOW=1 runs all.
-KINDS = {2: ("ddp", "fsdp", "tp") if "GRPO_FUSED_SLOW" in os.environ else ("tp",), 4: ("2x2",)}
+KINDS = {2: ("ddp", "fsdp", "tp") if "GRPO_FUSED_SLOW" in os.environ else ("ddp",), 4: ("2x2",)}
+TENSOR_PARALLEL = {2: "tp", 4: "2x2"}
 
 
 def compare(found, expected, steps, where):
@@ -76,7 +77,7 @@ def check_another_number_of_ranks(rank):
 
 def check_sampling(rank):
     """Ranks of tensor parallelism sample the same tokens, and score and evaluate them once."""
-    kind = KINDS[rank.size][-1]
+    kind = TENSOR_PARALLEL[rank.size]
     folder = f"{rank.folder}/sampling{rank.size}"
     calls = []
 
@@ -102,7 +103,7 @@ def check_sampling(rank):
 def check_mixed_precision(rank):
     """The forward of an update runs in the precision of old log-probabilities: ratios are 1."""
     start, folder = f"{rank.folder}/start", f"{rank.folder}/bf16-{rank.size}"
-    kind, options = KINDS[rank.size][-1], {"max_steps": 1, "mixed_precision": "bf16"}
+    kind, options = TENSOR_PARALLEL[rank.size], {"max_steps": 1, "mixed_precision": "bf16"}
     AcceleratorState._reset_state()
     trainer, records = trainer_on(folder, load_start(start, kind), loss_type="dapo", **options)
     trainer.train()

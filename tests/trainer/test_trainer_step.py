@@ -98,6 +98,7 @@ def test_a_step_without_old_logps_is_the_one_with_them(tmp_path, monkeypatch):
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     """One loss for each normaliser and level: nothing else of a loss depends on ranks."""
     rows = reversed(LOSSES.items())
