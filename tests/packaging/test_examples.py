@@ -25,6 +25,7 @@ def example(name):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_example_of_a_hand_written_loop():
     first, last = re.findall(r"\d\.\d\d", example("hand_written_loop"))
     assert float(first) < 0.3 and float(last) > 0.7
