@@ -103,9 +103,9 @@ def _of_sequences(arguments):
         if shape == number and name in PER_SEQUENCE:  # also where N = B
             found[name] = _describe(value, shape, True)
             continue
-        for extra, number in enumerate(("T", "T + 1")):
+        for extra, label in enumerate(("T", "T + 1")):
             if layout and shape[: len(layout)] == [*layout[:-1], layout[-1] + extra]:
-                shape[len(layout) - 1], per_token = number, True
+                shape[len(layout) - 1], per_token = label, True
         own = per_token or name in (*OWN_VALUES, "cu_seqlens")
         found[name] = _describe(value, shape, not own)
     return found

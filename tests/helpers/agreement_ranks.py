@@ -125,3 +125,10 @@ def sequences(rank):
     for text, arguments in cases(rank, right, wrong):
         raises(ValueError, text, lambda a=arguments: grpo_loss_from_logps(**a))
     grpo_loss_from_logps(**right)
+    # Packed; the last rank has as many tokens as there are sequences, all values per sequence.
+    tokens = [1, 1, 1, 1] if rank.rank == rank.size - 1 else [2, 0, 3, 1]
+    logps = torch.linspace(-1.0, -0.1, sum(tokens))
+    per_sequence = {"advantages": batch.advantages, "policy_mask": torch.ones(4)}
+    packed = {"logps": logps, "completion_mask": None, "old_logps": logps, **per_sequence}
+    packed |= {"cu_seqlens": torch.tensor([0, *tokens]).cumsum(0), "loss_type": "gspo"}
+    grpo_loss_from_logps(**packed, sequence_group=rank.group)
