@@ -16,7 +16,10 @@ ENABLED = os.environ.get("GRPO_FUSED_CHECK") == "1"
 # Arguments that hold a shard, or hidden states: ranks have values of their own.
 SHARDED = ("logits", "weight", "bias", "main_grad", "vocab_start")
 OWN_VALUES = (*SHARDED, "hidden")
-PER_SEQUENCE = ("advantages", "importance_sampling_ratio", "policy_mask", "temperature")
+PER_TOKEN = ("logits", "hidden", "completion_ids", "completion_mask", "ids", "mask")
+PER_TOKEN += ("old_logps", "ref_logps", "logps", "entropies")
+# One value a token, or one a sequence: so if there are as many tokens as sequences.
+EITHER = ("advantages", "importance_sampling_ratio", "policy_mask", "temperature")
 GROUPS = ("vocab_parallel_group", "sequence_group")
 
 
@@ -99,14 +102,12 @@ def _of_sequences(arguments):
         if not isinstance(value, torch.Tensor):
             found[name] = repr(value)
             continue
-        shape, per_token = list(value.shape), False
-        if shape == number and name in PER_SEQUENCE:  # also where N = B
-            found[name] = _describe(value, shape, True)
-            continue
+        shape = list(value.shape)
+        of_tokens = name in PER_TOKEN or (name in EITHER and shape not in (number, [*number, 1]))
         for extra, label in enumerate(("T", "T + 1")):
-            if layout and shape[: len(layout)] == [*layout[:-1], layout[-1] + extra]:
-                shape[len(layout) - 1], per_token = label, True
-        own = per_token or name in (*OWN_VALUES, "cu_seqlens")
+            if of_tokens and layout and shape[: len(layout)] == [*layout[:-1], layout[-1] + extra]:
+                shape[len(layout) - 1] = label
+        own = of_tokens or name in (*OWN_VALUES, "cu_seqlens")
         found[name] = _describe(value, shape, not own)
     return found
 
