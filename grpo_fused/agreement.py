@@ -44,11 +44,11 @@ def check_agreement(function: str, arguments: dict) -> None:
     if vocabulary is not None:
         ranks = _gather({"function": function} | _of_vocabulary(arguments), vocabulary)
         shards = [rank.pop("shard") for rank in ranks]
-        _compare(ranks)
+        compare(ranks)
         _check_shards(shards)
     if arguments.get("sequence_group") is not None:
         mine = {"function": function} | _of_sequences(arguments)
-        _compare(_gather(mine, arguments["sequence_group"]))
+        compare(_gather(mine, arguments["sequence_group"]))
 
 
 def _gather(mine, group):
@@ -57,7 +57,12 @@ def _gather(mine, group):
     return found
 
 
-def _compare(ranks):
+def compare(ranks: list[dict]) -> None:
+    """Check that all ranks of a group have the same values, by name.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
     first = ranks[0]
     for number, other in enumerate(ranks):
         for name in first:

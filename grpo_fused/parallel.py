@@ -120,16 +120,15 @@ def dtensor_group(tensor):
 def _of_dtensor(name, tensor, dimension, group):
     from torch.distributed.tensor import Replicate, Shard
 
-    mesh, placements = tensor.device_mesh, tensor.placements
-    sharded = [i for i, placement in enumerate(placements) if placement == Shard(dimension)]
+    placements = tensor.placements
     others = [p for p in placements if p not in (Shard(dimension), Replicate())]
-    if len(sharded) != 1 or others:
+    if placements.count(Shard(dimension)) != 1 or others:
         raise ValueError(
             f"{name} must be sharded over its dimension {dimension}, the vocabulary, and "
             f"replicated over other dimensions of its mesh, got {list(placements)}: "
             "redistribute() it"
         )
-    own, size = mesh.get_group(sharded[0]), tensor.shape[dimension]
+    own, size = dtensor_group(tensor), tensor.shape[dimension]
     if group is not None and ranks_of(group) != ranks_of(own):
         raise ValueError(
             f"vocab_parallel_group must have the ranks of {name}, {ranks_of(own)}, "
@@ -138,7 +137,7 @@ def _of_dtensor(name, tensor, dimension, group):
     share = math.ceil(size / own.size())  # of all ranks but the last, as torch.chunk cuts
     if share * (own.size() - 1) >= size:
         raise ValueError(f"{name} must have columns on each of {own.size()} ranks, got {size}")
-    return tensor.to_local(), Shards(own, min(share * own.rank(), size), size, share)
+    return tensor.to_local(), Shards(own, share * own.rank(), size, share)
 
 
 def ranks_of(group):

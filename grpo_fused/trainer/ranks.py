@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from grpo_fused import agreement
 from grpo_fused.trainer.run.errors import TrainingError, together
 
 if TYPE_CHECKING:
@@ -59,10 +60,8 @@ class Ranks:
                 f"model is distributed over {config.dp_size} x {self.tensor_size} ranks (data, "
                 f"tensor parallel), the run has {world}"
             )
-        self.size, self.index = (
-            world // self.tensor_size,
-            accelerator.process_index // self.tensor_size,
-        )
+        self.size = world // self.tensor_size
+        self.index = accelerator.process_index // self.tensor_size
         self.tensor_group = None
         if self.tensor_size > 1:
             self.tensor_group, _ = dist.new_subgroups(self.tensor_size)
@@ -157,14 +156,7 @@ class Ranks:
         Raises:
             ValueError: on every rank, naming what differs.
         """
-        for number, other in enumerate(gather_object([values])):
-            for name, value in values.items():
-                if other.get(name) != value:
-                    own = self.accelerator.process_index
-                    raise ValueError(
-                        f"the ranks disagree on {name}: {value!r} on rank {own}, "
-                        f"{other.get(name)!r} on rank {number}"
-                    )
+        agreement.compare(gather_object([values]))
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:

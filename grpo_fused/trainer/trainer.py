@@ -283,7 +283,6 @@ class GRPOTrainer:
             max_ratio = torch.maximum(max_ratio, output.metrics["ratio/max"])
         limit = config.max_grad_norm or float("inf")
         if self.ranks.distributed:
-            accelerator.unscale_gradients()
             grad_norm = clip_gradients(trainable_parameters(self.model), limit)
         else:
             grad_norm = accelerator.clip_grad_norm_(trainable_parameters(self.model), limit)

@@ -18,16 +18,9 @@ from grpo_fused import (
     token_weights,
 )
 from grpo_fused.losses.metrics import means
+from grpo_fused.losses.weights import RULES
 
 T = 12
-NORMALIZERS = (
-    "seq-mean-token-mean",
-    "token-mean-local",
-    "token-mean",
-    "seq-mean-token-sum-norm",
-    "seq-mean-token-sum",
-    "token-sum",
-)
 
 
 def columns(rank, order):
@@ -90,7 +83,7 @@ def check_losses(rank):
 
 
 def check_normalizers(rank):
-    for rule in NORMALIZERS:
+    for rule in RULES:
         batch, places = batch_of(1), columns(rank, "zigzag")
         options = {"normalizer": rule, "max_completion_length": T, "entropy_coef": 0.1}
         options |= {"old_logps": batch.old_logps}
@@ -265,7 +258,7 @@ def check_divisors(rank):
     batch.mask[6:] = 0
     bounds = {2: ((0, 1), (1, 3), (3, 6), (6, 8)), 3: ((0, 3), (3, 5), (5, 6), (6, 8))}[rank.size]
     own = [pair for k, pair in enumerate(bounds) if min(k, rank.size - 1) == rank.rank]
-    for rule in sorted({*NORMALIZERS} - {"token-mean-local"}):
+    for rule in sorted({*RULES} - {"token-mean-local"}):
         options = {"old_logps": batch.old_logps, "ref_logps": batch.ref_logps, "beta": 0.05}
         more = {"normalizer": rule, "entropy_coef": 0.1, "max_completion_length": T}
         whole, part = batch.leaf(), batch.leaf()
