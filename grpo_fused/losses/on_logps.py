@@ -30,6 +30,11 @@ class LogpsFormula(NamedTuple):
         """Whether the loss of a token depends on other tokens of its sequence."""
         return self.level != "token" or isinstance(self.objective, SequenceObjective)
 
+    @property
+    def needs_level(self):
+        """Whether the log-ratio of the level is read: `SequenceObjective`s make their own."""
+        return self.bias_correction or not isinstance(self.objective, SequenceObjective)
+
 
 class _Derivative(torch.autograd.Function):
     """A value with a given derivative in x."""
@@ -69,7 +74,7 @@ def _log_ratios(logps, tokens, formula, sequences):
         log_ratio = logps - tokens.old_logps
     log_ratio = level_log_ratio = sequences.select(log_ratio)
     means = None
-    if formula.level != "token":
+    if formula.level != "token" and formula.needs_level:
         means = sequences.mean(log_ratio)
         level_log_ratio = mean = sequences.spread(means).expand_as(log_ratio)
     if formula.level == "sequence_token":

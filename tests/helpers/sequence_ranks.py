@@ -223,7 +223,7 @@ def check_exchanges(rank):
         ("gspo", [counts, sums, clips], [sums]),
         ("gspo_token", [counts, sums], []),
         ("vespo", [sums], []),
-        ("gmpo", [counts, sums, sums], [sums]),
+        ("gmpo", [counts, sums], [sums]),
     ):
         with Exchanges() as exchanges:
             loss = grpo_loss(
