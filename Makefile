@@ -28,7 +28,7 @@ test-all: .venv/ready
 zero3: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/deepspeed \
 	  deepspeed hjson py-cpuinfo einops msgpack ninja
-	PYTHONPATH=build/deepspeed PATH=$$PWD/build/deepspeed/bin:$$PATH \
+	GRPO_FUSED_ZERO3=1 PYTHONPATH=build/deepspeed PATH=$$PWD/build/deepspeed/bin:$$PATH \
 	  $(BIN)/python -m pytest tests/parallel/test_ranks.py
 
 # A run that was cut goes on with `tests/mutation/mutate.py --resume runs/mutation.jsonl`.

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from trainer_runs import trainer_of, weights_of
 from transformers import AutoModelForCausalLM, DistributedConfig
 
-import grpo_fused.trainer.trainer as module
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.collect import next_rows
 from grpo_fused.trainer.rewards import RewardScores
@@ -46,8 +45,7 @@ def by_tokens(prompts, completions, completion_ids, columns):
 
 
 def trainer_on(folder, model=None, **options):
-    """(trainer, records) of a run with SGD."""
-    module.make_optimizer = sgd
+    """(trainer, records) of a run; the caller has put `sgd` in the place of AdamW."""
     given = {"rewards": by_tokens, "rollout_fn": fixed, "loss_type": "gspo"} | RUN | options
     return trainer_of(folder, model=model, **given)
 

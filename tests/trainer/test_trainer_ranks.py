@@ -3,7 +3,7 @@
 import pytest
 import ranks
 import torch
-from parallel_trainer import load_start, result, save_start, trainer_on
+from parallel_trainer import load_start, result, save_start, sgd, trainer_on
 
 MODULES = ("trainer_parallel_ranks",)
 
@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     save_start(folder / "start")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("grpo_fused.trainer.trainer.make_optimizer", None)  # restored later
+        monkeypatch.setattr("grpo_fused.trainer.trainer.make_optimizer", sgd)
         options = {"save_steps": 1, "save_total_limit": None}
         trainer, records = trainer_on(
             folder / "one", load_start(folder / "start", "one"), **options
@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
 
 def test_two_ranks(folder):
     ranks.start(2, folder, MODULES)
+    assert len(list(folder.glob("from-one-checkpoint-*-2/model"))) == 2
 
 
 @pytest.mark.slow
@@ -34,3 +35,6 @@ def test_four_ranks(folder):
     ranks.start(2, folder, MODULES, slow=True)
     ranks.start(4, folder, MODULES, slow=True)
     ranks.start(2, folder, MODULES, slow=True)
+    for kind, source, size in (("ddp", "one", 2), ("tp", "2x24", 2), ("2x2", "tp2", 4)):
+        resumed = list(folder.glob(f"from-{source}-checkpoint-*-{size}/model"))
+        assert len(resumed) == 2, (kind, source)
