@@ -113,12 +113,10 @@ def sapo(config: "ActorConfig") -> Recipe:
 
 def cispo(config: "ActorConfig") -> Recipe:
     low, high = clip_ratios(config)
-    # The lower bound 1 - low of the ratio becomes a bound of the log-ratio.
     log_low = max(math.log(1 - low), -LIMIT) if low < 1 else -LIMIT
     log_high = math.log1p(high)
     return Recipe(
-        Cispo(1 + high),
-        bounds=(log_low, LIMIT),
+        Cispo(1 + high, max(1 - low, 0.0)),
         upper=lambda d, A: ((d < log_low) | (d > log_high)).float(),
     )
 
