@@ -88,7 +88,8 @@ def _weighted(logp, log_ratio, advantage, above, below, max_ratio):
 class DppoTv(_Dppo):
     """DPPO with the binary total variation of the chosen token, abs(p - p_old).
 
-    Formula, attributes and errors: `_Dppo`, with defaults of verl.
+    Formula, attributes and errors: `_Dppo`. The defaults are verl's clip_ratio, and the 20 that its
+    code falls back to; its configuration sets clip_ratio_c to 3.
 
     References:
         Rethinking the Trust Region in LLM Reinforcement Learning,
@@ -117,7 +118,7 @@ class DppoKl(_Dppo):
 
         p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))
 
-    Formula, attributes and errors: `_Dppo`, with defaults of verl.
+    Formula, attributes and errors: `_Dppo`; defaults as `DppoTv`.
 
     References:
         As `DppoTv`, eq. 14.

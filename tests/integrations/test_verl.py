@@ -12,7 +12,7 @@ import torch
 from batches import relative_error
 from verl_peer import actor_config, get_policy_loss_fn, make_verl_batch, run
 
-from grpo_fused import Sapo, Vespo, grpo_loss_from_logps
+from grpo_fused import DppoKl, DppoTv, Sapo, Vespo, grpo_loss_from_logps
 from grpo_fused.integrations import verl as integration
 
 MODES = integration.AGGREGATIONS
@@ -267,3 +267,22 @@ def test_inside_ppo_loss(monkeypatch):
     theirs, ours = results
     assert relative_error(ours.gradient, theirs.gradient) < 1e-6
     assert ours.numbers == pytest.approx(theirs.numbers, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "cls"), [("dppo_tv", DppoTv), ("dppo_kl", DppoKl)])
+def test_dppo_is_that_of_verl(name, cls):
+    """Loss and gradient of a batch with tokens outside on both sides, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    old = -3.0 * torch.rand(4, 50, generator=generator, dtype=torch.float64)
+    logp = (old + 0.5 * torch.randn(4, 50, generator=generator, dtype=torch.float64)).clamp(max=0.0)
+    advantages = torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    config = actor_config(clip_ratio_low=0.05, clip_ratio_high=0.1, clip_ratio_c=1.5)
+    theirs = logp.clone().requires_grad_()
+    want, _ = get_policy_loss_fn(name)(
+        old, theirs, advantages, torch.ones(4, 50), "token-mean", config, None
+    )
+    want.backward()
+    loss, derivative, clipped = cls(0.05, 0.1, 1.5).evaluate(logp, logp - old, advantages)
+    assert (clipped == -1).any() and (clipped == 1).any()
+    assert loss.mean().item() == pytest.approx(want.item(), rel=1e-6)
+    torch.testing.assert_close(derivative / 200, theirs.grad, rtol=1e-6, atol=1e-9)
