@@ -153,11 +153,9 @@ def make_values(layout, sequences, advantages, normalizer, options, corrects=Tru
         kl = rule_weight(sequences, options.kl_normalizer, options.beta, **given)
     if not isinstance(options.beta, torch.Tensor) and options.beta == 0:
         kl = Weight(0.0, 1.0, 1.0)
-    entropy = None
+    name, entropy = "num_entropy_items_in_batch", None
+    items = check_divisor(name, getattr(options, name), sequences, at_least=0)
     if isinstance(options.entropy_coef, torch.Tensor) or options.entropy_coef != 0:
-        items = check_divisor(
-            "num_entropy_items_in_batch", options.num_entropy_items_in_batch, sequences, at_least=0
-        )
         if normalizer is None:
             items = 1.0
         elif items is None:

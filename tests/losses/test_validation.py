@@ -73,6 +73,10 @@ BAD = {
     "items tensor": (dict(num_items_in_batch=torch.tensor(-3)), "num_items_in_batch must be >= 0"),
     "items text": (dict(num_items_in_batch="6"), "num_items_in_batch must be a number"),
     "items": (dict(num_items_in_batch=-3), "num_items_in_batch"),
+    "entropy items": (
+        dict(num_entropy_items_in_batch=-3),
+        "num_entropy_items_in_batch must be >= 0",
+    ),
     "sequences": (dict(num_sequences_in_batch=0, loss_type="grpo"), "num_sequences_in_batch"),
     "length": (dict(max_completion_length=0, loss_type="dr_grpo"), "max_completion_length"),
     "implementation": (dict(implementation="cuda"), "implementation must be one of"),
