@@ -28,8 +28,10 @@ from grpo_fused.bundles import (
     Derivatives,
     Formula,
     Outputs,
+    OverSupport,
     Scales,
     Statistics,
+    Support,
     Tokens,
     TokenValues,
     TokenWeights,
@@ -126,9 +128,10 @@ def variants(target, run):
     return found
 
 
-def make_tokens(B=2, T=3, *, scale=1.0, temperature=1.0, bonus=False):
-    """`Tokens` with every optional input: zeros, one value per token."""
+def make_tokens(B=2, T=3, *, scale=1.0, temperature=1.0, bonus=False, kept=False):
+    """`Tokens` with every optional input: zeros, one value per token; with a support if `kept`."""
     values = torch.zeros(B, T)
+    support = Support(values.long(), values.long(), torch.zeros(1, dtype=torch.int32))
     return Tokens(
         ids=values.long(),
         active=values.bool(),
@@ -139,6 +142,7 @@ def make_tokens(B=2, T=3, *, scale=1.0, temperature=1.0, bonus=False):
         w_policy=values,
         w_kl=values,
         w_entropy=values if bonus else None,
+        support=support if kept else None,
     )
 
 
@@ -157,20 +161,25 @@ def launch_fused_loss(
     objective=None,
     kl_estimator="k3",
     bias_correction=True,
+    over=None,
 ):
     """Launch the fused loss on (B, T + 1, V) zeros with every optional input of a token present.
 
     Args:
         scale, temperature: factors of the loss that may change from step to step.
+        over: `OverSupport`, with a support; None: without one.
     """
     objective = objective or Clip(0.2, 0.2 * scale, 4.0 * scale)
     logits = torch.zeros(B, T + 1, V, dtype=dtype)
     values = torch.zeros(B, T)
     launchers.fused_loss(
         logits,
-        make_tokens(B, T, temperature=temperature, bonus=bonus),
+        make_tokens(B, T, temperature=temperature, bonus=bonus, kept=over is not None),
         Scales(scale, softcap),
-        Formula(objective.name(), objective.params(), kl_estimator, bias_correction, scale),
+        Formula(
+            *(objective.name(), objective.params(), kl_estimator, bias_correction, scale),
+            OverSupport() if over is None else over,
+        ),
         Outputs(
             *(values for _ in range(5)),
             entropies=values if entropy or bonus else None,
@@ -180,16 +189,28 @@ def launch_fused_loss(
 
 
 def launch_logprob(
-    dtype, V, B=2, T=3, *, gradient=False, entropy=False, softcap=None, padding=0, shard=False
+    dtype,
+    V,
+    B=2,
+    T=3,
+    *,
+    gradient=False,
+    entropy=False,
+    softcap=None,
+    padding=0,
+    shard=False,
+    kept=False,
 ):
     """Launch the log-probabilities, or their gradient, on (B, T, V - padding) zeros, V apart."""
     logits = torch.zeros(B, T, V, dtype=dtype)[..., : V - padding]
     values = torch.zeros(B, T)
     optional = values if entropy else None
-    inputs = (logits, make_tokens(B, T).of_softmax(), Scales(1.0, softcap))
-    statistics = Statistics(values, optional, values, values)
+    inputs = (logits, make_tokens(B, T, kept=kept).of_softmax(), Scales(1.0, softcap))
+    statistics = (values, optional, values, values)
+    statistics = Statistics(*statistics, *(statistics if kept else ()))
     if gradient:
-        launchers.logprob_bwd(*inputs, statistics, Derivatives(values, optional, logits))
+        upstream = (values, optional) if kept else ()
+        launchers.logprob_bwd(*inputs, statistics, Derivatives(values, optional, logits, *upstream))
     else:
         launchers.logprob_fwd(*inputs, statistics, shard)
 
@@ -229,6 +250,14 @@ CASES = {
     "loss + gradient, entropy bonus": functools.partial(launch_fused_loss, bonus=True),
     "loss + gradient, softcap": functools.partial(launch_fused_loss, softcap=30.0),
     "loss": functools.partial(launch_fused_loss, gradient=False),
+    "statistics, support": functools.partial(launch_logprob, entropy=True, kept=True),
+    "gradient, support": functools.partial(launch_logprob, gradient=True, entropy=True, kept=True),
+    "loss + gradient, support": functools.partial(
+        launch_fused_loss, entropy=True, over=OverSupport(True, False, True)
+    ),
+    "loss + gradient, support alone": functools.partial(
+        launch_fused_loss, bonus=True, over=OverSupport(True, True, True)
+    ),
     "rescale": lambda dtype, V: launchers.rescale(torch.zeros(2, 3, V, dtype=dtype), 1.0, 1.0),
     "reduce": launch_reduce,
     "reduce, many tokens": functools.partial(launch_reduce, num_tokens=10_000),

@@ -15,15 +15,15 @@ from grpo_fused.functional import (
     grpo_loss,
     grpo_loss_from_logps,
     linear_grpo_loss,
-    linear_selective_log_softmax,
-    selective_log_softmax,
 )
+from grpo_fused.log_softmax import linear_selective_log_softmax, selective_log_softmax
 from grpo_fused.loss import LossOutput
 from grpo_fused.losses import LOSSES
 from grpo_fused.losses.objectives import Cispo, Clip, PolicyGradient, Sapo
 from grpo_fused.losses.off_policy_objectives import DppoKl, DppoTv, ImportanceSampling
 from grpo_fused.losses.sequence_objectives import Gmpo, Vespo
 from grpo_fused.losses.weights import token_weights
+from grpo_fused.support import sampling_support, support_from_mask
 
 if TYPE_CHECKING:
     from grpo_fused.trainer import GRPOTrainer as GRPOTrainer
@@ -54,7 +54,9 @@ __all__ = [
     "outcome_advantages",
     "process_advantages",
     "rollout_weights",
+    "sampling_support",
     "selective_log_softmax",
+    "support_from_mask",
     "token_weights",
     "whiten",
 ]

@@ -5,11 +5,21 @@ from typing import NamedTuple
 import torch
 
 from grpo_fused import validation
-from grpo_fused.bundles import Scales, Tokens, TokenValues, TokenWeights, Weight
-from grpo_fused.checks import constant
+from grpo_fused.bundles import (
+    OverSupport,
+    Scales,
+    Support,
+    Tokens,
+    TokenValues,
+    TokenWeights,
+    Weight,
+)
+from grpo_fused.checks import check_choice, constant
 from grpo_fused.losses.weights import check_divisor, evaluate, is_number, rule_weight
 from grpo_fused.ops import BACKENDS
+from grpo_fused.parallel import find_head_shards, find_shards, is_dtensor
 from grpo_fused.sequences import Packed, Padded, over_ranks
+from grpo_fused.support import check_support
 
 
 class Layout(NamedTuple):
@@ -45,6 +55,23 @@ class Layout(NamedTuple):
         if values is None or values.dim() == 0 or not self.is_row:
             return values
         return values[0]
+
+
+def local_logits(logits, options):
+    """(logits of this rank, `Shards` or None)."""
+    validation.check_floats("logits", logits)
+    group, start = options.vocab_parallel_group, options.vocab_start
+    return find_shards("logits", logits, -1, group, start)
+
+
+def local_head(weight, bias, options, reduce_hidden_grad):
+    """Fields of `HeadInput`: this rank's rows of the head, and where they lie."""
+    group, start, shards = options.vocab_parallel_group, options.vocab_start, None
+    if group is not None or start is not None or is_dtensor(weight) or is_dtensor(bias):
+        validation.check_floats("weight", weight)
+        weight, bias, shards = find_head_shards(weight, bias, group, start)
+        shards = shards._replace(reduces=bool(reduce_hidden_grad))
+    return {"weight": weight, "bias": bias, "shards": shards}
 
 
 # Keywords of `grpo_loss` with one value per token or, some of them, per sequence.
@@ -89,17 +116,20 @@ def make_sequences(layout, mask, implementation, group=None):
     return over_ranks(sequences, group)
 
 
-def make_tokens(source, layout, sequences, temperature, advantages=None, options=None):
+def make_tokens(
+    source, layout, sequences, temperature, support=None, advantages=None, options=None
+):
     """`Tokens` without weights; advantages as they were given.
 
     Args:
-        temperature, advantages: as `grpo_loss`.
+        temperature, support, advantages: as `grpo_loss`.
         options: its keywords; None for log-probabilities alone.
     """
     ids = None if source.ids is None else source.ids.contiguous()
     temperature = _temperature(source, layout, sequences, temperature)
+    support = make_support(source, layout, sequences, support)
     if options is None:
-        return Tokens(ids, sequences.active, temperature)
+        return Tokens(ids, sequences.active, temperature, support=support)
 
     def floats(value):
         return None if value is None else value.float().contiguous()
@@ -111,7 +141,32 @@ def make_tokens(source, layout, sequences, temperature, advantages=None, options
         floats(layout.value(advantages)),
         floats(layout.per_token(options.old_logps)),
         floats(layout.per_token(options.ref_logps)),
+        support=support,
     )
+
+
+SOFTMAXES = ("support", "vocabulary")
+
+
+def make_over(options):
+    """`OverSupport` from keywords, of which log-probabilities have entropy_over alone."""
+    chosen = {}
+    for term in OverSupport._fields:
+        name = f"{term}_over"
+        value = getattr(options, name, "vocabulary")
+        check_choice(name, value, SOFTMAXES)
+        chosen[term] = value == "support" and options.support is not None
+    return OverSupport(**chosen)
+
+
+def make_support(source, layout, sequences, support):
+    """`Support` of (offsets, ids), checked, or None."""
+    if support is None:
+        return None
+    offsets, ids = check_support(source, layout, sequences, support)
+    # Within the ids, whatever a device has that is not read: kernels follow them.
+    offsets, shape = offsets.long().clamp(0, len(ids)), sequences.shape
+    return Support(offsets[:-1].view(shape), offsets[1:].clone().view(shape), ids)
 
 
 def _temperature(source, layout, sequences, temperature):

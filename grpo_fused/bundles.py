@@ -13,12 +13,24 @@ Number = float | Tensor  # a Python number or a 0-d tensor
 PerToken = float | Tensor  # ... or (B, T)
 
 
+class Support(NamedTuple):
+    """The columns that the sampler kept of every row of logits: ids[start:stop] of its token."""
+
+    starts: Tensor  # (B, T) int64, contiguous
+    stops: Tensor  # (B, T) int64, contiguous
+    ids: Tensor  # (K,) integer, distinct within a row
+
+    def per_token(self, function):
+        """A function of values per token, applied to those here."""
+        return Support(function(self.starts), function(self.stops), self.ids)
+
+
 class Tokens(NamedTuple):
     """Per-token inputs of the kernels; constants for autograd.
 
         loss = w_policy objective(logp, logp - old_logps, advantages) + w_kl KL - w_entropy H
 
-    A weight of 0 drops its term. Log-probabilities need the first three fields alone.
+    A weight of 0 drops its term. Log-probabilities need the first three fields and the last alone.
     """
 
     ids: Tensor  # (B, T) integer, contiguous
@@ -31,10 +43,27 @@ class Tokens(NamedTuple):
     w_kl: PerToken | None = None  # normaliser, beta
     w_entropy: PerToken | None = None  # None: no entropy bonus
     correction: Tensor | None = None  # rollout ratio (B,) or (B, T), for `SequenceObjective`s
+    support: Support | None = None  # None: no softmax is over kept columns
 
     def of_softmax(self):
         """The fields that log-probabilities need, alone."""
-        return Tokens(self.ids, self.active, self.temperature)
+        return Tokens(self.ids, self.active, self.temperature, support=self.support)
+
+
+def per_token(function, bundle):
+    """A bundle with a function of values per token applied to each field, a support's included."""
+    return bundle._make(
+        value.per_token(function) if isinstance(value, Support) else function(value)
+        for value in bundle
+    )
+
+
+class OverSupport(NamedTuple):
+    """Which terms of a loss are over the support; the others are over the vocabulary."""
+
+    policy: bool = False  # ratio and objective
+    kl: bool = False
+    entropy: bool = False
 
 
 class Scales(NamedTuple):
@@ -52,6 +81,7 @@ class Formula(NamedTuple):
     kl_estimator: str
     bias_correction: bool  # whether the KL is multiplied by the ratio
     grad_scale: Number  # expected upstream gradient, folded into the gradient alone
+    over: OverSupport = OverSupport()
 
 
 class Outputs(NamedTuple):
@@ -66,21 +96,47 @@ class Outputs(NamedTuple):
     dlogits: Tensor | None = None  # (B, L, V)
 
 
-class Statistics(NamedTuple):
-    """Softmax statistics of the rows, (B, T) float32, from which the gradient starts."""
+class LogProbs(NamedTuple):
+    """Log-probabilities and entropies (B, T); or, as flags, which of them are wanted."""
 
-    logps: Tensor
+    logps: Tensor | None
+    entropies: Tensor | None
+    kept_logps: Tensor | None = None  # over the support
+    kept_entropies: Tensor | None = None
+
+    def over(self, support: bool):
+        """(log-probabilities, entropies) over the support or over the vocabulary."""
+        return self[2:] if support else self[:2]
+
+
+class Statistics(NamedTuple):
+    """Softmax statistics of the rows, (B, T) float32, from which the gradient starts.
+
+    Over the vocabulary and over the support; None = not computed.
+    """
+
+    logps: Tensor | None
     entropies: Tensor | None
     maxima: Tensor | None = None
     totals: Tensor | None = None
+    kept_logps: Tensor | None = None
+    kept_entropies: Tensor | None = None
+    kept_maxima: Tensor | None = None
+    kept_totals: Tensor | None = None
+
+    def logprobs(self):
+        """`LogProbs` of the rows."""
+        return LogProbs(self.logps, self.entropies, self.kept_logps, self.kept_entropies)
 
 
 class Derivatives(NamedTuple):
     """Upstream gradients of log-probabilities and entropies, (B, T) float32, and of the logits."""
 
-    dlogps: Tensor
+    dlogps: Tensor | None
     dentropies: Tensor | None = None
     dlogits: Tensor | None = None  # (B, L, V), to be written
+    kept_dlogps: Tensor | None = None  # over the support
+    kept_dentropies: Tensor | None = None
 
 
 class Weight(NamedTuple):

@@ -1,4 +1,4 @@
-"""The public functions: losses and log-probabilities over logits, a head, or log-probabilities."""
+"""The public losses: over logits, over a head, and over log-probabilities."""
 
 import math
 from numbers import Real
@@ -16,14 +16,9 @@ from grpo_fused.options import (
     LossOptions,
     ResolvedFamilyOptions,
     ResolvedLossOptions,
-    ResolvedSoftmaxOptions,
-    SoftmaxOptions,
     resolve,
     with_options,
 )
-from grpo_fused.parallel import find_head_shards, find_shards, is_dtensor
-
-LogProbabilities = tuple[Tensor, Tensor | None]
 
 
 @with_options(LossOptions)
@@ -85,6 +80,15 @@ def grpo_loss(
         entropy_coef: number or 0-d tensor, coefficient of the entropy bonus, a mean over active
             tokens, whatever the normalizer.
         compute_entropy: whether entropies and their mean are computed; they cost nothing when not.
+        support: (offsets, ids), the tokens that the sampler kept (`sampling_support`): those of
+            token n, counted over (B, T), are ids[offsets[n] : offsets[n + 1]], distinct, in any
+            order, the target among them; both int32 or int64. Of masked tokens they are not read.
+            On a GPU a row whose target was not kept is NaN. The torch backend synchronises.
+        policy_over, kl_over, entropy_over: "support" or "vocabulary": the softmax of the ratio and
+            the objective, of the KL penalty, of entropies and their bonus. Without a support the
+            vocabulary's. Gradients of terms over the support are 0 elsewhere; without a term over
+            the vocabulary the kept logits are all that is read. old_logps are then over the
+            support too, as samplers report them, ref_logps as kl_over says.
         num_items_in_batch, num_sequences_in_batch, max_completion_length: global divisors, see
             `token_weights`.
         num_entropy_items_in_batch: number or 0-d tensor, divisor of the entropy bonus, as
@@ -111,10 +115,11 @@ def grpo_loss(
             Triton driver. "triton" takes CPU tensors only under TRITON_INTERPRET=1.
 
     Returns:
-        LossOutput. Without an active token the loss is a differentiable 0. A target whose logit is
-        -inf has logp -inf: on policy a clipped loss is -A, off policy its ratio is e^-80, and with
-        a KL penalty the loss is -inf; objectives of logp itself are infinite there. NaN in an
-        active token is NaN in the loss. A KL of e^80 times a ratio of e^80 overflows.
+        LossOutput, its logps those of the ratio. Without an active token the loss is a
+        differentiable 0. A target whose logit is -inf has logp -inf: on policy a clipped loss is
+        -A, off policy its ratio is e^-80, and with a KL penalty the loss is -inf; objectives of
+        logp itself are infinite there. NaN in an active token is NaN in the loss. A KL of e^80
+        times a ratio of e^80 overflows.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, named in the message;
@@ -127,7 +132,7 @@ def grpo_loss(
         DeepSeekMath, https://arxiv.org/abs/2402.03300, eq. 3 and 4; the papers of LOSSES.
     """
     resolved = resolve(ResolvedLossOptions, "grpo_loss", options)
-    logits, shards = _shards(logits, resolved)
+    logits, shards = arguments.local_logits(logits, resolved)
     source = LogitsInput(logits, completion_ids, "completion_ids", inplace, shards)
     return compute_loss(source, completion_mask, advantages, resolved)
 
@@ -195,7 +200,7 @@ def linear_grpo_loss(
     resolved = resolve(ResolvedLossOptions, "linear_grpo_loss", options)
     source = HeadInput(
         hidden,
-        **_local_head(weight, bias, resolved, reduce_hidden_grad),
+        **arguments.local_head(weight, bias, resolved, reduce_hidden_grad),
         ids=completion_ids,
         chunk_bytes=chunk_bytes,
         upcast=upcast,
@@ -211,21 +216,24 @@ def grpo_loss_from_logps(
     advantages: Tensor,
     *,
     entropies: Tensor | None = None,
+    kl_logps: Tensor | None = None,
     log_ratio_bounds: tuple[float, float] | None = None,
     **options: Unpack[FamilyOptions],
 ) -> LossOutput:
     """Loss of the GRPO family over log-probabilities, for trainers whose losses get no logits.
 
-    The formula of `grpo_loss`, differentiable in logps, and in entropies under an entropy bonus.
-    Plain torch on (B, T) tensors. With log-probabilities from `selective_log_softmax` or
-    `linear_selective_log_softmax` nothing of size V is stored; `grpo_loss` reads the logits once
-    less.
+    The formula of `grpo_loss`, differentiable in logps and kl_logps, and in entropies under an
+    entropy bonus. Plain torch on (B, T) tensors. With log-probabilities from
+    `selective_log_softmax` or `linear_selective_log_softmax` nothing of size V is stored;
+    `grpo_loss` reads the logits once less.
 
     Args:
         logps: (B, T) float32, bfloat16 or float16, log-probabilities of the tokens under the
             policy, at its temperature; (N,) with cu_seqlens. Masked values may be anything.
         completion_mask, advantages: as `grpo_loss`.
         entropies: float, the shape of logps, entropies of the policy; needed for entropy_coef.
+        kl_logps: float, the shape of logps, log-probabilities of the policy that the KL compares
+            with ref_logps, differentiable; None = logps. With a support those over the vocabulary.
         log_ratio_bounds: (low, high), numbers that may be infinite: the log-ratio of the level is
             clamped to them, and has no gradient outside. None = exponentials are clamped at +-80,
             as everywhere in the package.
@@ -253,132 +261,11 @@ def grpo_loss_from_logps(
         check_tensor("entropies", entropies, tuple(logps.shape), logps.device)
     elif isinstance(coefficient, torch.Tensor) or coefficient != 0:
         raise ValueError("entropies are needed unless entropy_coef is 0, got None")
+    if kl_logps is not None:
+        check_tensor("kl_logps", kl_logps, tuple(logps.shape), logps.device)
+    source = LogpsInput(logps, entropies, kl_logps)
     bounds = _check_bounds(log_ratio_bounds)
-    return compute_loss(LogpsInput(logps, entropies), completion_mask, advantages, resolved, bounds)
-
-
-@with_options(SoftmaxOptions)
-def selective_log_softmax(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None = None,
-    *,
-    inplace: bool = False,
-    **options: Unpack[SoftmaxOptions],
-) -> LogProbabilities:
-    """Log-probability of one token per row of logits, and the entropy of the row.
-
-        x = logit_softcap tanh(logit_scale logits / logit_softcap) / temperature
-        logp[b, t] = log_softmax(x[b, t])[ids[b, t]]
-        H[b, t] = -sum_v p[b, t, v] log p[b, t, v]
-
-    Both are differentiable in the logits with any upstream gradient:
-
-        dx_j = g (1[j = id] - p_j) - h p_j (log p_j + H)
-
-    for g = dL/dlogp and h = dL/dH. The softmax is never stored; backward recomputes it.
-
-    Args:
-        logits: (B, T, V), (B, T + 1, V) or (N, V), as in `grpo_loss`.
-        ids: (B, T) or (N,) integer.
-        mask: of the shape of ids, nonzero = active; None = all active. Masked results are 0.
-        temperature: number or 0-d tensor > 0, or one per sequence (B,) or token, as ids.
-        logit_softcap: number or 0-d tensor > 0; None = logits are not capped.
-        logit_scale: number or 0-d tensor > 0.
-        compute_entropy: whether to compute the entropies; they cost nothing when not.
-        inplace: write the gradient over the logits in backward, as in `grpo_loss`.
-        vocab_parallel_group, vocab_start, implementation: as in `grpo_loss`.
-
-    Returns:
-        (logps, entropies): float32 of the shape of ids; entropies is None without compute_entropy.
-
-    Raises:
-        ValueError: as `grpo_loss`.
-        RuntimeError: a second backward with inplace.
-    """
-    resolved = resolve(ResolvedSoftmaxOptions, "selective_log_softmax", options)
-    logits, shards = _shards(logits, resolved)
-    source = LogitsInput(logits, ids, "ids", inplace, shards)
-    return _log_probabilities(source, mask, resolved)
-
-
-@with_options(SoftmaxOptions)
-def linear_selective_log_softmax(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    mask: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    chunk_bytes: int | None = None,
-    upcast: bool = False,
-    main_grad: Tensor | None = None,
-    save_logits: bool = False,
-    reduce_hidden_grad: bool = True,
-    **options: Unpack[SoftmaxOptions],
-) -> LogProbabilities:
-    """`selective_log_softmax` of logits = hidden weight^T + bias, a chunk of tokens at a time.
-
-    Differentiable in hidden, weight and bias with any upstream gradients. Backward computes the
-    logits again, so that neither pass holds more than a chunk of them.
-
-    Args:
-        hidden: (B, T, H), (B, T + 1, H) or (N, H).
-        weight, bias, chunk_bytes, upcast, main_grad, reduce_hidden_grad: as `linear_grpo_loss`.
-        ids: (B, T) or (N,) integer.
-        mask: of the shape of ids, nonzero = active; None = all active. Masked tokens are not
-            computed.
-        save_logits: keep the logits of active tokens for backward, which writes their gradient
-            over them: three matmuls instead of four, for memory of the size of the logits.
-        temperature, logit_softcap, logit_scale, compute_entropy, vocab_parallel_group, vocab_start,
-            implementation: as `selective_log_softmax`.
-
-    Returns:
-        (logps, entropies): float32 of the shape of ids; entropies is None without compute_entropy.
-
-    Raises:
-        ValueError: as `linear_grpo_loss`.
-        RuntimeError: as there; a second backward with save_logits.
-    """
-    resolved = resolve(ResolvedSoftmaxOptions, "linear_selective_log_softmax", options)
-    source = HeadInput(
-        hidden,
-        **_local_head(weight, bias, resolved, reduce_hidden_grad),
-        ids=ids,
-        ids_name="ids",
-        chunk_bytes=chunk_bytes,
-        upcast=upcast,
-        main_grad=main_grad,
-        save_logits=save_logits,
-    )
-    return _log_probabilities(source, mask, resolved)
-
-
-def _log_probabilities(source, mask, options):
-    layout, source = arguments.lay_out(source, mask)
-    sequences = arguments.make_sequences(layout, mask, "torch")
-    tokens = arguments.make_tokens(source, layout, sequences, options.temperature)
-    scales = arguments.make_scales(source, options.logit_scale, options.logit_softcap)
-    backend = validation.choose_implementation(options.implementation, source.tensor.device)
-    entropy = bool(options.compute_entropy)
-    logps, entropies = source.log_probabilities(tokens, scales, entropy, backend, sequences)
-    return layout.restore(logps), layout.restore(entropies)
-
-
-def _shards(logits, options):
-    validation.check_floats("logits", logits)
-    group, start = options.vocab_parallel_group, options.vocab_start
-    return find_shards("logits", logits, -1, group, start)
-
-
-def _local_head(weight, bias, options, reduce_hidden_grad):
-    """Fields of `HeadInput`: this rank's rows of the head, and where they lie."""
-    group, start, shards = options.vocab_parallel_group, options.vocab_start, None
-    if group is not None or start is not None or is_dtensor(weight) or is_dtensor(bias):
-        validation.check_floats("weight", weight)
-        weight, bias, shards = find_head_shards(weight, bias, group, start)
-        shards = shards._replace(reduces=bool(reduce_hidden_grad))
-    return {"weight": weight, "bias": bias, "shards": shards}
+    return compute_loss(source, completion_mask, advantages, resolved, bounds)
 
 
 def _check_bounds(bounds):

@@ -12,7 +12,7 @@ from grpo_fused import validation
 from grpo_fused.autograd.head import LinearLogProb, LinearLoss, run_linear_logprob
 from grpo_fused.autograd.head_losses import LogpsLosses, TokenLosses
 from grpo_fused.autograd.logits import FusedLoss, LogProb, run_fused_loss, run_logprob
-from grpo_fused.bundles import Chunking, Gradients, Head, LossResults
+from grpo_fused.bundles import Chunking, Gradients, Head, LogProbs, OverSupport
 from grpo_fused.head.chunks import chunk_limit, logits_bytes
 from grpo_fused.head.order import (
     group_sequences,
@@ -34,6 +34,16 @@ def default_chunk_bytes(device, V, dtype):
     if device.type != "cpu":
         return CHUNK_BYTES
     return max(CPU_CHUNK_BYTES, CPU_CHUNK_ROWS * logits_bytes(1, V, dtype))
+
+
+def which_logprobs(tokens, over, entropy):
+    """`LogProbs` of flags: what a loss needs, with entropies of the one softmax if any."""
+    if tokens.support is None:
+        return LogProbs(True, entropy)
+    kl_over_all = tokens.ref_logps is not None and not over.kl
+    entropy_over_all = entropy and not over.entropy
+    logps = not over.policy or kl_over_all or entropy_over_all
+    return LogProbs(logps, entropy_over_all, True, entropy and over.entropy)
 
 
 @dataclass(frozen=True)
@@ -79,13 +89,13 @@ class LogitsInput:
     def wants_gradient(self):
         return torch.is_grad_enabled() and self.tensor.requires_grad
 
-    def log_probabilities(self, tokens, scales, entropy, backend, sequences):
-        """(logps, entropies) (B, T), differentiable; entropies is None without `entropy`."""
+    def log_probabilities(self, tokens, scales, wanted, backend, sequences):
+        """`LogProbs`, differentiable, of those that are wanted."""
         tokens = in_shard(self.shards, tokens.of_softmax())
-        arguments = (self.tensor, tokens, scales, entropy, backend, self.shards)
+        arguments = (self.tensor, tokens, scales, wanted, backend, self.shards)
         if self.wants_gradient():
-            return LogProb.apply(*arguments, self.inplace)
-        return tuple(run_logprob(*arguments)[:2])
+            return LogProbs(*LogProb.apply(*arguments, self.inplace))
+        return run_logprob(*arguments).logprobs()
 
     def token_loss(self, tokens, scales, formula, entropy, backend, sequences):
         """LossResults of a token-level loss."""
@@ -96,9 +106,9 @@ class LogitsInput:
 
     def logps_loss(self, tokens, scales, formula, entropy, backend, sequences, grad_scale):
         """LossResults of a loss on log-probabilities."""
-        logps, entropies = self.log_probabilities(tokens, scales, entropy, backend, sequences)
-        results = loss_on_logps(logps, entropies, tokens, formula, sequences)
-        return LossResults(*results, logps, entropies)
+        wanted = which_logprobs(tokens, formula.over, entropy)
+        found = self.log_probabilities(tokens, scales, wanted, backend, sequences)
+        return loss_on_logps(found, tokens, formula, sequences)
 
 
 @dataclass(frozen=True)
@@ -156,19 +166,19 @@ class HeadInput:
         wanted = any(t is not None and t.requires_grad for t in parameters)
         return torch.is_grad_enabled() and wanted
 
-    def log_probabilities(self, tokens, scales, entropy, backend, sequences, order=None):
-        """(logps, entropies) (B, T), differentiable; entropies is None without `entropy`.
+    def log_probabilities(self, tokens, scales, wanted, backend, sequences, order=None):
+        """`LogProbs`, differentiable, of those that are wanted.
 
         Args:
             order: of the tokens; None: active ones as they come.
         """
         chunking = self._chunking(order_tokens(sequences.local) if order is None else order)
         tokens = in_shard(self.shards, tokens.of_softmax())
-        arguments = (tokens, scales, chunking, entropy, backend, self.save_logits, self.shards)
+        arguments = (tokens, scales, chunking, wanted, backend, self.save_logits, self.shards)
         if self.wants_gradient():
             inputs = (self.tensor, self.weight, self.bias, self.main_grad)
-            return LinearLogProb.apply(*inputs, *arguments)
-        return tuple(run_linear_logprob(self._head(), *arguments)[0][:2])
+            return LogProbs(*LinearLogProb.apply(*inputs, *arguments))
+        return run_linear_logprob(self._head(), *arguments)[0].logprobs()
 
     def token_loss(self, tokens, scales, formula, entropy, backend, sequences):
         """LossResults of a token-level loss."""
@@ -186,18 +196,17 @@ class HeadInput:
         couples, local = formula.couples_tokens, sequences.local
         over_ranks = couples and sequences.group is not None
         # Over ranks, tokens of others decide whether a token here has a gradient.
-        wanted = None if over_ranks else tokens_with_gradient(tokens, local, couples)
+        first = None if over_ranks else tokens_with_gradient(tokens, local, couples)
+        wanted = which_logprobs(tokens, formula.over, entropy)
         known = formula.reduction == "sum" and grad_scale is not None and not over_ranks
         losses = None
         if known and not torch.compiler.is_compiling():  # autograd does not run inside of an op
-            arguments = (tokens, scales, formula, entropy, backend, sequences, grad_scale)
-            losses = self._chunked_losses(arguments, wanted)
+            arguments = (tokens, scales, formula, wanted, backend, sequences, grad_scale)
+            losses = self._chunked_losses(arguments, first)
         if losses is not None:
             return self._run(losses)
-        arguments = (tokens, scales, entropy, backend, sequences, order_tokens(local, wanted))
-        logps, entropies = self.log_probabilities(*arguments)
-        results = loss_on_logps(logps, entropies, tokens, formula, sequences)
-        return LossResults(*results, logps, entropies)
+        arguments = (tokens, scales, wanted, backend, sequences, order_tokens(local, first))
+        return loss_on_logps(self.log_probabilities(*arguments), tokens, formula, sequences)
 
     def _chunked_losses(self, arguments, wanted):
         """`LogpsLosses`, or None: a sequence does not fit a chunk."""
@@ -242,17 +251,20 @@ class HeadInput:
 
 @dataclass(frozen=True)
 class LogpsInput:
-    """Log-probabilities (B, T) or (N,), and entropies or None."""
+    """Log-probabilities (B, T) or (N,), entropies, and log-probabilities for the KL, or None."""
 
     tensor: Tensor
     entropies: Tensor | None = None
+    kl_logps: Tensor | None = None
     ids, ids_name = None, None
     name, fuses, dtype = "logps", False, torch.float32
 
     def with_rows(self):
         """The same with a dimension of sequences: (1, N)."""
-        entropies = None if self.entropies is None else self.entropies[None]
-        return replace(self, tensor=self.tensor[None], entropies=entropies)
+        entropies, kl_logps = (
+            None if t is None else t[None] for t in (self.entropies, self.kl_logps)
+        )
+        return replace(self, tensor=self.tensor[None], entropies=entropies, kl_logps=kl_logps)
 
     def check(self):
         pass
@@ -263,7 +275,11 @@ class LogpsInput:
     def logps_loss(self, tokens, scales, formula, entropy, backend, sequences, grad_scale):
         """LossResults of a loss on log-probabilities."""
         # Selected at once: masked values may be NaN, and come back as 0.
-        logps = sequences.select(self.tensor.float())
-        entropies = None if self.entropies is None else sequences.select(self.entropies.float())
-        results = loss_on_logps(logps, entropies, tokens, formula, sequences)
-        return LossResults(*results, logps, entropies)
+        logps, entropies, kl_logps = (
+            None if t is None else sequences.select(t.float())
+            for t in (self.tensor, self.entropies, self.kl_logps)
+        )
+        found, over = LogProbs(logps, entropies), OverSupport()
+        if kl_logps is not None:  # the policy's are in the place of those over the support
+            found, over = LogProbs(kl_logps, entropies, logps), OverSupport(policy=True)
+        return loss_on_logps(found, tokens, formula._replace(over=over), sequences)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fused import arguments, validation
-from grpo_fused.bundles import Formula, Scales
+from grpo_fused.bundles import Formula, OverSupport, Scales
 from grpo_fused.checks import check_choice, constant
 from grpo_fused.collectives import check_group
 from grpo_fused.losses.metrics import as_dict
@@ -61,8 +61,12 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
     layout, source = arguments.lay_out(source, mask, advantages, options)
     check_group("sequence_group", options.sequence_group)
     sequences = arguments.make_sequences(layout, mask, backend, options.sequence_group)
-    temperature = 1.0 if of_logps else options.temperature
-    tokens = arguments.make_tokens(source, layout, sequences, temperature, advantages, options)
+    temperature, support, over = 1.0, None, OverSupport()
+    if not of_logps:
+        temperature, support = options.temperature, options.support
+        over = arguments.make_over(options)
+    inputs = (temperature, support, advantages, options)
+    tokens = arguments.make_tokens(source, layout, sequences, *inputs)
     scales, grad_scale = Scales(), 1.0
     if not of_logps:
         scales = arguments.make_scales(source, options.logit_scale, options.logit_softcap)
@@ -94,7 +98,7 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
             tokens, weights, sequences, backend, source.by_sequence
         )
         names = (objective.name(), objective.params(), options.kl_estimator, bias_correction)
-        formula = Formula(*names, grad_scale)
+        formula = Formula(*names, grad_scale, over)
         results = source.token_loss(tokens, scales, formula, entropy, backend, sequences)
     else:
         tokens = arguments.weigh(tokens, weights, sequences)
@@ -106,6 +110,7 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
             bias_correction,
             options.reduction,
             log_ratio_bounds,
+            over,
         )
         grad_scale = None if too_small else grad_scale
         results = source.logps_loss(

@@ -54,6 +54,8 @@ class SoftmaxOptions(TypedDict, total=False):
     logit_softcap: Annotated[Number | None, None]
     logit_scale: Annotated[Number, 1.0]
     compute_entropy: Annotated[bool, False]
+    support: Annotated[tuple[Tensor, Tensor] | None, None]
+    entropy_over: Annotated[str, "support"]
     vocab_parallel_group: Annotated["torch.distributed.ProcessGroup | None", None]
     vocab_start: Annotated[int | None, None]
     implementation: Annotated[str, "auto"]
@@ -62,6 +64,8 @@ class SoftmaxOptions(TypedDict, total=False):
 class LossOptions(FamilyOptions, SoftmaxOptions, total=False):
     """Keywords of the losses over logits and over a head."""
 
+    policy_over: Annotated[str, "support"]
+    kl_over: Annotated[str, "vocabulary"]
     grad_scale: Annotated[Number, 1.0]
 
 

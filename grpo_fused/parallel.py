@@ -1,7 +1,8 @@
 """Vocabulary-parallel logits: every rank of a group holds some columns of each row.
 
 Ranks exchange the softmax statistics of their columns, 12 bytes a token, 16 with entropies, and
-merge them in rank order, so that all have the same bits. Gradients stay in the shard.
+merge them in rank order, so that all have the same bits; with a support as much again. Gradients
+stay in the shard.
 """
 
 import math
@@ -162,7 +163,12 @@ def largest_shard(shards, size, device):
 
 def in_shard(shards, tokens):
     """Tokens with ids relative to the first column of this rank; themselves without shards."""
-    return tokens if shards is None else tokens._replace(ids=tokens.ids - shards.start)
+    if shards is None:
+        return tokens
+    support = tokens.support
+    if support is not None:
+        support = support._replace(ids=support.ids - shards.start)
+    return tokens._replace(ids=tokens.ids - shards.start, support=support)
 
 
 def exchange_statistics(shards, local):
@@ -178,20 +184,31 @@ def exchange_statistics(shards, local):
     return pending._replace(gathered=pending.gathered.unflatten(0, (-1, len(parts))))
 
 
-def merge(exchange, tokens, scales, backend):
+def merge(exchange, local, tokens, scales, backend):
     """`Statistics` (B, T) of whole rows, from those of the columns of every rank.
 
     Args:
         exchange: of `exchange_statistics`.
+        local: what it was given.
         tokens, scales, backend: those of the rows.
 
     Raises:
-        ValueError: on the CPU, an active target that no rank has.
+        ValueError: on the CPU, an active target that no rank has, or has kept.
     """
-    targets, *weighted, maxima, totals = exchange.wait().unbind(1)
-    maximum = maxima.amax(0)  # NaN if one is
+    parts = iter(exchange.wait().unbind(1))
+    gathered = [None if part is None else next(parts) for part in local]
     # Of the torch backend, maxima are logits; of the kernels, exponents of 2.
     unit = sharpness(tokens.temperature, scales) * LOG2E if backend == "torch" else 1.0
+    found = []
+    for part, where in ((gathered[:4], "the vocabulary"), (gathered[4:], "the support")):
+        found += part if part[0] is None else _merge(part, unit, tokens, where)
+    return Statistics(*found)
+
+
+def _merge(gathered, unit, tokens, where):
+    """Fields of `Statistics` over the vocabulary, or those over the support."""
+    targets, weighted, maxima, totals = gathered
+    maximum = maxima.amax(0)  # NaN if one is
     shifts = (maxima - maximum) * unit
     totals = totals * torch.exp2(shifts)
     total = totals.sum(0)
@@ -201,15 +218,15 @@ def merge(exchange, tokens, scales, backend):
     logp = torch.where(owned, chosen, 0.0).sum(0) - total.log()
     logp = logp.clamp(max=0.0).masked_fill(~known, torch.nan)
     entropy = None
-    if weighted:
-        sums = weighted[0] * torch.exp2(shifts) + totals * shifts
+    if weighted is not None:
+        sums = weighted * torch.exp2(shifts) + totals * shifts
         entropy = (total.log() - sums.sum(0) / total * LN2).clamp(min=0.0)
     if checks.is_readable(logp.device):
-        _check_known(known | maximum.isnan(), tokens)
+        _check_known(known | maximum.isnan(), tokens, where)
     if tokens.active is not None:
         logp = torch.where(tokens.active, logp, 0.0)
         entropy = None if entropy is None else torch.where(tokens.active, entropy, 0.0)
-    return Statistics(logp, entropy, maximum, total)
+    return logp, entropy, maximum, total
 
 
 def reduce_hidden_grad(shards, dhidden):
@@ -218,7 +235,7 @@ def reduce_hidden_grad(shards, dhidden):
         reduce_over_ranks(dhidden, shards.group)
 
 
-def _check_known(known, tokens):
+def _check_known(known, tokens, where):
     wrong = ~known if tokens.active is None else ~known & tokens.active
     if wrong.any():
-        raise ValueError(f"{int(wrong.sum())} active ids lie in the vocabulary of no rank")
+        raise ValueError(f"{int(wrong.sum())} active ids lie in {where} of no rank")

@@ -147,6 +147,10 @@ def vector_width(matrix):
     return math.gcd(16 // itemsize, matrix.data_ptr() // itemsize, *matrix.stride()[:2])
 
 
+def aligned(tensor):
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
 def argument(value):
     """A kernel's argument: a float, None, or an aligned tensor: (B, T), (0-d,), or (B,) twice.
 
@@ -155,9 +159,7 @@ def argument(value):
     """
     if not isinstance(value, torch.Tensor):
         return None if value is None else float(value)
-    if value.data_ptr() % ALIGNMENT:
-        value = value.clone()
-    dimensions = value.dim()
+    value, dimensions = aligned(value), value.dim()
     return value if dimensions == 2 else (value, value) if dimensions else (value,)
 
 

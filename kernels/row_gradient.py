@@ -1,5 +1,7 @@
 """Device functions: the gradient of one row of logits from its statistics."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -16,8 +18,17 @@ from .softmax import (
 )
 
 
+class Derivative(NamedTuple):
+    """Upstream gradients of a row, times the sharpness, and what every column makes of them."""
+
+    g: tl.tensor  # dL/dlogp
+    h: tl.tensor  # dL/dH
+    constant: tl.tensor
+    slope: tl.tensor
+
+
 @triton.jit
-def _gradient(x, row, maximum, constant, slope, ENTROPY: tl.constexpr):
+def of_column(x, row, maximum, constant, slope, ENTROPY: tl.constexpr):
     """2^z (constant + slope z) du / dx of columns with logits x."""
     x, dx = softcapped(x, row)
     z = tl.fma(x, row.sharpness * LOG2E, -maximum)
@@ -41,7 +52,7 @@ def _write_block(
 ):
     """Write the gradient of a block from pointers to its first line, up to column `remaining`."""
     x = load(x_ptrs, remaining, "evict_first", blocks)
-    dx = _gradient(x, row, maximum, constant, slope, ENTROPY).to(dx_ptrs.dtype.element_ty)
+    dx = of_column(x, row, maximum, constant, slope, ENTROPY).to(dx_ptrs.dtype.element_ty)
     within = None
     if remaining is not None:
         within = within_row(remaining, blocks)
@@ -91,46 +102,56 @@ def _write_zeros(dx_ptr, V, blocks: tl.constexpr):
 
 
 @triton.jit
+def derivative(row, softmax, dlogp, dentropy):
+    """The `Derivative` of g = dL/dlogp and h = dL/dH."""
+    g = dlogp * row.sharpness
+    h = dentropy * row.sharpness
+    total = softmax.total
+    constant = -(g + h * (softmax.entropy - LN2 * tl.log2(total))) / total
+    return Derivative(g, h, constant, -h * LN2 / total)
+
+
+@triton.jit
+def of_target(softmax, derivative, ENTROPY: tl.constexpr):
+    """The gradient in the (softcapped) logit of the target."""
+    logp = softmax.logp
+    p = tl.exp2(logp * LOG2E)
+    dx = derivative.g * (1.0 - p)
+    if ENTROPY:
+        dx -= tl.where(p > 0.0, derivative.h * p * (logp + softmax.entropy), 0.0)
+    return dx
+
+
+@triton.jit
+def is_zero(derivative):
+    return (derivative.g == 0.0) & (derivative.h == 0.0)
+
+
+@triton.jit
 def row_gradient(
-    row,
-    dx_ptr,
-    target,
-    maximum,
-    total,
-    logp,
-    entropy,
-    dlogp,
-    dentropy,
-    ENTROPY: tl.constexpr,
-    blocks: tl.constexpr,
+    row, dx_ptr, target, softmax, derivative, ENTROPY: tl.constexpr, blocks: tl.constexpr
 ):
-    """Write the gradient of a row from g = dL/dlogp and h = dL/dH; h counts only with ENTROPY.
+    """Write the gradient of a row; h counts only with ENTROPY.
 
     dx_j = (g (1[j = target] - p_j) - h p_j (log p_j + H)) sharpness du_j / dx_j
     """
-    g = dlogp * row.sharpness
-    h = dentropy * row.sharpness
-    constant = -(g + h * (entropy - LN2 * tl.log2(total))) / total
-    slope = -h * LN2 / total
-    if (g == 0.0) & (h == 0.0):
+    if is_zero(derivative):
         _write_zeros(dx_ptr, row.V, blocks)
     else:
         # In words of 32 bits the last column of an odd vocabulary would be read with one behind it.
         IN_WORDS: tl.constexpr = (row.ptr.dtype.element_ty == tl.bfloat16) & (blocks.VECTOR > 1)
         LAST: tl.constexpr = IN_WORDS & (blocks.COLUMNS % 2 == 1)
+        maximum, constant, slope = softmax.maximum, derivative.constant, derivative.slope
         columns = row.V
         dx_last = 0.0
         if LAST:
             columns = row.V - 1
             x = tl.load(row.ptr + columns).to(tl.float32)
-            dx_last = _gradient(x, row, maximum, constant, slope, ENTROPY)
+            dx_last = of_column(x, row, maximum, constant, slope, ENTROPY)
         _write_columns(row, columns, dx_ptr, maximum, constant, slope, ENTROPY, blocks)
         # One store for the target, after every thread has written its columns, instead of a
         # comparison in each of them.
-        p = tl.exp2(logp * LOG2E)
-        dx_target = g * (1.0 - p)
-        if ENTROPY:
-            dx_target -= tl.where(p > 0.0, h * p * (logp + entropy), 0.0)
+        dx_target = of_target(softmax, derivative, ENTROPY)
         # Between the columns' stores and the target's and last one's, which other threads make
         # to the same addresses or, in place, from logits that these overwrite.
         tl.debug_barrier()

@@ -44,6 +44,15 @@ class CappedRow(NamedTuple):
     softcap: tl.tensor
 
 
+class Softmax(NamedTuple):
+    """Softmax statistics of a row, over the vocabulary or over its support."""
+
+    maximum: tl.tensor
+    total: tl.tensor
+    logp: tl.tensor  # of the target
+    entropy: tl.tensor  # 0 if it is not computed
+
+
 class Target(NamedTuple):
     """The target token of a row."""
 
@@ -236,6 +245,12 @@ def add_block(x, scale, maximum, total, weighted, ENTROPY: tl.constexpr, blocks:
     The reshape puts the columns of a lane into one thread, so nothing is exchanged between threads.
     """
     x = tl.reshape(x, (blocks.UNROLL, blocks.THREADS, blocks.VECTOR))
+    return add_columns(x, scale, maximum, total, weighted, ENTROPY)
+
+
+@triton.jit
+def add_columns(x, scale, maximum, total, weighted, ENTROPY: tl.constexpr):
+    """Running statistics of every lane after columns (a, lanes, b)."""
     highest = tl.maximum(maximum, tl.max(tl.max(x, axis=2), axis=0) * scale)
     shift = maximum - highest
     shrink = tl.exp2(shift)
@@ -268,6 +283,12 @@ def row_statistics(row, ENTROPY: tl.constexpr, EVICTION: tl.constexpr, blocks: t
         x = softcapped(load(tail_ptrs, remaining, EVICTION, blocks), row)[0]
         x = tl.where(within_row(remaining, blocks), x, -float("inf"))
         maximum, total, weighted = add_block(x, scale, maximum, total, weighted, ENTROPY, blocks)
+    return merge_lanes(maximum, total, weighted)
+
+
+@triton.jit
+def merge_lanes(maximum, total, weighted):
+    """(maximum, total, weighted) of a row from those of its lanes."""
     row_maximum = tl.max(maximum, axis=0)
     shift = maximum - row_maximum
     shrink = tl.exp2(shift)
@@ -286,14 +307,14 @@ def relative_logit(target, row, maximum):
 
 
 @triton.jit
-def log_probability(target, row, maximum, total):
-    """Of the target; never above 0, though z of the maximum may be."""
+def softmax(target, row, statistics, ENTROPY: tl.constexpr):
+    """The `Softmax` of a row from its (maximum, total, weighted)."""
+    maximum, total, weighted = statistics
+    # Never above 0, though z of the maximum may be.
     logp = LN2 * (relative_logit(target, row, maximum) - tl.log2(total))
-    return tl.where(logp > 0.0, 0.0, logp)
-
-
-@triton.jit
-def row_entropy(total, weighted):
-    """Entropy of a row, never below 0."""
-    entropy = LN2 * (tl.log2(total) - weighted / total)
-    return tl.where(entropy < 0.0, 0.0, entropy)
+    logp = tl.where(logp > 0.0, 0.0, logp)
+    entropy = 0.0
+    if ENTROPY:
+        entropy = LN2 * (tl.log2(total) - weighted / total)
+        entropy = tl.where(entropy < 0.0, 0.0, entropy)
+    return Softmax(maximum, total, logp, entropy)

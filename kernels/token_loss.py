@@ -26,6 +26,7 @@ class TokenLoss(NamedTuple):
 
     loss: tl.tensor
     dlogp: tl.tensor
+    dkl_logp: tl.tensor  # of the KL, if it is over another softmax; else it is part of dlogp
     dentropy: tl.tensor
     kl: tl.tensor
     clipped: tl.tensor  # -1, 0 or +1
@@ -70,11 +71,13 @@ def weighted(weight, value):
 
 
 @triton.jit
-def token_loss(logp, entropy, known, constants, tokens, formula):
+def token_loss(logp, kl_logp, entropy, known, constants, tokens, formula):
     """The `TokenLoss` w_policy objective + w_kl KL - w_entropy H of an active token.
 
-    Loss and derivative are NaN if the target is not `known` to lie in the vocabulary.
+    Loss and derivatives are NaN if the target is not `known` to lie in the vocabulary. The
+    log-probability in the KL may be over another softmax than that in the policy term.
     """
+    ONE_SOFTMAX: tl.constexpr = formula.over.policy == formula.over.kl
     log_ratio = tl.where(logp == logp, 0.0, logp)
     if tokens.old_logps is not None:
         log_ratio = logp - constants.old_logp
@@ -83,14 +86,22 @@ def token_loss(logp, entropy, known, constants, tokens, formula):
     loss, dlogp, clipped = formula.objective(logp, log_ratio, advantage, *formula.params)
     loss = weighted(constants.w_policy, loss)
     dlogp = weighted(constants.w_policy, dlogp)
+    dkl_logp = 0.0
     kl = 0.0
     if tokens.ref_logps is not None:
-        kl, dkl, dcorrected = formula.kl_estimator(constants.ref_logp - logp)
-        if formula.bias_correction:
-            dkl = ratio * tl.where(dratio == ratio, dcorrected, dkl)
-            kl *= ratio
+        kl, dkl, dcorrected = formula.kl_estimator(constants.ref_logp - kl_logp)
+        if ONE_SOFTMAX:
+            if formula.bias_correction:
+                dkl = ratio * tl.where(dratio == ratio, dcorrected, dkl)
+                kl *= ratio
+            dlogp += weighted(constants.w_kl, dkl)
+        else:
+            if formula.bias_correction:
+                dkl *= ratio
+                dlogp += weighted(constants.w_kl, kl * dratio)
+                kl *= ratio
+            dkl_logp = weighted(constants.w_kl, dkl) * constants.grad_scale
         loss += weighted(constants.w_kl, kl)
-        dlogp += weighted(constants.w_kl, dkl)
     grad_scale = constants.grad_scale
     dentropy = 0.0
     if tokens.w_entropy is not None:
@@ -98,4 +109,6 @@ def token_loss(logp, entropy, known, constants, tokens, formula):
         dentropy = -constants.w_entropy * grad_scale
     loss = tl.where(known, loss, float("nan"))
     dlogp = tl.where(loss == loss, dlogp * grad_scale, float("nan"))
-    return TokenLoss(loss, dlogp, dentropy, kl, clipped, ratio)
+    if formula.over.policy or formula.over.kl:  # the whole row is NaN, not its support alone
+        dkl_logp = tl.where(loss == loss, dkl_logp, float("nan"))
+    return TokenLoss(loss, dlogp, dkl_logp, dentropy, kl, clipped, ratio)

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from grpo_fused.bundles import LossResults, Outputs, Statistics
+from grpo_fused.bundles import Derivatives, LossResults, Outputs, Statistics, Support
 from grpo_fused.losses.metrics import METRICS, SUMS
 
 
@@ -21,10 +21,32 @@ def make_outputs(shape, entropy, like, dlogits=None):
     return Outputs(loss, kl, clipped, ratio, logps, entropies, dlogits)
 
 
-def make_statistics(shape, entropy, gradient, like):
-    """`Statistics` (B, T); those that only a gradient needs are None without one."""
-    wanted = (True, entropy, gradient, gradient)
-    return Statistics(*(output(*shape, like=like) if want else None for want in wanted))
+def make_statistics(shape, wanted, gradient, like):
+    """`Statistics` (B, T); those that only a gradient needs are None without one.
+
+    Args:
+        wanted: `LogProbs` of flags.
+    """
+    fields = []
+    for logps, entropies in (wanted.over(False), wanted.over(True)):
+        fields += (logps, entropies, logps and gradient, logps and gradient)
+    return Statistics(*(output(*shape, like=like) if want else None for want in fields))
+
+
+def make_derivatives(like, upstream):
+    """`Derivatives` from the upstream gradients of `LogProbs`, of which any may be None.
+
+    Those of log-probabilities are zeros where they are needed all the same.
+    """
+    dlogps, dentropies, kept_dlogps, kept_dentropies = (
+        None if d is None else d.contiguous() for d in upstream
+    )
+    kept = like.kept_logps is not None
+    if dlogps is None and (dentropies is not None or not kept):
+        dlogps = torch.zeros_like(like.logps)
+    if kept_dlogps is None and kept:
+        kept_dlogps = torch.zeros_like(like.kept_logps)
+    return Derivatives(dlogps, dentropies, None, kept_dlogps, kept_dentropies)
 
 
 def reduce(backend, outputs, active):
@@ -40,6 +62,16 @@ def save(ctx, tensors, scalars):
     """Save tensors, and numbers that may be 0-d tensors: autograd then notices changed tensors."""
     ctx.numbers = tuple(None if isinstance(s, torch.Tensor) else (s,) for s in scalars)
     ctx.save_for_backward(*tensors, *(s if isinstance(s, torch.Tensor) else None for s in scalars))
+
+
+def flat(support):
+    """The tensors of a `Support`, or as many None."""
+    return (None,) * 3 if support is None else tuple(support)
+
+
+def nested(starts, stops, ids):
+    """The inverse of `flat`."""
+    return None if starts is None else Support(starts, stops, ids)
 
 
 def saved(ctx):

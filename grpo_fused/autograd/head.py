@@ -2,8 +2,17 @@
 
 import torch
 
-from grpo_fused.autograd.common import first_order, make_statistics, save, saved, spend
-from grpo_fused.bundles import Derivatives, Gradients, Head, Scales, Statistics, Tokens
+from grpo_fused.autograd.common import (
+    first_order,
+    flat,
+    make_derivatives,
+    make_statistics,
+    nested,
+    save,
+    saved,
+    spend,
+)
+from grpo_fused.bundles import Gradients, Head, Scales, Statistics, Tokens
 from grpo_fused.head.chunks import chunk_limit, logits_memory
 from grpo_fused.ops import BACKENDS
 from grpo_fused.parallel import exchange_statistics, merge, reduce_hidden_grad
@@ -83,11 +92,11 @@ class LinearLoss(torch.autograd.Function):
 
 
 def run_linear_logprob(
-    head, tokens, scales, chunking, entropy, backend, save_logits, shards=None, gradient=False
+    head, tokens, scales, chunking, wanted, backend, save_logits, shards=None, gradient=False
 ):
     """(`Statistics`, logits (n, V) or None) of hidden states."""
     sharded = shards is not None
-    statistics = make_statistics(tokens.ids.shape, entropy, gradient or sharded, head.hidden)
+    statistics = make_statistics(tokens.ids.shape, wanted, gradient or sharded, head.hidden)
     logits = None
     if save_logits and gradient:
         rows, V = num_rows(tokens, chunking), len(head.weight)
@@ -96,12 +105,13 @@ def run_linear_logprob(
         in_dtype(head, chunking), chunking, tokens, scales, statistics, logits, sharded
     )
     if sharded:
-        statistics = merge(exchange_statistics(shards, statistics), tokens, scales, backend)
+        exchange = exchange_statistics(shards, statistics)
+        statistics = merge(exchange, statistics, tokens, scales, backend)
     return statistics, logits
 
 
 class LinearLogProb(torch.autograd.Function):
-    """Log-probabilities and entropies of hidden states, with any upstream gradients."""
+    """`LogProbs` of hidden states, differentiable with any upstream gradients."""
 
     @staticmethod
     def forward(
@@ -113,36 +123,37 @@ class LinearLogProb(torch.autograd.Function):
         tokens,
         scales,
         chunking,
-        entropy,
+        wanted,
         backend,
         save_logits,
         shards,
     ):
         head = Head(hidden, weight, bias)
         statistics, logits = run_linear_logprob(
-            head, tokens, scales, chunking, entropy, backend, save_logits, shards, gradient=True
+            head, tokens, scales, chunking, wanted, backend, save_logits, shards, gradient=True
         )
         ctx.chunking, ctx.backend, ctx.main_grad = chunking._replace(order=None), backend, main_grad
         ctx.save_logits, ctx.shards, ctx.spent = save_logits, shards, False
-        tensors = (*head, chunking.order, tokens.ids, *statistics, logits)
+        support = flat(tokens.support)
+        tensors = (*head, chunking.order, tokens.ids, *support, logits, *statistics)
         save(ctx, tensors, (tokens.temperature, *scales))
         ctx.set_materialize_grads(False)
-        return tuple(statistics[:2])
+        return tuple(statistics.logprobs())
 
     @staticmethod
     @first_order
-    def backward(ctx, dlogps, dentropies):
+    def backward(ctx, *upstream):
         if ctx.save_logits:
             spend(ctx, "log-probabilities with save_logits=True")
-        (*head, order, ids, logps, entropies, maxima, totals, logits), scalars = saved(ctx)
-        head, statistics = Head(*head), Statistics(logps, entropies, maxima, totals)
-        tokens, scales = Tokens(ids, None, scalars[0]), Scales(*scalars[1:])
+        (hidden, weight, bias, order, ids, *tensors), (temperature, *scales) = saved(ctx)
+        support, logits, statistics = tensors[:3], tensors[3], Statistics(*tensors[4:])
+        head, scales = Head(hidden, weight, bias), Scales(*scales)
+        tokens = Tokens(ids, None, temperature, support=nested(*support))
         chunking, main_grad = ctx.chunking._replace(order=order), ctx.main_grad
         wanted, accumulate = ctx.needs_input_grad, main_grad is not None
         if logits is None or wanted[0]:
             _check_not_freed(head.weight)
-        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
-        derivatives = Derivatives(dlogps, None if dentropies is None else dentropies.contiguous())
+        derivatives = make_derivatives(statistics, upstream)
         wanted = (wanted[0], wanted[1] and not accumulate, wanted[2])
         gradients = make_gradients(head, chunking, tokens, wanted)
         if accumulate:

@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_fused.autograd.common import make_outputs, make_statistics, reduce
+from grpo_fused.autograd.common import make_derivatives, make_outputs, make_statistics, reduce
 from grpo_fused.autograd.head import in_dtype
 from grpo_fused.bundles import (
     Chunking,
-    Derivatives,
     Formula,
-    LossResults,
+    LogProbs,
     Number,
     Scales,
     Statistics,
@@ -81,7 +80,7 @@ class LogpsLosses(NamedTuple):
     tokens: Tokens
     scales: Scales
     formula: LogpsFormula
-    entropy: bool
+    wanted: LogProbs  # of flags
     backend: str
     sequences: Padded
     upstream: Number
@@ -100,7 +99,7 @@ class LogpsLosses(NamedTuple):
         shape, like = self.tokens.ids.shape, head.hidden
         head = in_dtype(head, self.chunking)
         chunked = ChunkedHead(head, self.chunking, self.tokens.ids, gradients, packs=True)
-        results = make_statistics(shape, self.entropy, False, like)
+        results = make_statistics(shape, self.wanted, False, like)
         packed = chunked.pack_outputs(results)
         tokens, chunks = self._packed_tokens(chunked), list(self._chunks(chunked))
         rows = max((stop - start for start, _, stop, _ in chunks), default=0)
@@ -115,12 +114,9 @@ class LogpsLosses(NamedTuple):
         chunked.unpack_outputs(results, packed)
         if self.shards is not None and gradients.hidden is not None:
             reduce_hidden_grad(self.shards, gradients.hidden)
-        logps, entropies = results[:2]
         with torch.no_grad():
-            loss, sums, metrics = loss_on_logps(
-                logps, entropies, self.tokens, self.formula, self.sequences
-            )
-        return LossResults(loss, sums, metrics, logps, entropies)
+            arguments = (self.tokens, self.formula, self.sequences)
+            return loss_on_logps(results.logprobs(), *arguments)
 
     def _chunks(self, chunked):
         """Yield (start, middle, stop, group of sequences or None) of every chunk."""
@@ -140,7 +136,7 @@ class LogpsLosses(NamedTuple):
         logits = chunked.logits(states, memory[: stop - start])
         part, sequences = self._part(tokens, group, start, stop)
         middle, sharded = middle if chunked.wants_gradient else start, self.shards is not None
-        found = make_statistics(part.ids.shape, self.entropy, middle > start or sharded, logits)
+        found = make_statistics(part.ids.shape, self.wanted, middle > start or sharded, logits)
         BACKENDS[self.backend].logprob_fwd(
             logits[None], part.of_softmax(), self.scales, found, sharded
         )
@@ -151,8 +147,8 @@ class LogpsLosses(NamedTuple):
         """Write the log-probabilities of a chunk and add its gradients."""
         found, n = chunk.found, chunk.middle - chunk.start
         if chunk.exchange is not None:
-            found = merge(chunk.exchange, chunk.tokens, self.scales, self.backend)
-        for target, values in zip(packed[:2], found[:2], strict=True):
+            found = merge(chunk.exchange, found, chunk.tokens, self.scales, self.backend)
+        for target, values in zip(packed, found, strict=True):
             if target is not None:
                 target[:, chunk.start : chunk.stop] = values
         if n:
@@ -198,16 +194,17 @@ class LogpsLosses(NamedTuple):
         This small graph must not run the caller's hooks on saved tensors: checkpointing would
         repeat the whole forward to unpack them, offloading would send them to the host.
         """
-        logps, entropies = found[:2]
         kept = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
         with kept, torch.enable_grad():
-            wanted = [logps.detach().requires_grad_()]
-            if tokens.w_entropy is not None:
-                entropies = entropies.detach().requires_grad_()
-                wanted.append(entropies)
-            loss, *_ = loss_on_logps(wanted[0], entropies, tokens, self.formula, sequences)
-            gradients = torch.autograd.grad(loss, wanted)
-        return Derivatives(*(values * self.upstream for values in gradients))
+            leaves = [None if t is None else t.detach().requires_grad_() for t in found.logprobs()]
+            wanted = [leaf for leaf in leaves if leaf is not None]
+            arguments = (tokens, self.formula, sequences)
+            loss = loss_on_logps(LogProbs(*leaves), *arguments).loss
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        gradients = iter(gradients)
+        upstream = [None if leaf is None else next(gradients) for leaf in leaves]
+        upstream = [None if g is None else g * self.upstream for g in upstream]
+        return make_derivatives(found, upstream)
 
 
 def _per_sequence(values: Tensor | float | None):

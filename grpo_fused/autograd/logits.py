@@ -4,14 +4,17 @@ import torch
 
 from grpo_fused.autograd.common import (
     first_order,
+    flat,
+    make_derivatives,
     make_outputs,
     make_statistics,
+    nested,
     reduce,
     save,
     saved,
     spend,
 )
-from grpo_fused.bundles import Derivatives, Scales, Statistics, Tokens
+from grpo_fused.bundles import Scales, Statistics, Tokens
 from grpo_fused.ops import BACKENDS
 from grpo_fused.parallel import exchange_statistics, merge
 from grpo_fused.torch_backend.pages import allocate
@@ -39,13 +42,14 @@ def run_fused_loss(logits, tokens, scales, formula, entropy, backend, dlogits=No
     return reduce(launchers, outputs, tokens.active)
 
 
-def run_logprob(logits, tokens, scales, entropy, backend, shards=None, gradient=False):
+def run_logprob(logits, tokens, scales, wanted, backend, shards=None, gradient=False):
     """`Statistics` of the logits; those that only a gradient needs are None without one."""
     sharded = shards is not None
-    statistics = make_statistics(tokens.ids.shape, entropy, gradient or sharded, logits)
+    statistics = make_statistics(tokens.ids.shape, wanted, gradient or sharded, logits)
     BACKENDS[backend].logprob_fwd(logits, tokens, scales, statistics, sharded)
     if sharded:
-        statistics = merge(exchange_statistics(shards, statistics), tokens, scales, backend)
+        exchange = exchange_statistics(shards, statistics)
+        statistics = merge(exchange, statistics, tokens, scales, backend)
     return statistics
 
 
@@ -74,28 +78,27 @@ class FusedLoss(torch.autograd.Function):
 
 
 class LogProb(torch.autograd.Function):
-    """Log-probabilities and entropies, differentiable with any upstream gradients."""
+    """`LogProbs`, differentiable with any upstream gradients."""
 
     @staticmethod
-    def forward(ctx, logits, tokens, scales, entropy, backend, shards, inplace):
-        statistics = run_logprob(logits, tokens, scales, entropy, backend, shards, gradient=True)
+    def forward(ctx, logits, tokens, scales, wanted, backend, shards, inplace):
+        statistics = run_logprob(logits, tokens, scales, wanted, backend, shards, gradient=True)
         ctx.backend, ctx.inplace, ctx.spent = backend, inplace, False
-        tensors = (logits, tokens.ids, tokens.active, *statistics)
+        tensors = (logits, tokens.ids, tokens.active, *flat(tokens.support), *statistics)
         save(ctx, tensors, (tokens.temperature, *scales))
         ctx.set_materialize_grads(False)
-        return tuple(statistics[:2])
+        return tuple(statistics.logprobs())
 
     @staticmethod
     @first_order
-    def backward(ctx, dlogps, dentropies):
+    def backward(ctx, *upstream):
         if ctx.inplace:
             spend(ctx, "logits with inplace=True")
-        (logits, ids, active, *statistics), (temperature, *scales) = saved(ctx)
-        statistics = Statistics(*statistics)
-        dlogps = torch.zeros_like(statistics.logps) if dlogps is None else dlogps.contiguous()
-        dentropies = None if dentropies is None else dentropies.contiguous()
+        (logits, ids, active, *tensors), (temperature, *scales) = saved(ctx)
+        tokens = Tokens(ids, active, temperature, support=nested(*tensors[:3]))
+        statistics = Statistics(*tensors[3:])
+        derivatives = make_derivatives(statistics, upstream)
         dlogits = _gradient_memory(logits, ctx.inplace, ctx.backend)
-        tokens, derivatives = Tokens(ids, active, temperature), Derivatives(dlogps, dentropies)
         BACKENDS[ctx.backend].logprob_bwd(
             logits, tokens, Scales(*scales), statistics, derivatives._replace(dlogits=dlogits)
         )

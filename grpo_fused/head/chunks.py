@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from grpo_fused.bundles import per_token
 from grpo_fused.torch_backend.pages import allocate
 
 ALIGNED_TOKENS = 16  # chunks start at multiples of these, so that kernels find aligned tensors
@@ -101,7 +102,7 @@ class ChunkedHead:
 
     def pack(self, bundle):
         """A bundle of values per token (B, T) with (1, n) in the order of packed tokens."""
-        return bundle._make(map(self._pack, bundle))
+        return per_token(self._pack, bundle)
 
     def _pack(self, values):
         if self.single_chunk or not _per_token(values):
@@ -218,7 +219,7 @@ def _per_token(values):
 
 def slice_tokens(bundle, start, stop):
     """A bundle of packed values (1, n) with those of some tokens; numbers and None as they are."""
-    return bundle._make(v[:, start:stop] if _per_token(v) else v for v in bundle)
+    return per_token(lambda v: v[:, start:stop] if _per_token(v) else v, bundle)
 
 
 def of_columns(matrix, columns):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from grpo_fused.bundles import LossResults, OverSupport
 from grpo_fused.losses.kl import KL_ESTIMATORS, corrected, weighted
 from grpo_fused.losses.metrics import Terms, total, without_ratios
 from grpo_fused.losses.objectives import Objective, clamped_exp
@@ -24,6 +25,7 @@ class LogpsFormula(NamedTuple):
     bias_correction: bool
     reduction: str  # "sum" or "none"
     log_ratio_bounds: tuple[float, float] | None = None
+    over: OverSupport = OverSupport()
 
     @property
     def couples_tokens(self):
@@ -104,9 +106,14 @@ def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
 
 
 def _penalty(logps, level_log_ratio, tokens, formula):
-    """(KL, weighted KL), (B, T), the second differentiable; exactly 0 where its weight is."""
+    """(KL, weighted KL), (B, T), the second differentiable; exactly 0 where its weight is.
+
+    Args:
+        logps: log-probabilities that are compared with the reference's.
+    """
     ratio, dratio = clamped_exp(level_log_ratio)
-    of_own_token = formula.bias_correction and formula.level != "sequence"
+    one_softmax = formula.over.policy == formula.over.kl
+    of_own_token = formula.bias_correction and formula.level != "sequence" and one_softmax
     estimator, difference = KL_ESTIMATORS[formula.kl_estimator], tokens.ref_logps - logps.detach()
     if of_own_token:
         value, slope = corrected(estimator, difference, ratio.detach(), dratio.detach())
@@ -124,17 +131,20 @@ def _penalty(logps, level_log_ratio, tokens, formula):
     return value, penalty
 
 
-def loss_on_logps(logps, entropies, tokens, formula, sequences):
-    """(loss, sums, metrics) of `grpo_loss` from log-probabilities and entropies (B, T).
+def loss_on_logps(found, tokens, formula, sequences):
+    """`LossResults` of `grpo_loss` from `LogProbs` (B, T).
 
-    The loss is () or, for reduction="none", (B, T); sums and metrics are detached.
+    The loss is () or, for reduction="none", (B, T); all else but the log-probabilities and
+    entropies, which are those of the formula, is detached.
     """
+    (logps, _), (_, entropies) = found.over(formula.over.policy), found.over(formula.over.entropy)
     tokens = _without_masked(tokens, sequences)
     log_ratio, level_log_ratio, means = _log_ratios(logps, tokens, formula, sequences)
     loss, clipped = _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences)
     kl = torch.zeros_like(logps)
     if tokens.ref_logps is not None:
-        kl, penalty = _penalty(logps, level_log_ratio, tokens, formula)
+        kl_logps, _ = found.over(formula.over.kl)
+        kl, penalty = _penalty(kl_logps, level_log_ratio, tokens, formula)
         loss, kl = loss + penalty, sequences.select(kl)
     if tokens.w_entropy is not None:
         loss = loss - weighted(tokens.w_entropy, entropies)
@@ -158,4 +168,4 @@ def loss_on_logps(logps, entropies, tokens, formula, sequences):
         sums, metrics = total(Terms(*of_tokens, clipped, ratio, units))
         if units is not active and sequences.group is not None and sequences.group.rank():
             sums = without_ratios(sums)  # the first rank counts the sequences
-    return loss, sums, metrics
+    return LossResults(loss, sums, metrics, logps, entropies)

@@ -2,7 +2,7 @@
 
 import torch
 
-from grpo_fused.bundles import Outputs, Statistics
+from grpo_fused.bundles import Derivatives, Outputs, Statistics
 from grpo_fused.losses.kl import KL_ESTIMATORS, corrected, weighted
 from grpo_fused.losses.metrics import Terms, total
 from grpo_fused.losses.objectives import Objective, clamped_exp
@@ -26,6 +26,7 @@ from grpo_fused.torch_backend.rows import (
     targets,
     write_gradient,
 )
+from grpo_fused.torch_backend.support import gather_kept, kept_statistics, write_kept_gradient
 
 
 def fused_loss(logits, tokens, scales, formula, outputs):
@@ -35,27 +36,48 @@ def fused_loss(logits, tokens, scales, formula, outputs):
     tokens = spread(tokens, positions)
     *per_token, dlogits = outputs
     rows = Outputs(*output_rows(per_token, positions, active))
-    buffers = Scratch(logits.device)
+    over, buffers = formula.over, Scratch(logits.device)
+    entropy = outputs.entropies is not None and not over.entropy
+    kept_entropy = outputs.entropies is not None and over.entropy
+    kl_over_all = tokens.ref_logps is not None and not over.kl
+    reads = not over.policy or kl_over_all or entropy
     for block, x, dx, masked in blocks(logits, dlogits, active):
         part = at(tokens, block)
         target, known = targets(part.ids, V)
-        out = buffers("out", x.shape)
-        exponents = None if outputs.entropies is None else buffers("exponents", x.shape)
-        product = exponents if part.w_entropy is None else buffers("product", x.shape)
         factor = sharpness(part.temperature, scales)
-        u, slope = softcapped(x, scales, out)
-        row = softmax_statistics(u, target, known, factor, out, exponents, product)
-        values, dlogp, dentropy = token_loss(row, known, part, formula)
+        kept, statistics = gather_kept(x, masked, part, scales, factor), Statistics(None, None)
+        if kept is not None:
+            statistics = Statistics(*statistics[:4], *kept_statistics(kept, kept_entropy))
+            known = ~statistics.kept_logps.isnan()
+        if reads:
+            out = buffers("out", x.shape)
+            exponents = buffers("exponents", x.shape) if entropy else None
+            product = exponents if part.w_entropy is None else buffers("product", x.shape)
+            u, slope = softcapped(x, scales, out)
+            row = softmax_statistics(u, target, known, factor, out, exponents, product)
+            found = (row.logp, row.entropy, row.maximum, row.total)
+            statistics = Statistics(*found, *statistics[4:])
+        values, derivatives = token_loss(statistics, known, part, formula)
         store(rows, block, values, masked)
-        if dx is not None:
-            h = None if dentropy is None else dentropy * factor
-            write_gradient(dx, masked, row, exponents, target, dlogp * factor, h, slope)
+        if dx is None:
+            continue
+        if derivatives.dlogps is None and derivatives.dentropies is None:
+            dx.zero_()
+        else:
+            g, h = (None if d is None else d * factor for d in derivatives[:2])
+            g = torch.zeros_like(h) if g is None else g
+            write_gradient(dx, masked, row, exponents, target, g, h, slope)
+        if kept is not None:
+            write_kept_gradient(dx, kept, statistics, derivatives, values.loss.isnan(), masked)
     collect(per_token, rows, positions)
 
 
-def token_loss(row, known, tokens, formula):
-    """(Outputs, dlogp, dentropy or None) (n,) of rows, the derivatives times grad_scale."""
-    logp, entropy = row.logp, row.entropy
+def token_loss(statistics, known, tokens, formula):
+    """(Outputs, Derivatives) (n,) of rows, the derivatives times grad_scale."""
+    over, scale = formula.over, formula.grad_scale
+    logps = (statistics.logps, statistics.kept_logps)
+    logp, kl_logp = logps[over.policy], logps[over.kl]
+    entropy = (statistics.entropies, statistics.kept_entropies)[over.entropy]
     if tokens.old_logps is None:
         log_ratio = torch.where(logp.isnan(), logp, 0.0)
     else:
@@ -64,22 +86,29 @@ def token_loss(row, known, tokens, formula):
     objective = Objective.by_name[formula.objective](*formula.params)
     loss, dlogp, clipped = objective.evaluate(logp, log_ratio, tokens.advantages)
     loss, dlogp = weighted(tokens.w_policy, loss), weighted(tokens.w_policy, dlogp)
+    dlogps, dentropies = [None, None], [None, None]  # over the vocabulary, over the support
+    dlogps[over.policy] = dlogp
     kl = torch.zeros_like(loss)
     if tokens.ref_logps is not None:
-        estimator = KL_ESTIMATORS[formula.kl_estimator]
-        if formula.bias_correction:
-            kl, dkl = corrected(estimator, tokens.ref_logps - logp, ratio, dratio)
+        estimator, difference = KL_ESTIMATORS[formula.kl_estimator], tokens.ref_logps - kl_logp
+        if formula.bias_correction and over.policy == over.kl:
+            kl, dkl = corrected(estimator, difference, ratio, dratio)
         else:
-            kl, dkl, _ = estimator(tokens.ref_logps - logp)
-        loss = loss + weighted(tokens.w_kl, kl)
-        dlogp = dlogp + weighted(tokens.w_kl, dkl)
-    dentropy = None
+            kl, dkl, _ = estimator(difference)
+            if formula.bias_correction:
+                dlogps[over.policy] = dlogp + weighted(tokens.w_kl, kl * dratio)
+                kl, dkl = kl * ratio, dkl * ratio
+        loss, dkl = loss + weighted(tokens.w_kl, kl), weighted(tokens.w_kl, dkl)
+        dlogps[over.kl] = dkl if dlogps[over.kl] is None else dlogps[over.kl] + dkl
     if tokens.w_entropy is not None:
         loss = loss - weighted(tokens.w_entropy, entropy)
-        dentropy = torch.zeros_like(loss) - tokens.w_entropy * formula.grad_scale
+        dentropies[over.entropy] = torch.zeros_like(loss) - tokens.w_entropy * scale
     loss = loss.masked_fill(~known, torch.nan)
-    dlogp = (dlogp * formula.grad_scale).masked_fill(loss.isnan(), torch.nan)
-    return Outputs(loss, kl, clipped, ratio, logp, entropy), dlogp, dentropy
+    dlogps = [
+        None if d is None else (d * scale).masked_fill(loss.isnan(), torch.nan) for d in dlogps
+    ]
+    derivatives = Derivatives(dlogps[0], dentropies[0], None, dlogps[1], dentropies[1])
+    return Outputs(loss, kl, clipped, ratio, logp, entropy), derivatives
 
 
 def logprob_fwd(logits, tokens, scales, statistics, shard):
@@ -92,12 +121,18 @@ def logprob_fwd(logits, tokens, scales, statistics, shard):
     for block, x, _, masked in blocks(logits, None, active):
         part = at(tokens, block)
         target, known = targets(part.ids, V)
-        out = buffers("out", x.shape)
-        exponents = None if statistics.entropies is None else buffers("exponents", x.shape)
         factor = sharpness(part.temperature, scales)
-        u, _ = softcapped(x, scales, out)
-        row = softmax_statistics(u, target, known, factor, out, exponents, exponents, shard)
-        store(rows, block, Statistics(row.logp, row.entropy, row.maximum, row.total), masked)
+        over_all, over_kept = (None,) * 4, (None,) * 4
+        kept = gather_kept(x, masked, part, scales, factor)
+        if kept is not None:
+            over_kept = kept_statistics(kept, statistics.kept_entropies is not None, shard)
+        if statistics.logps is not None:
+            out = buffers("out", x.shape)
+            exponents = None if statistics.entropies is None else buffers("exponents", x.shape)
+            u, _ = softcapped(x, scales, out)
+            row = softmax_statistics(u, target, known, factor, out, exponents, exponents, shard)
+            over_all = (row.logp, row.entropy, row.maximum, row.total)
+        store(rows, block, (*over_all, *over_kept), masked)
     collect(statistics, rows, positions)
 
 
@@ -106,24 +141,31 @@ def logprob_bwd(logits, tokens, scales, statistics, derivatives):
     positions, V = logits.shape[1:]
     active = active_rows(tokens, positions)
     dlogits, upstream = derivatives.dlogits, derivatives._replace(dlogits=None)
-    tokens, statistics, (dlogps, dentropies, _) = (
+    tokens, statistics, upstream = (
         spread(bundle, positions) for bundle in (tokens, statistics, upstream)
     )
     buffers = Scratch(logits.device)
     for block, x, dx, masked in blocks(logits, dlogits, active):
-        part, found = at(tokens, block), at(statistics, block)
+        part, found, derivatives = (at(b, block) for b in (tokens, statistics, upstream))
         target, known = targets(part.ids, V)
-        out = buffers("out", x.shape)
         factor = sharpness(part.temperature, scales)
-        u, slope = softcapped(x, scales, out)
-        z = centered(u, found.maxima, factor, out)
-        exponents, h = None, None
-        if dentropies is not None:
-            exponents = torch.clamp(z, min=FLOOR, out=buffers("exponents", x.shape))
-            h = dentropies[block] * factor
-        row = RowStatistics(exp2_(z), found.maxima, found.totals, found.logps, found.entropies)
-        g = (dlogps[block] * factor).masked_fill(found.logps.isnan(), torch.nan)
-        write_gradient(dx, masked, row, exponents, target, g, h, slope, known)
+        kept = gather_kept(x, masked, part, scales, factor)
+        if derivatives.dlogps is None:
+            dx.zero_()
+        else:
+            out = buffers("out", x.shape)
+            u, slope = softcapped(x, scales, out)
+            z = centered(u, found.maxima, factor, out)
+            exponents, h = None, None
+            if derivatives.dentropies is not None:
+                exponents = torch.clamp(z, min=FLOOR, out=buffers("exponents", x.shape))
+                h = derivatives.dentropies * factor
+            row = RowStatistics(exp2_(z), found.maxima, found.totals, found.logps, found.entropies)
+            g = (derivatives.dlogps * factor).masked_fill(found.logps.isnan(), torch.nan)
+            write_gradient(dx, masked, row, exponents, target, g, h, slope, known)
+        if kept is not None:
+            wrong = found.kept_logps.isnan()
+            write_kept_gradient(dx, kept, found, derivatives, wrong, masked)
 
 
 def locate(cu_seqlens, active, index, counts):

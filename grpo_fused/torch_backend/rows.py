@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from grpo_fused.bundles import per_token
 from grpo_fused.torch_backend.pages import is_unwritten
 
 BLOCK_BYTES = 8 << 20  # float32 scratch of a block of rows; see benchmarks/NOTES.md
@@ -94,12 +95,12 @@ def _of_rows(value, positions):
 
 def spread(bundle, positions):
     """A bundle with one value per row of logits in the place of each value per token."""
-    return bundle._make(_of_rows(value, positions) for value in bundle)
+    return per_token(lambda value: _of_rows(value, positions), bundle)
 
 
 def at(bundle, block):
     """Of a bundle from `spread` the rows of a block."""
-    return bundle._make(v[block] if isinstance(v, torch.Tensor) and v.dim() else v for v in bundle)
+    return per_token(lambda v: v[block] if isinstance(v, torch.Tensor) and v.dim() else v, bundle)
 
 
 def output_rows(outputs, positions, active):

@@ -89,9 +89,12 @@ def _at(values, b, t):
     return float(values[b] if values.ndim == 1 else values[b, min(t, values.shape[1] - 1)])
 
 
-def _policy(logits, ids, mask, temperature=1.0, logit_softcap=None, logit_scale=1.0):
-    """Autograd leaf (V,) float64, log p(y) and H of every active token, as dicts by (b, t)."""
-    rows, logps, entropies, (B, T) = {}, {}, {}, ids.shape
+def _policy(logits, ids, mask, kept=None, temperature=1.0, logit_softcap=None, logit_scale=1.0):
+    """Autograd leaf (V,) float64, log p(y) and H of every active token, as dicts by (b, t).
+
+    Those are pairs: over the vocabulary, and over the columns that `kept` (B, T, V) has.
+    """
+    rows, logps, entropies, (B, T) = {}, ({}, {}), ({}, {}), ids.shape
     if logits.shape[0] != B or logits.shape[1] not in (T, T + 1) or mask.shape != ids.shape:
         raise ValueError(f"logits {logits.shape}, ids {ids.shape}, mask {mask.shape} do not agree")
     for b in range(B):
@@ -106,10 +109,13 @@ def _policy(logits, ids, mask, temperature=1.0, logit_softcap=None, logit_scale=
             if logit_softcap is not None:
                 x = float(logit_softcap) * torch.tanh(x / float(logit_softcap))
             x = x / _at(temperature, b, t)
-            finite = x[x != -math.inf]  # p = 0 at -inf: nothing to add, and no 0 * inf
-            lse = torch.logsumexp(finite, dim=0)
-            logps[b, t] = x[y] - lse
-            entropies[b, t] = -(torch.exp(finite - lse) * (finite - lse)).sum()
+            every = torch.ones_like(x, dtype=torch.bool)
+            columns = every if kept is None else kept[b, t].cpu() != 0
+            for k, of in enumerate((every, columns)):
+                finite = x[of & (x != -math.inf)]  # p = 0 at -inf: nothing to add, no 0 * inf
+                lse = torch.logsumexp(finite, dim=0)
+                logps[k][b, t] = x[y] - lse
+                entropies[k][b, t] = -(torch.exp(finite - lse) * (finite - lse)).sum()
     return rows, logps, entropies
 
 
@@ -226,7 +232,8 @@ def grpo_loss(
     kl_normalizer=None, importance_sampling_ratio=None, policy_mask=None, beta=0.0,
     kl_estimator="k3", use_bias_correction_kl=False, temperature=1.0, logit_softcap=None,
     logit_scale=1.0, entropy_coef=0.0, reduction="sum", upstream=None,
-    num_entropy_items_in_batch=None, **divisors,
+    num_entropy_items_in_batch=None, kept=None, policy_over="support", kl_over="vocabulary",
+    entropy_over="support", **divisors,
 ):  # fmt: skip
     """Loss of a row of ROWS, or of one put together from its four choices.
 
@@ -245,6 +252,8 @@ def grpo_loss(
             The dict `knobs` replaces some of them.
         importance_sampling_level, normalizer, kl_normalizer: replace the row's; w_kl's is w's.
         importance_sampling_ratio, policy_mask, temperature: (B,), (B, 1) or (B, T).
+        kept: (B, T, V), nonzero where the sampler kept a column; None: all are.
+        policy_over, kl_over, entropy_over: "support" or "vocabulary", the softmax of a term.
         divisors: num_items_in_batch, num_sequences_in_batch, max_completion_length of the weights.
     """
     row_objective, row_knobs, row_level, row_rule = ROWS[loss_type]
@@ -258,7 +267,9 @@ def grpo_loss(
     B, T = completion_ids.shape
     mask = torch.ones(B, T) if completion_mask is None else completion_mask
     transform = temperature, logit_softcap, logit_scale
-    rows, logps, entropies = _policy(logits, completion_ids, mask, *transform)
+    rows, logps, entropies = _policy(logits, completion_ids, mask, kept, *transform)
+    logps, kl_logps = logps[policy_over == "support"], logps[kl_over == "support"]
+    entropies = entropies[entropy_over == "support"]
     policies, kls, units = {}, {}, []
     for b in range(B):
         active = [t for t in range(T) if (b, t) in rows]
@@ -275,7 +286,7 @@ def grpo_loss(
                 factor = 1.0 if rollout is None or name == "Vespo" else _at(rollout, b, t)
                 policies[b, t] = factor * loss
             if ref_logps is not None:
-                kl = _kl(_at(ref_logps, b, t) - logps[b, t], kl_estimator)
+                kl = _kl(_at(ref_logps, b, t) - kl_logps[b, t], kl_estimator)
                 kls[b, t] = kl * ratio if use_bias_correction_kl else kl
         told = _ratios(own, log_ratios, "token") if name == "Gmpo" else ratios
         told = [
@@ -317,9 +328,12 @@ def grpo_loss(
 
 def selective_log_softmax(
     logits, ids, mask=None, *, temperature=1.0, logit_softcap=None, logit_scale=1.0, dlogps=None,
-    dentropies=None,
+    dentropies=None, kept=None, dvocabulary_logps=None,
 ):  # fmt: skip
     """Log-probability and entropy of every active token, and the gradient for given upstream ones.
+
+    With `kept` (B, T, V) both are over the columns that it has; dvocabulary_logps is the upstream
+    gradient of the log-probabilities over all columns.
 
     Args:
         logits, ids, mask, temperature, logit_softcap, logit_scale: as in `grpo_loss`.
@@ -329,10 +343,13 @@ def selective_log_softmax(
         sum(dlogps * logps + dentropies * entropies) over the active tokens.
     """
     mask = torch.ones(ids.shape) if mask is None else mask
-    rows, logps, entropies = _policy(logits, ids, mask, temperature, logit_softcap, logit_scale)
+    transform = temperature, logit_softcap, logit_scale
+    rows, (all_logps, logps), (_, entropies) = _policy(logits, ids, mask, kept, *transform)
     total = torch.zeros((), dtype=torch.float64)
     for b, t in rows:
         dlogp = 0.0 if dlogps is None else dlogps[b, t].item()
         dentropy = 0.0 if dentropies is None else dentropies[b, t].item()
         total = total + dlogp * logps[b, t] + dentropy * entropies[b, t]
+        if dvocabulary_logps is not None:
+            total = total + dvocabulary_logps[b, t].item() * all_logps[b, t]
     return _table(logps, ids.shape), _table(entropies, ids.shape), _dlogits(total, rows, logits)

@@ -11,6 +11,7 @@ import oracle
 from grpo_fused import LOSSES, Clip, grpo_loss, linear_grpo_loss
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.weights import RULES
+from grpo_fused.support import support_from_mask
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 T = 5
@@ -79,6 +80,12 @@ def cases(draw):
         options["temperature"] = values(shape, 0.6, 1.5)
     else:
         options["temperature"] = draw(st.sampled_from([1.0, 0.6]))
+    if draw(st.booleans()):
+        V = batch.logits.shape[-1]
+        kept = rand(B, T, V) < draw(st.sampled_from([0.1, 0.5]))
+        options["kept"] = kept.scatter(2, batch.ids.clamp(min=0)[..., None], True)
+        softmaxes = st.sampled_from(["support", "vocabulary"])
+        options |= {f"{term}_over": draw(softmaxes) for term in ("policy", "kl", "entropy")}
     lengths = None
     if draw(st.booleans()):
         lengths = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in mask]
@@ -105,6 +112,9 @@ def call(batch, lengths, options, implementation, device, upstream, rows=None, c
         options = {name: packed(value) for name, value in options.items()}
         options["cu_seqlens"] = cu_seqlens(lengths, "cpu")
         upstream = packed(upstream)
+    options = dict(options)
+    if "kept" in options:
+        options["support"] = support_from_mask(options.pop("kept").to(device))
     inputs = [t.to(device) for t in inputs]
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     logits = inputs[0].clone().requires_grad_(True)

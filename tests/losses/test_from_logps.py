@@ -22,7 +22,7 @@ from grpo_fused import (
 
 # What a loss over logits is asked for, and a loss over log-probabilities has behind it.
 OF_LOGITS = {"temperature", "logit_softcap", "logit_scale", "compute_entropy", "grad_scale"}
-OF_LOGITS |= {"inplace", "implementation"}
+OF_LOGITS |= {"inplace", "implementation", "support", "policy_over", "kl_over", "entropy_over"}
 
 
 def score(logits, batch):
@@ -68,7 +68,8 @@ def test_every_row_agrees_with_its_paper(loss_type, on_policy, per_token):
 def test_arguments_are_those_of_grpo_loss():
     ours = inspect.signature(grpo_loss_from_logps).parameters
     theirs = inspect.signature(grpo_loss).parameters
-    assert ours.keys() - theirs.keys() == {"logps", "entropies", "log_ratio_bounds"}
+    own = {"logps", "entropies", "kl_logps", "log_ratio_bounds"}
+    assert ours.keys() - theirs.keys() == own
     sharded = {"vocab_parallel_group", "vocab_start"}
     assert theirs.keys() - ours.keys() == OF_LOGITS | sharded | {"logits", "completion_ids"}
     for name in ours.keys() & theirs.keys():

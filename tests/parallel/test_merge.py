@@ -35,7 +35,7 @@ def merged(batch, logits, cuts, scales, implementation, monkeypatch, entropy=Tru
     monkeypatch.setattr(parallel, "start_gather", lambda tensor, group: gathered)
     exchange = parallel.exchange_statistics(parallel.Shards(None, cuts[0], V), local)
     whole = Tokens(batch.ids, active, temperature)
-    return shards, parallel.merge(exchange, whole, scales, implementation), temperature
+    return shards, parallel.merge(exchange, local, whole, scales, implementation), temperature
 
 
 def exact(batch, logits, scales, temperature, upstream):

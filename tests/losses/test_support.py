@@ -1,0 +1,497 @@
+"""The softmax over the tokens that the sampler kept: `support`."""
+
+from itertools import product
+
+import pytest
+import torch
+from batches import make_batch, relative_error
+from heads import chunk_bytes, make_head_batch
+from packing import cu_seqlens, pack
+
+import oracle
+from grpo_fused import (
+    grpo_loss,
+    grpo_loss_from_logps,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    rollout_weights,
+    sampling_support,
+    selective_log_softmax,
+    support_from_mask,
+)
+from grpo_fused.bundles import (
+    Derivatives,
+    Formula,
+    Outputs,
+    OverSupport,
+    Scales,
+    Statistics,
+    Support,
+    Tokens,
+)
+from grpo_fused.losses.objectives import Clip
+from grpo_fused.ops import BACKENDS
+
+EVERYWHERE = {"policy_over": "support", "kl_over": "support", "entropy_over": "support"}
+
+
+def kept_mask(batch, share=0.2, seed=3):
+    """(B, T, V) bool: random columns, and the target."""
+    generator = torch.Generator().manual_seed(seed)
+    B, T = batch.ids.shape
+    kept = torch.rand(B, T, batch.logits.shape[-1], generator=generator) < share
+    return kept.scatter(2, batch.ids.cpu().clamp(min=0)[..., None], True)
+
+
+def shuffled(support):
+    """The same support with the ids of every row in another order, in other dtypes."""
+    offsets, ids = (t.tolist() for t in support)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for start, stop in zip(offsets, offsets[1:], strict=False):
+        row = torch.tensor(ids[start:stop], dtype=torch.int64)
+        found.append(row[torch.randperm(len(row), generator=generator)])
+    return support[0].int(), torch.cat(found).to(support[1].device)
+
+
+def loss_of(batch, implementation, upstream=1.0, **options):
+    """(LossOutput, gradient) of `grpo_loss` with everything on, the gradient times upstream."""
+    leaf = batch.leaf()
+    defaults = {
+        **{"loss_type": "grpo", "old_logps": batch.old_logps, "ref_logps": batch.ref_logps},
+        **{"beta": 0.1, "entropy_coef": 0.01, "compute_entropy": True},
+    }
+    out = grpo_loss(
+        *(leaf * 1.0, batch.ids, batch.mask, batch.advantages),
+        implementation=implementation,
+        grad_scale=upstream,
+        **defaults | options,
+    )
+    (out.loss * upstream).backward()
+    return out, leaf.grad
+
+
+@pytest.mark.parametrize(
+    ("V", "dtype"), [(97, torch.bfloat16), (1000, torch.float32), (1000, torch.float16)]
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_every_choice_of_softmaxes(V, dtype, inplace, implementation, device):
+    """Against float64, the gradient within what rounding it costs."""
+    batch = make_batch(V=V, dtype=dtype, device=device)
+    kept = kept_mask(batch)
+    support = support_from_mask(kept.to(device))
+    common = dict(loss_type="grpo", beta=0.1, entropy_coef=0.01, logit_softcap=9.0)
+    upstream = 2.0**10 if dtype == torch.float16 else 1.0
+    cpu = [t.cpu() for t in (batch.logits, batch.ids, batch.mask, batch.advantages)]
+    given = dict(old_logps=batch.old_logps.cpu(), ref_logps=batch.ref_logps.cpu())
+    for softmaxes in product(["support", "vocabulary"], repeat=3):
+        over = dict(zip(EVERYWHERE, softmaxes, strict=True))
+        out, gradient = loss_of(
+            batch,
+            implementation,
+            upstream,
+            support=support,
+            inplace=inplace,
+            **common | over,
+        )
+        truth = oracle.grpo_loss(*cpu, kept=kept, **common, **given, **over)
+        assert out.loss.item() == pytest.approx(truth.loss, rel=2e-5)
+        assert relative_error(out.logps, truth.logps) < 1e-6
+        assert relative_error(out.entropies, truth.entropies) < 3e-6
+        for name, value in truth.metrics.items():
+            assert out.metrics[name].item() == pytest.approx(value, rel=1e-5, abs=1e-6), name
+        want = truth.dlogits * upstream
+        # The interpreter truncates to bfloat16 where a GPU rounds.
+        tolerance = 3e-6 if dtype == torch.float32 else 3 * relative_error(want.to(dtype), want)
+        assert relative_error(gradient, want) < tolerance
+
+
+def test_outside_of_the_support_nothing_is_read_and_the_gradient_is_0(implementation, device):
+    """Where no term is over the vocabulary: NaN there changes nothing."""
+    batch = make_batch(V=1001, device=device)
+    kept = kept_mask(batch).to(device)
+    support = support_from_mask(kept)
+    out, gradient = loss_of(batch, implementation, support=support, **EVERYWHERE)
+    rows = torch.zeros_like(batch.logits, dtype=torch.bool)
+    rows[:, :-1] = kept & (batch.mask != 0)[..., None]
+    assert (gradient[~rows] == 0).all() and (gradient[rows] != 0).any()
+    batch.logits = batch.logits.masked_fill(~rows, torch.nan)
+    again, same = loss_of(batch, implementation, support=support, **EVERYWHERE)
+    assert torch.equal(again.loss, out.loss) and torch.equal(same, gradient)
+    batch.logits[0, 0, batch.ids[0, 0]] = torch.nan
+    broken, wrong = loss_of(batch, implementation, support=support, **EVERYWHERE)
+    assert broken.loss.isnan() and wrong[0, 0].isnan().all()
+    assert torch.equal(wrong[1:], gradient[1:]) and torch.equal(wrong[0, 1:], gradient[0, 1:])
+
+
+def test_a_kl_over_the_vocabulary_keeps_its_gradient(implementation, device):
+    """The sum of the gradients of the two: of the policy in the support, of the KL all over."""
+    batch = make_batch(device=device)
+    kept = kept_mask(batch).to(device)
+    support = support_from_mask(kept)
+    both = loss_of(batch, implementation, support=support)[1]
+    policy = loss_of(batch, implementation, support=support, beta=0.0)[1]
+    nothing = torch.zeros_like(batch.advantages)
+    alone = {"entropy_coef": 0.0, "support": support, "policy_over": "vocabulary"}
+    batch.advantages = nothing
+    kl = loss_of(batch, implementation, **alone)[1]
+    active = (batch.mask != 0)[..., None] & ~kept
+    assert (kl[:, :-1][active] != 0).all()
+    assert torch.equal(both[:, :-1][active], kl[:, :-1][active])
+    assert relative_error(both, policy + kl) < 1e-6
+
+
+def test_a_whole_support_is_no_support(implementation, device):
+    batch = make_batch(device=device)
+    kept = torch.ones(*batch.ids.shape, 97, dtype=torch.bool, device=device)
+    for options in ({}, EVERYWHERE, {"loss_type": "gspo"}, {"use_bias_correction_kl": True}):
+        out, gradient = loss_of(batch, implementation, **options)
+        found, same = loss_of(batch, implementation, support=support_from_mask(kept), **options)
+        assert relative_error(found.loss, out.loss) < 1e-6
+        assert relative_error(same, gradient) < 1e-6
+        assert relative_error(found.logps, out.logps) < 1e-6
+
+
+def test_ids_come_in_any_order_and_integer_type(implementation, device):
+    batch = make_batch(V=300, device=device)
+    support = support_from_mask(kept_mask(batch).to(device))
+    out, gradient = loss_of(batch, implementation, support=support)
+    found, same = loss_of(batch, implementation, support=shuffled(support))
+    assert relative_error(found.loss, out.loss) < 1e-6 and relative_error(same, gradient) < 1e-6
+
+
+def test_rows_of_masked_tokens_mean_nothing(implementation, device):
+    """They may be empty, or hold ids that do not exist."""
+    batch = make_batch(device=device)
+    kept, hidden = kept_mask(batch).to(device), (batch.mask == 0)[..., None]
+    out, gradient = loss_of(batch, implementation, support=support_from_mask(kept))
+    offsets, ids = support_from_mask(kept | hidden)
+    rows = torch.repeat_interleave(offsets.diff())
+    ids[hidden.flatten()[rows]] = -100
+    for support in (support_from_mask(kept & ~hidden), (offsets, ids)):
+        found, same = loss_of(batch, implementation, support=support)
+        assert torch.equal(found.loss, out.loss) and torch.equal(same, gradient)
+
+
+@pytest.mark.parametrize("entropy_over", ["support", "vocabulary"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_log_probabilities_with_any_upstream_gradient(
+    entropy_over, inplace, implementation, device
+):
+    """Over the support, over the vocabulary, and entropies; also of each alone."""
+    batch = make_batch(V=300, device=device)
+    kept = kept_mask(batch)
+    support, generator = support_from_mask(kept.to(device)), torch.Generator().manual_seed(1)
+    upstream = torch.randn(3, *batch.ids.shape, generator=generator).masked_fill(
+        batch.mask.cpu() == 0, torch.nan
+    )
+    inputs = [t.cpu() for t in (batch.logits, batch.ids, batch.mask)]
+    for used in ([1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]):
+        leaf = batch.leaf()
+        results = selective_log_softmax(
+            *(leaf * 1.0, batch.ids, batch.mask),
+            support=support,
+            entropy_over=entropy_over,
+            compute_entropy=True,
+            return_vocabulary_logps=True,
+            inplace=inplace,
+            implementation=implementation,
+        )
+        wanted = [
+            (r, u.to(device)) for r, u, use in zip(results, upstream, used, strict=True) if use
+        ]
+        torch.autograd.backward(*zip(*wanted, strict=True))
+        given = [u if use else None for u, use in zip(upstream, used, strict=True)]
+        if entropy_over == "support":
+            truth = oracle.selective_log_softmax(
+                *inputs, kept=kept, dlogps=given[0], dentropies=given[1], dvocabulary_logps=given[2]
+            )
+            gradient, entropies = truth[2], truth[1]
+        else:
+            over_all = oracle.selective_log_softmax(*inputs, dlogps=given[2], dentropies=given[1])
+            truth = oracle.selective_log_softmax(*inputs, kept=kept, dlogps=given[0])
+            gradient, entropies = truth[2] + over_all[2], over_all[1]
+        assert relative_error(results[0], truth[0]) < 1e-6
+        assert relative_error(results[1], entropies) < 3e-6
+        assert relative_error(results[2], oracle.selective_log_softmax(*inputs)[0]) < 1e-6
+        assert relative_error(leaf.grad, gradient) < 2e-6
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo", "gmpo"])
+def test_over_a_head(loss_type, rows, implementation, device):
+    """In chunks, in any order of the tokens, the gradients of hidden states, weight and bias."""
+    head = make_head_batch(device=device)
+    b, support = head.batch, support_from_mask(kept_mask(head.batch).to(device))
+    options = dict(loss_type=loss_type, old_logps=b.old_logps, ref_logps=b.ref_logps, beta=0.1)
+    options |= dict(support=support, entropy_coef=0.01, implementation=implementation)
+    inputs = (b.ids, b.mask, b.advantages)
+
+    def run(function):
+        leaves = head.leaves()
+        out = function(*leaves)
+        out.loss.backward()
+        return [out.loss, out.logps, *(leaf.grad for leaf in leaves)]
+
+    found = run(
+        lambda h, w, bias: linear_grpo_loss(
+            *(h, w, *inputs), bias=bias, chunk_bytes=chunk_bytes(rows), **options
+        )
+    )
+
+    def over_logits(h, w, bias):
+        masked = torch.cat([b.mask == 0, torch.ones_like(b.mask[:, :1]) != 0], 1)[..., None]
+        logits = torch.nn.functional.linear(h.masked_fill(masked, 0.0), w, bias)
+        return grpo_loss(logits, *inputs, **options)
+
+    want = run(over_logits)
+    want[2] = want[2].nan_to_num()  # masked hidden states are NaN, and have no gradient
+    for a, b in zip(found, want, strict=True):
+        assert relative_error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("save_logits", [False, True])
+def test_log_probabilities_over_a_head(save_logits, implementation, device):
+    head = make_head_batch(device=device)
+    b, support = head.batch, support_from_mask(kept_mask(head.batch).to(device))
+    options = dict(support=support, compute_entropy=True, return_vocabulary_logps=True)
+    options |= dict(implementation=implementation)
+    leaves = head.leaves()
+    logps, entropies, over_all = linear_selective_log_softmax(
+        *(*leaves[:2], b.ids, b.mask),
+        bias=leaves[2],
+        chunk_bytes=chunk_bytes(5),
+        save_logits=save_logits,
+        **options,
+    )
+    (2 * logps - 0.1 * entropies + 3 * over_all).sum().backward()
+    logits = b.logits.float().to(device).requires_grad_()
+    want = selective_log_softmax(logits, b.ids, b.mask, **options)
+    (2 * want[0] - 0.1 * want[1] + 3 * want[2]).sum().backward()
+    for got, expected in zip((logps, entropies, over_all), want, strict=True):
+        assert relative_error(got, expected) < 2e-6
+    dlogits = logits.grad.double().cpu()
+    assert relative_error(leaves[1].grad.cpu(), dlogits.flatten(0, 1).T @ states(head)) < 2e-6
+
+
+def states(head):
+    return head.hidden.double().cpu().nan_to_num().flatten(0, 1)
+
+
+def test_behind_our_own_log_probabilities_it_is_grpo_loss(implementation, device):
+    """`grpo_loss_from_logps` with kl_logps, the policy's over the vocabulary."""
+    batch = make_batch(device=device)
+    support = support_from_mask(kept_mask(batch).to(device))
+    for more in ({}, {"use_bias_correction_kl": True}, {"loss_type": "gspo"}):
+        out, gradient = loss_of(batch, implementation, support=support, **more)
+        leaf = batch.leaf()
+        logps, entropies, over_all = selective_log_softmax(
+            *(leaf, batch.ids, batch.mask),
+            support=support,
+            compute_entropy=True,
+            return_vocabulary_logps=True,
+            implementation=implementation,
+        )
+        found = grpo_loss_from_logps(
+            *(logps, batch.mask, batch.advantages),
+            entropies=entropies,
+            kl_logps=over_all,
+            old_logps=batch.old_logps,
+            ref_logps=batch.ref_logps,
+            **{"loss_type": "grpo", "beta": 0.1, "entropy_coef": 0.01} | more,
+        )
+        found.loss.backward()
+        assert relative_error(found.loss, out.loss) < 1e-6
+        assert relative_error(leaf.grad, gradient) < 2e-6
+        for name, value in out.metrics.items():
+            assert found.metrics[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_packed_sequences(implementation, device):
+    batch = make_batch(extra=0, device=device)
+    lengths, kept = batch.mask.sum(1).tolist(), kept_mask(batch).to(device)
+    out, gradient = loss_of(batch, implementation, support=support_from_mask(kept))
+    names = ("logits", "ids", "mask", "old_logps", "ref_logps")
+    tensors = dict(zip(names, pack(lengths, *(getattr(batch, n) for n in names)), strict=True))
+    packed = type(batch)(**tensors, advantages=batch.advantages)
+    (rows,) = pack(lengths, kept)
+    more = {"cu_seqlens": cu_seqlens(lengths, device), "support": support_from_mask(rows)}
+    found, same = loss_of(packed, implementation, **more)
+    assert relative_error(found.loss, out.loss) < 1e-6
+    assert relative_error(same, pack(lengths, gradient)[0]) < 1e-6
+
+
+def test_without_a_change_of_the_policy_rollout_weights_are_1(device):
+    """Seen with TRL at top_p = 0.8: mean weight 0.90, smallest 0.81."""
+    batch = make_batch(B=2, T=12, mask=torch.ones(2, 12), device=device)
+    rows, chosen = batch.logits[:, :-1], {"top_p": 0.8, "temperature": 0.9}
+    offsets, ids = support = sampling_support(rows, **chosen)
+    sampled = torch.stack(
+        [
+            kept[torch.randint(len(kept), ())]
+            for kept in (ids[a:b] for a, b in zip(offsets, offsets[1:], strict=False))
+        ]
+    ).view(2, 12)
+    x = (rows.double() / 0.9).flatten(0, 1)
+    for n, row in enumerate(x):
+        mine = row.clone()
+        row.fill_(-torch.inf)
+        columns = ids[offsets[n] : offsets[n + 1]].long()
+        row[columns] = mine[columns]
+    sampler = x.log_softmax(1).gather(1, sampled.long().view(-1, 1)).view(2, 12)
+    logps, _ = selective_log_softmax(rows, sampled, support=support, temperature=0.9)
+    torch.testing.assert_close(rollout_weights(logps, sampler), torch.ones(2, 12, device=device))
+    biased, _ = selective_log_softmax(rows, sampled, temperature=0.9)
+    weights = rollout_weights(biased, sampler)
+    assert weights.mean() < 0.95 and weights.max() < 1
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 7, 500])
+@pytest.mark.parametrize("top_p", [None, 0.3, 0.95, 1.0])
+@pytest.mark.parametrize("min_p", [None, 0.1, 1.0])
+def test_samplers_of_transformers_keep_the_same(top_k, top_p, min_p):
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    rows = 2.5 * torch.randn(40, 97)
+    rows[0] = 0.0  # ties
+    scores = rows / 0.7
+    for name, value in (("TopK", top_k), ("TopP", top_p), ("MinP", min_p)):
+        if value is not None and not (name == "TopP" and value == 1):
+            scores = getattr(processors, f"{name}LogitsWarper")(value)(None, scores)
+    want = support_from_mask(scores > -torch.inf)
+    found = sampling_support(rows, top_k=top_k, top_p=top_p, min_p=min_p, temperature=0.7)
+    # Of equal logits any one may reach top_p.
+    assert torch.equal(found[0], want[0])
+    assert torch.equal(found[1][found[0][1] :], want[1][want[0][1] :])
+
+
+def direct(batch, support, implementation, over):
+    """(outputs, gradient) of the launcher itself, whose inputs nobody checks, as on a GPU."""
+    B, T = batch.ids.shape
+    offsets, ids = support
+    tokens = Tokens(
+        *(batch.ids.clamp(min=0), batch.mask != 0, 1.0, batch.advantages[:, None].expand(B, T)),
+        *(batch.old_logps, batch.ref_logps, 1.0, 0.1),
+        support=Support(offsets[:-1].view(B, T), offsets[1:].clone().view(B, T), ids),
+    )
+    tokens = tokens._replace(advantages=tokens.advantages.contiguous())
+    outputs = Outputs(*torch.empty(6, B, T, device=batch.ids.device), batch.logits.clone())
+    formula = Formula(Clip().name(), Clip().params(), "k3", False, 1.0, over)
+    BACKENDS[implementation].fused_loss(batch.logits, tokens, Scales(), formula, outputs)
+    return outputs, tokens
+
+
+@pytest.mark.parametrize("over", [OverSupport(True, True, True), OverSupport(True, False, True)])
+@pytest.mark.parametrize("what", ["target", "id"])
+def test_wrong_supports_make_their_rows_nan(what, over, implementation, device):
+    """A target that was not kept, or an id outside of the vocabulary: nothing else is touched."""
+    batch = make_batch(V=300, extra=0, device=device)
+    kept = kept_mask(batch).to(device)
+    right, _ = direct(batch, support_from_mask(kept), implementation, over)
+    if what == "target":
+        kept[0, 1, batch.ids[0, 1]] = False
+    support = support_from_mask(kept)
+    if what == "id":
+        support[1][support[0][2] - 1] = 300  # of row 1
+    wrong, tokens = direct(batch, support, implementation, over)
+    for name in ("loss", "logps", "dlogits"):
+        got, want = getattr(wrong, name), getattr(right, name)
+        bad = torch.zeros(got.shape, dtype=torch.bool, device=device)
+        bad[0, 1] = True
+        if name != "logps" or what == "id":
+            assert got[0, 1].isnan().all(), name
+        assert torch.equal(got[~bad], want[~bad]), name
+
+    B, T = batch.ids.shape
+    statistics = Statistics(*torch.empty(8, B, T, device=device))
+    softmax = tokens.of_softmax()
+    backend = BACKENDS[implementation]
+    backend.logprob_fwd(batch.logits, softmax, Scales(), statistics, False)
+    assert statistics.kept_logps[0, 1].isnan() and not statistics.kept_logps[0, 0].isnan()
+    ones = torch.ones(B, T, device=device)
+    derivatives = Derivatives(None, None, batch.logits.clone(), ones, ones)
+    backend.logprob_bwd(batch.logits, softmax, Scales(), statistics, derivatives)
+    assert derivatives.dlogits[0, 1].isnan().all() and not derivatives.dlogits[0, 0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_offsets_past_the_ids_read_nothing(dtype, implementation, device):
+    """Where they are not checked, on a device, they are clamped: out of bounds is not an option."""
+    from grpo_fused import checks
+
+    batch = make_batch(device=device)
+    offsets, ids = support_from_mask(kept_mask(batch).to(device))
+    far = torch.where(torch.arange(len(offsets), device=device) > 3, 10**6, offsets).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "is_readable", lambda device: False)
+        out, _ = loss_of(batch, implementation, support=(far, ids))
+    assert out.loss.isnan()
+
+
+def test_compiled(implementation, device):
+    batch = make_batch(B=2, T=3, V=20, device=device)
+    support = support_from_mask(kept_mask(batch).to(device))
+    for loss_type in ("grpo", "gspo"):
+
+        def loss(logits, loss_type=loss_type):
+            return grpo_loss(
+                *(logits, batch.ids, batch.mask, batch.advantages),
+                **dict(loss_type=loss_type, support=support, implementation=implementation),
+                **dict(old_logps=batch.old_logps, ref_logps=batch.ref_logps, beta=0.1),
+            ).loss
+
+        torch.compiler.reset()
+        eager, compiled = batch.leaf(), batch.leaf()
+        loss(eager).backward()
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(compiled).backward()
+        assert torch.equal(compiled.grad, eager.grad)
+
+
+BAD = {
+    "no pair": (lambda o, i: o, "support must be a pair of tensors"),
+    "lists": (lambda o, i: (o.tolist(), i), "support must be a pair of tensors"),
+    "float ids": (lambda o, i: (o, i.float()), "support ids must be int32 or int64"),
+    "short offsets": (lambda o, i: (o[:-1], i), r"support offsets must have shape \(7,\) for 6"),
+    "2-D ids": (lambda o, i: (o, i[None]), r"support ids must have shape \(K,\)"),
+    "elsewhere": (lambda o, i: (o, i.to("meta")), "support ids is on meta, logits are on cpu"),
+    "first": (lambda o, i: (o + 1, i), "support offsets must be nondecreasing from 0 to"),
+    "last": (lambda o, i: (o, i[:-1]), "support offsets must be nondecreasing from 0 to"),
+    "falling": (lambda o, i: (o[[0, 2, 1, 3, 4, 5, 6]], i), "support offsets must be nondec"),
+    "too large": (lambda o, i: (o, i + 11), r"support ids must lie in \[0, 11\) .* got"),
+    "negative": (lambda o, i: (o, i - 11), r"support ids must lie in \[0, 11\) .* got -"),
+    "no target": (lambda o, i: (o * 0, i[:0]), "support must have the target of every active"),
+    "twice": (lambda o, i: (o * 2, i.repeat_interleave(2)), "support ids must be distinct"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_supports_raise(name):
+    batch = make_batch(B=2, T=3, V=11, mask=torch.ones(2, 3))
+    change, message = BAD[name]
+    support = change(*support_from_mask(kept_mask(batch, 0.5)))
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(batch.logits, batch.ids, batch.mask, batch.advantages, support=support)
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_unknown_softmaxes_raise(name):
+    batch = make_batch(B=2, T=3, V=11)
+    with pytest.raises(ValueError, match=f"{name} must be one of support, vocabulary, got 'all'"):
+        grpo_loss(batch.logits, batch.ids, batch.mask, batch.advantages, **{name: "all"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 0}, "top_k must be an integer >= 1 or None, got 0"),
+        ({"top_k": 2.0}, "top_k must be an integer"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\] or None, got 0.0"),
+        ({"min_p": 1.5}, r"min_p must be in \[0, 1\] or None, got 1.5"),
+        ({"temperature": 0}, "temperature must be a finite number > 0, got 0"),
+        ({"logits": torch.zeros(3)}, r"logits must be \(B, T, V\) or \(N, V\), got \(3,\)"),
+    ],
+)
+def test_samplers_that_make_no_sense_raise(arguments, message):
+    logits = arguments.get("logits", torch.zeros(2, 3))
+    rest = {k: v for k, v in arguments.items() if k != "logits"}
+    with pytest.raises(ValueError, match=message):
+        sampling_support(logits, **rest)
