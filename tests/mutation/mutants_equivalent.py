@@ -81,10 +81,10 @@ EQUIVALENT = {
     ],
     "an empty group more": [
         "88aa6860-db0e advantages.process_advantages `1 -> 2` ...ten(), labels, num_sequences + 1)",
-        "14688ab1-2270 advantages._compare `1 -> 2` ...range(num_labels + 1, device=labels.device)",
+        "14688ab1-8f35 groups.Groups.__init__ `1 -> 2` ...ge(num_labels + 1, device=labels.device)",
     ],
     "a step as long as the row finds nothing to add": [
-        "61c76e43-5efe advantages._suffix_scan `Lt -> LtE` while step < x.shape[1]:",
+        "61c76e43-5efe advantages.suffix_scan `Lt -> LtE` while step < x.shape[1]:",
     ],
     "behind the last token stands T either way": [
         "67b669de-2e6a advantages.gae_advantages `True -> False` ..., 1), value=True), tokens, act",
