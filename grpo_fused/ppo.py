@@ -290,7 +290,7 @@ def value_loss(
     losses = losses / 2
     if reduction == "sum":
         losses = losses * evaluate(weight, sequences)
-    sums = _value_sums(losses, clipped, prediction, errors, sequences)
+    sums = _value_sums(losses, clipped, prediction, target, sequences)
     loss = losses.sum() if reduction == "sum" else losses.view(values.shape)
     return ValueLossOutput(loss, value_metrics(sums), sums)
 
@@ -315,14 +315,14 @@ def value_metrics(sums: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _value_sums(losses, clipped, values, errors, sequences):
+def _value_sums(losses, clipped, values, returns, sequences):
     """(8,) float64, in the order of VALUE_SUMS, of tensors that are 0 where masked."""
-    values, errors = values.double(), errors.double()
-    returns = values - errors
-    tokens = torch.as_tensor(sequences.local.total, device=values.device)
+    values, returns = values.double(), returns.double()
+    tokens = torch.as_tensor(sequences.local.total, dtype=torch.float64, device=values.device)
+    errors = returns - values
     parts = (losses, clipped, values, returns, returns.square(), errors, errors.square())
     loss, *sums = (part.sum().double() for part in parts)
-    return torch.stack((loss, tokens.double(), *sums))
+    return torch.stack((loss, tokens, *sums))
 
 
 def _following(sequences):

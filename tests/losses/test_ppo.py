@@ -73,6 +73,8 @@ def test_whiten():
     active = advantages[mask].double()
     assert_close(got[mask], ((active - active.mean()) / active.std()).tolist())
     assert (got[~mask] == 0).all()
+    small = whiten(torch.tensor([1e-4, -1e-4]))  # of variance 2e-8, beside the epsilon of 1e-8
+    assert_close(small, [3**-0.5, -(3**-0.5)])
     assert whiten(torch.tensor([3.0, NAN]), torch.tensor([1, 0])).tolist() == [0.0, 0.0]
     assert (
         whiten(torch.full((3, 2), 0.1)).abs().max() < 1e-6 and whiten(torch.zeros(0)).numel() == 0

@@ -112,10 +112,12 @@ def test_value_loss_at_the_edges():
     nothing.loss.backward()
     assert nothing.loss == 0 and (leaf.grad == 0).all()
     assert [x.item() for x in nothing.metrics.values()] == [0.0, 0.0, 0.0]
-    equal = value_loss(torch.rand(3, 7), torch.full((3, 7), 0.1)).metrics
-    assert equal["value/explained_variance"] == 0
-    shifted = value_loss(torch.tensor([[1e4, 1e4 + 1]]), torch.tensor([[1e4, 1e4 + 1]])).metrics
-    assert shifted["value/explained_variance"] == 1
+    for level in (0.1, 1e4 + 0.1, 0.0):
+        equal = value_loss(torch.rand(3, 7), torch.full((3, 7), level)).metrics
+        assert equal["value/explained_variance"] == 0
+    for level, step in ((1e4, 1.0), (0.0, 1e-5)):
+        target = torch.tensor([[level, level + step]])
+        assert value_loss(target, target).metrics["value/explained_variance"] == 1
     for name in ("values", "returns", "old_values"):
         tensors = {"values": values, "returns": returns, "old_values": old_values}
         tensors[name] = tensors[name].clone()

@@ -64,7 +64,7 @@ KILLERS = {
     "grpo_fused/sequences.py": ("family bounds", "torch"),
     "grpo_fused/parallel.py": ("shards", "shards"),
     "grpo_fused/corrections.py": ("corrections bounds", "torch"),
-    "grpo_fused/advantages.py": ("advantages", "advantages"),
+    "grpo_fused/advantages.py": ("advantages ppo", "advantages"),
     "grpo_fused/groups.py": ("advantages", "advantages"),
     "grpo_fused/ppo.py": ("ppo", "ppo"),
     "grpo_fused/arguments.py": ("family bounds validation", "whole"),
