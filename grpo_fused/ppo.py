@@ -240,7 +240,7 @@ def value_loss(
         old_values: of the shape of values, constants, predictions when the completions were
             sampled; None = no clipping.
         cliprange: number > 0, of the scale of the returns. The default is that of OpenAI Baselines
-            (as its ratio clip), TRL, AReaL and SkyRL; verl has 0.5.
+            (as its ratio clip), TRL and SkyRL; verl and AReaL have 0.5.
         normalizer: a rule of `token_weights`. The default is what TRL, verl and AReaL do; the
             row "ppo" of LOSSES has seq-mean-token-mean.
         reduction: "sum", or "none": unweighted losses per token, exactly 0 where masked.

@@ -39,7 +39,7 @@ QUICK_TESTS = {
 }
 LOSSES = (
     "equalities edges family autograd selected_away masks loss selective_log_softmax extremes "
-    "weights_and_metrics invariants far memory objectives launches corrections rows layouts "
+    "weights_and_metrics invariants far memory objectives launches corrections rows layouts ppo "
     "packing reduce merge"
 )
 SLOW_TESTS = {
@@ -61,7 +61,7 @@ KILLERS = {
     "grpo_fused/losses/weights.py": ("weights family bounds", "torch"),
     "grpo_fused/losses/on_logps.py": ("family bounds", "torch"),
     "grpo_fused/losses/metrics.py": ("family bounds", "torch"),
-    "grpo_fused/sequences.py": ("family bounds", "torch"),
+    "grpo_fused/sequences.py": ("ppo family bounds", "torch"),
     "grpo_fused/parallel.py": ("shards", "shards"),
     "grpo_fused/corrections.py": ("corrections bounds", "torch"),
     "grpo_fused/advantages.py": ("advantages ppo", "advantages"),
