@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from grpo_fused.advantages import (
-    gae_advantages,
     mask_truncated,
+    multi_reward_advantages,
     outcome_advantages,
+    pass_at_k_advantages,
     process_advantages,
-    whiten,
 )
 from grpo_fused.corrections import entropy_quantile_mask, off_policy_mask, rollout_weights
 from grpo_fused.functional import (
@@ -23,6 +23,14 @@ from grpo_fused.losses.objectives import Cispo, Clip, PolicyGradient, Sapo
 from grpo_fused.losses.off_policy_objectives import DppoKl, DppoTv, ImportanceSampling
 from grpo_fused.losses.sequence_objectives import Gmpo, Vespo
 from grpo_fused.losses.weights import token_weights
+from grpo_fused.ppo import (
+    ValueLossOutput,
+    gae_advantages,
+    kl_rewards,
+    value_loss,
+    value_metrics,
+    whiten,
+)
 from grpo_fused.support import sampling_support, support_from_mask
 
 if TYPE_CHECKING:
@@ -42,22 +50,28 @@ __all__ = [
     "LossOutput",
     "PolicyGradient",
     "Sapo",
+    "ValueLossOutput",
     "Vespo",
     "entropy_quantile_mask",
     "gae_advantages",
     "grpo_loss",
     "grpo_loss_from_logps",
+    "kl_rewards",
     "linear_grpo_loss",
     "linear_selective_log_softmax",
     "mask_truncated",
+    "multi_reward_advantages",
     "off_policy_mask",
     "outcome_advantages",
+    "pass_at_k_advantages",
     "process_advantages",
     "rollout_weights",
     "sampling_support",
     "selective_log_softmax",
     "support_from_mask",
     "token_weights",
+    "value_loss",
+    "value_metrics",
     "whiten",
 ]
 

@@ -4,14 +4,17 @@ These functions track no gradient and never synchronise with the device: values 
 CPU tensors only. They compute in float64 and return float32.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_fused.checks import active_tokens, check_choice, check_tensor, is_readable
+from grpo_fused.checks import check_choice, check_dims, check_tensor, is_readable
+from grpo_fused.groups import Groups, group_labels
 
 EPSILON = 1e-4  # added to standard deviations, as in TRL: bounds groups of almost equal rewards
-SCALES = ("group", "batch", "none")
+SCALES = ("group", "batch", "none", "centred", "mean")
 
 
 @torch.no_grad()
@@ -22,19 +25,30 @@ def outcome_advantages(
     group_ids: Tensor | None = None,
     scale: str = "group",
     leave_one_out: bool = False,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Group-relative advantages for outcome supervision, with one reward per completion.
 
         A_i = (r_i - b_i) / divisor
         b_i = mean(r_group)
-            | mean(r_group without r_i)           (leave_one_out, RLOO)
-        divisor = std(r_group) + 1e-4             (scale "group")
-                | std(r_all) + 1e-4               (scale "batch")
-                | 1                               (scale "none": Dr. GRPO; RLOO with leave_one_out)
+            | mean(r_group without r_i)               (leave_one_out, RLOO)
+            | sum(l_group r_group) / sum(l_group)     (lengths l, OPO)
+        divisor = std(r_group) + 1e-4        (scale "group")
+                | std(r_all) + 1e-4          (scale "batch")
+                | std((r - b)_all) + 1e-4    (scale "centred", REINFORCE++ with baseline)
+                | mean(r_group)              (scale "mean", MaxRL)
+                | 1                          (scale "none": Dr. GRPO, OPO; RLOO with leave_one_out)
 
     The standard deviation is unbiased (n - 1). Groups of equal rewards and groups of one completion
-    have advantages of exactly 0. A NaN reward propagates to its group, with scale "batch" to all
-    groups; put completions without a reward in groups of their own.
+    have advantages of exactly 0. A NaN reward propagates to its group, with scales "batch" and
+    "centred" to all groups; put completions without a reward in groups of their own.
+
+    Scale "mean" is meant for rewards that are not negative, such as 0 and 1: groups whose mean is
+    not positive have advantages of 0. It needs no epsilon; SkyRL adds 1e-6 to the mean.
+
+    REINFORCE++ without a baseline is one group of all completions, group_size = B. With a KL
+    penalty per token it is `whiten` of the returns that `gae_advantages` finds for `kl_rewards`,
+    values of 0 and lam 1.
 
     Args:
         rewards: (B,) float, integer or bool.
@@ -42,37 +56,57 @@ def outcome_advantages(
             are contiguous: rewards[0:group_size] is the first group.
         group_ids: (B,) integer, alternative to group_size: completions with equal ids form a
             group, of any size and in any order.
-        scale: "group", "batch" or "none", the divisor of the centred rewards.
+        scale: one of SCALES, the divisor of the centred rewards.
         leave_one_out: whether the baseline of a completion excludes its own reward.
+        lengths: (B,) integer or float, at least 0, numbers of active tokens, for OPO. A group
+            without tokens has its plain mean as baseline.
 
     Returns:
         (B,) float32, on the device of `rewards`.
 
     Raises:
         ValueError: rewards not (B,); both or neither of group_size and group_ids; group_size
-            below 1 or not a divisor of B; group_ids not (B,) integers; unknown scale.
+            below 1 or not a divisor of B; group_ids not (B,) integers; unknown scale; lengths not
+            (B,), or with leave_one_out; on the CPU, a negative length.
 
     References:
         DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.2 ("group").
         Understanding R1-Zero-Like Training (Dr. GRPO), https://arxiv.org/abs/2503.20783 ("none").
         Lite PPO, https://arxiv.org/abs/2508.08221 ("batch": mean of the group, std of the batch).
+        REINFORCE++, https://arxiv.org/abs/2501.03262 ("centred"). The paper divides by the std of
+            rewards minus the mean of their group, not by that of the rewards; verl takes it over
+            tokens, which `whiten` of scale "none" does.
+        MaxRL, https://arxiv.org/abs/2602.02710 ("mean").
         Back to Basics (RLOO), https://arxiv.org/abs/2402.14740 (leave_one_out).
+        On-Policy RL with Optimal Reward Baseline (OPO), https://arxiv.org/abs/2505.23585 (lengths).
+            verl gives the only completion of a group its reward as advantage, instead of 0.
     """
-    _check_dims("rewards", rewards, "(B,)")
+    check_dims("rewards", rewards, "(B,)")
     check_choice("scale", scale, SCALES)
-    labels = _group_labels("rewards", rewards, group_size, group_ids)
-    num_rewards = rewards.shape[0]
+    if lengths is not None:
+        check_tensor("lengths", lengths, tuple(rewards.shape), rewards.device)
+        if leave_one_out:
+            raise ValueError("leave_one_out must be False with lengths, got True")
+        if is_readable(lengths.device) and (lengths < 0).any():
+            raise ValueError(f"lengths must be >= 0, got {lengths.min().item()}")
+    labels = group_labels("rewards", rewards, group_size, group_ids)
     rewards = rewards.double()
-    centred, std, counts = _compare(rewards, labels, num_rewards)
-    if leave_one_out:
+    groups = Groups(labels, rewards.shape[0])
+    centred = groups.centre(rewards)
+    advantages = centred
+    if lengths is not None:
+        advantages = groups.centre(rewards, lengths.double())
+    elif leave_one_out:
         # n / (n - 1) (r - mean of the group) = r - mean of the others
-        centred = centred * counts / (counts - 1).clamp(min=1)
-    if scale == "group":
-        centred = centred / (std + EPSILON)
-    elif scale == "batch":
-        variance = (rewards - rewards.mean()).square().sum() / max(num_rewards - 1, 1)
-        centred = centred / (variance.sqrt() + EPSILON)
-    return torch.where(counts > 1, centred, 0.0).float()
+        advantages = centred * groups.counts / (groups.counts - 1).clamp(min=1)
+    if scale == "mean":
+        means = rewards - centred
+        advantages = torch.where(means <= 0, 0.0, advantages / means)
+    elif scale == "group":
+        advantages = advantages / (groups.std(centred) + EPSILON)
+    elif scale != "none":
+        advantages = advantages / (_std(rewards if scale == "batch" else advantages) + EPSILON)
+    return torch.where(groups.counts > 1, advantages, 0.0).float()
 
 
 @torch.no_grad()
@@ -113,13 +147,13 @@ def process_advantages(
     References:
         DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.3.
     """
-    _check_dims("step_rewards", step_rewards, "(B, S)")
+    check_dims("step_rewards", step_rewards, "(B, S)")
     device = step_rewards.device
     check_tensor("step_ends", step_ends, tuple(step_rewards.shape), device, integer=True)
     if not isinstance(completion_length, int) or completion_length < 0:
         raise ValueError(f"completion_length must be an integer >= 0, got {completion_length!r}")
     check_choice("scale", scale, ("group", "none"))
-    labels = _group_labels("step_rewards", step_rewards, group_size, group_ids)
+    labels = group_labels("step_rewards", step_rewards, group_size, group_ids)
     ends = step_ends.long()
     if is_readable(ends.device) and (ends >= completion_length).any():
         raise ValueError(f"step_ends must be < {completion_length}, got {int(ends.max())}")
@@ -127,98 +161,134 @@ def process_advantages(
     # Missing steps form a group of their own, the last one, and end before the first token.
     num_sequences = ends.shape[0]
     labels = torch.where(ends >= 0, labels[:, None], num_sequences).flatten()
-    centred, std, _ = _compare(step_rewards.double().flatten(), labels, num_sequences + 1)
+    groups = Groups(labels, num_sequences + 1)
+    centred = groups.centre(step_rewards.double().flatten())
     if scale == "group":
-        centred = centred / (std + EPSILON)
+        centred = centred / (groups.std(centred) + EPSILON)
     # After sorting by end, the later steps of a token are a suffix. Avoids atomics of a scatter.
     ends, order = ends.sort(dim=1, stable=True)
     steps = centred.view_as(ends).gather(1, order)
-    later = F.pad(_suffix_scan(steps, torch.ones_like(steps)), (0, 1))  # (B, S + 1)
+    later = F.pad(suffix_scan(steps, torch.ones_like(steps)), (0, 1))  # (B, S + 1)
     tokens = torch.arange(completion_length, device=device).repeat(num_sequences, 1)
     return later.gather(1, torch.searchsorted(ends, tokens)).float()
 
 
 @torch.no_grad()
-def gae_advantages(
+def multi_reward_advantages(
     rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None = None,
+    group_size: int | None = None,
     *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, for PPO with a value model (loss_type "ppo").
+    group_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Group-relative advantages of several rewards, each normalised on its own (GDPO).
 
-        delta_t = r_t + gamma V_t+1 - V_t
-        A_t = delta_t + gamma lam A_t+1 = sum_k (gamma lam)^k delta_t+k
-        returns_t = A_t + V_t
+        A_ik = (r_ik - mean(r_group,k)) / (std(r_group,k) + 1e-4)
+        S_i = sum_k w_k A_ik
+        A_i = S_i / (std(S_all) + 1e-4)
 
-    where t + 1 is the next active token and V and A are 0 after the last one. Masked tokens, such
-    as tool outputs within a completion, are skipped. Takes log2(T) vectorised steps.
+    with the unbiased standard deviation (n - 1). The mean of S over the batch, which the paper
+    subtracts, is 0. A reward that is NaN was not given: it adds 0, and does not count in its group,
+    as in TRL; a completion without any reward does not count in std(S_all) and has advantage 0.
+    Completions that equal their group in all rewards, and groups of one, have exactly 0.
 
     Args:
-        rewards: (B, T) float, integer or bool; ignored, NaN included, where masked.
-        values: (B, T) float, predictions of the value model before each token; ignored where
-            masked.
-        mask: (B, T) bool, integer or float, nonzero = active; None = all active.
-        gamma: discount factor in [0, 1].
-        lam: lambda in [0, 1]; 0 gives the TD error, 1 the discounted return minus V.
+        rewards: (B, K) float, integer or bool, K rewards per completion; NaN = not given.
+        group_size, group_ids: as in outcome_advantages.
+        weights: (K,) float or integer; None = all 1.
 
     Returns:
-        (advantages, returns): (B, T) float32, exactly 0 where masked; not whitened.
+        (B,) float32, on the device of `rewards`.
 
     Raises:
-        ValueError: mismatched shapes or devices; gamma or lam outside [0, 1].
+        ValueError: rewards not (B, K); weights not (K,); groups as in outcome_advantages.
 
     References:
-        High-Dimensional Continuous Control Using GAE, https://arxiv.org/abs/1506.02438, eq. 16.
+        GDPO, https://arxiv.org/abs/2601.05242. TRL's multi_objective_aggregation
+            "normalize_then_sum". verl and the authors' code normalise over the tokens of the batch:
+            `whiten` of these advantages, one per token, does that.
     """
-    _check_dims("rewards", rewards, "(B, T)")
-    check_tensor("values", values, tuple(rewards.shape), rewards.device)
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
-
-    active = active_tokens(mask, rewards)
-    values = torch.where(active, values.double(), 0.0)
-    # Index of the first active token at or after each position, or T.
-    tokens = torch.arange(active.shape[1] + 1, device=active.device)
-    tokens = torch.where(F.pad(active, (0, 1), value=True), tokens, active.shape[1])
-    following = tokens.flip(1).cummin(1).values.flip(1)[:, 1:]
-    delta = rewards.double() + gamma * F.pad(values, (0, 1)).gather(1, following) - values
-    # Masked tokens pass later advantages on unchanged: they add 0 and decay by 1.
-    decay = torch.full_like(delta, gamma * lam).masked_fill(~active, 1.0)
-    advantages = _suffix_scan(torch.where(active, delta, 0.0), decay)
-    advantages = torch.where(active, advantages, 0.0)
-    return advantages.float(), (advantages + values).float()
+    check_dims("rewards", rewards, "(B, K)")
+    B, K = rewards.shape
+    device = rewards.device
+    if weights is None:
+        weights = torch.ones(K, device=device)
+    check_tensor("weights", weights, (K,), device)
+    labels = group_labels("rewards", rewards, group_size, group_ids)
+    rewards = rewards.double()
+    missing = rewards.isnan()
+    # A group per prompt and reward; the last one holds the missing rewards.
+    labels = labels[:, None] * K + torch.arange(K, device=device)
+    groups = Groups(labels.masked_fill(missing, B * K).flatten(), B * K + 1)
+    centred = groups.centre(rewards.flatten())
+    normalised = (centred / (groups.std(centred) + EPSILON)).view(B, K)
+    sums = (weights.double() * normalised.masked_fill(missing, 0.0)).sum(1)
+    scored = K - missing.sum(1) > 0
+    variance = sums.square().sum() / (scored.sum() - 1).clamp(min=1)
+    return (sums / (variance.sqrt() + EPSILON)).float()
 
 
 @torch.no_grad()
-def whiten(advantages: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Normalise advantages to mean 0 and variance 1 over the active tokens, as PPO does.
+def pass_at_k_advantages(
+    rewards: Tensor,
+    k: int,
+    group_size: int | None = None,
+    *,
+    group_ids: Tensor | None = None,
+) -> Tensor:
+    """Advantages for pass@k: those of all subsets of k completions, averaged, in closed form.
 
-        (A - mean(A)) / sqrt(var(A) + 1e-8)
+        fail = C(m, k) / C(n, k)                 share of the subsets in which nothing passes
+        others = C(m - 1, k - 1) / C(n - 1, k - 1)
+        sigma = sqrt(fail (1 - fail))
+        A_i = fail / sigma                       (r_i = 1)
+            | (fail - others) / sigma            (r_i = 0)
 
-    with the unbiased variance. Call it before splitting into micro-batches. TRL and verl name it
-    masked_whiten.
+    for a group of n completions, of which m have the reward 0. A subset has the reward 1 if one of
+    its completions has; a completion gets the mean advantage of the subsets that it is in. With
+    k = 1 these are the advantages of GRPO, with the biased standard deviation and no epsilon.
+
+    Groups in which every subset passes (m < k), or none does, have advantages of exactly 0, and so
+    have groups of at most k completions. A NaN reward propagates to its group.
 
     Args:
-        advantages: float, any shape; ignored, NaN included, where masked.
-        mask: of the shape of advantages, nonzero = active; None = all active.
+        rewards: (B,) float, integer or bool, 0 or 1. Other rewards have no pass@k: they raise an
+            error on the CPU, and count as NaN on other devices.
+        k: completions per subset, at least 1.
+        group_size, group_ids: as in outcome_advantages.
 
     Returns:
-        float32 of the shape of advantages, exactly 0 where masked.
+        (B,) float32, on the device of `rewards`.
 
     Raises:
-        ValueError: mismatched shapes or devices.
+        ValueError: rewards not (B,) or, on the CPU, not 0 or 1; k below 1 or above group_size;
+            groups as in outcome_advantages.
+
+    References:
+        Pass@k Training, https://arxiv.org/abs/2508.10751, analytical derivation. The authors' code
+            adds 1e-6 to sigma. verl's grpo_passk is another estimator (arXiv 2503.19595): it
+            rewards the best completion of a group alone.
     """
-    check_tensor("advantages", advantages)
-    active = active_tokens(mask, advantages)
-    count = active.sum()
-    values = torch.where(active, advantages.double(), 0.0)
-    centred = torch.where(active, values - values.sum() / count.clamp(min=1), 0.0)
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
-    return (centred / (variance + 1e-8).sqrt()).float()
+    check_dims("rewards", rewards, "(B,)")
+    labels = group_labels("rewards", rewards, group_size, group_ids)
+    if not isinstance(k, int) or k < 1 or (group_size is not None and k > group_size):
+        bound = ">= 1" if group_size is None else f"in [1, group_size = {group_size}]"
+        raise ValueError(f"k must be an integer {bound}, got {k!r}")
+    rewards = rewards.double()
+    odd = ~((rewards == 0) | (rewards == 1) | rewards.isnan())
+    if is_readable(rewards.device) and odd.any():
+        raise ValueError(f"rewards must be 0 or 1 for pass@k, got {rewards[odd][0].item()}")
+    rewards = rewards.masked_fill(odd, math.nan)
+    groups = Groups(labels, rewards.shape[0])
+    failed = groups.sum(1 - rewards)
+    # C(m - 1, k - 1) / C(n - 1, k - 1), one factor (m - i) / (n - i) for each of i = 1 ... k - 1.
+    drawn = torch.arange(1, k, device=rewards.device)
+    left = (failed[:, None] - drawn).clamp(min=0)
+    others = (left / (groups.counts[:, None] - drawn).clamp(min=1)).prod(1)
+    fail = failed / groups.counts * others
+    variance = fail * (1 - fail)
+    advantages = (fail - (1 - rewards) * others) / variance.sqrt()
+    return torch.where(variance <= 0, 0.0, advantages).float()
 
 
 @torch.no_grad()
@@ -241,52 +311,19 @@ def mask_truncated(mask: Tensor, truncated: Tensor) -> Tensor:
     References:
         DAPO, https://arxiv.org/abs/2503.14476, section 3.4.
     """
-    _check_dims("mask", mask, "(B, T)")
+    check_dims("mask", mask, "(B, T)")
     check_tensor("truncated", truncated, tuple(mask.shape[:1]), mask.device)
     if truncated.dtype != torch.bool:
         raise ValueError(f"truncated must be bool, got {truncated.dtype}")
     return mask.masked_fill(truncated[:, None], 0)
 
 
-def _group_labels(name, rewards, group_size, group_ids):
-    """(B,) int64 in [0, B), equal within a group."""
-    if (group_size is None) == (group_ids is None):
-        got = "neither" if group_size is None else "both"
-        raise ValueError(f"exactly one of group_size and group_ids must be given, got {got}")
-    num_sequences = rewards.shape[0]
-    if group_ids is None:
-        if not isinstance(group_size, int) or group_size < 1:
-            raise ValueError(f"group_size must be an integer >= 1, got {group_size!r}")
-        if num_sequences % group_size != 0:
-            raise ValueError(f"group_size {group_size} does not divide the {num_sequences} {name}")
-        return torch.arange(num_sequences, device=rewards.device) // group_size
-    check_tensor("group_ids", group_ids, (num_sequences,), rewards.device, integer=True)
-    ids = group_ids.long()
-    return torch.searchsorted(ids.sort().values, ids)  # first index of the id in sorted order
+def _std(values):
+    """Unbiased standard deviation of (B,) values, 0 of a single one."""
+    return ((values - values.mean()).square().sum() / max(len(values) - 1, 1)).sqrt()
 
 
-def _compare(values, labels, num_labels):
-    """(values - mean of the group, unbiased std of the group, size of the group), each (N,).
-
-    Groups are segments of the values sorted by label: O(N log N), without atomics and, unlike
-    torch.unique, without a data-dependent shape.
-    """
-    order = labels.argsort(stable=True)
-    offsets = torch.arange(num_labels + 1, device=labels.device)
-    offsets = torch.searchsorted(labels[order], offsets)  # start of each segment
-
-    def total(x):
-        return torch.segment_reduce(x[order], "sum", offsets=offsets, unsafe=True)[labels]
-
-    counts = offsets.diff()[labels]
-    # Subtracting a member first gives exactly 0 for equal rewards; the rounded mean alone does not.
-    centred = values - values[order][offsets[labels]]
-    centred = centred - total(centred) / counts
-    variance = total(centred.square()) / (counts - 1).clamp(min=1)
-    return centred, variance.sqrt(), counts
-
-
-def _suffix_scan(x, decay):
+def suffix_scan(x, decay):
     """y_t = x_t + decay_t y_t+1 along dim 1, for x and decay (B, T), in log2(T) steps.
 
     It multiplies decays and never divides by them, so it neither overflows nor loses precision.
@@ -298,10 +335,3 @@ def _suffix_scan(x, decay):
         decay = torch.cat((decay[:, :-step] * decay[:, step:], decay[:, -step:]), 1)
         step *= 2
     return x
-
-
-def _check_dims(name, tensor, layout):
-    """Check the number of dimensions against a layout such as "(B,)" or "(B, T)"."""
-    check_tensor(name, tensor)
-    if tensor.dim() != sum(map(str.isalpha, layout)):
-        raise ValueError(f"{name} must have shape {layout}, got {tuple(tensor.shape)}")

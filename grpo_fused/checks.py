@@ -45,6 +45,13 @@ def check_tensor(name, tensor, shape=None, device=None, integer=False):
         raise ValueError(f"{name} must be integers, got {tensor.dtype}")
 
 
+def check_dims(name, tensor, layout):
+    """Check the number of dimensions against a layout such as "(B,)" or "(B, T)"."""
+    check_tensor(name, tensor)
+    if tensor.dim() != sum(map(str.isalpha, layout)):
+        raise ValueError(f"{name} must have shape {layout}, got {tuple(tensor.shape)}")
+
+
 def active_tokens(mask, tensor):
     """Boolean mask of the shape of tensor; all True without a mask."""
     if mask is None:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_fused.checks import active_tokens, check_choice, check_cu_seqlens, check_tensor
+from grpo_fused.checks import active_tokens, check_choice, check_tensor
 from grpo_fused.collectives import check_group, reduce_over_ranks
-from grpo_fused.sequences import Packed, Padded, over_ranks
+from grpo_fused.sequences import lay_out_sequences
 
 LIMIT = 80.0  # exponents are clamped to +-80, as everywhere in the package
 LEVELS = ("token", "sequence")
@@ -76,7 +76,7 @@ def rollout_weights(
         raise ValueError(f"cap must be a positive number or None, got {cap!r}")
     if floor is not None and not (_is_number(floor) and 0 <= floor < (cap or math.inf)):
         raise ValueError(f"floor must be None or in [0, cap), got {floor!r} with cap {cap!r}")
-    sequences, (old_logps, sampling_logps) = _tokens(
+    sequences, (old_logps, sampling_logps) = lay_out_sequences(
         mask, cu_seqlens, sequence_group, old_logps=old_logps, sampling_logps=sampling_logps
     )
     difference = _difference(old_logps, sampling_logps)
@@ -134,7 +134,7 @@ def off_policy_mask(
     if not _is_number(threshold) or threshold < 0:
         raise ValueError(f"threshold must be a number >= 0, got {threshold!r}")
     shape = tuple(logps.shape) if isinstance(logps, torch.Tensor) else None
-    sequences, (logps, sampling_logps) = _tokens(
+    sequences, (logps, sampling_logps) = lay_out_sequences(
         mask, cu_seqlens, sequence_group, logps=logps, sampling_logps=sampling_logps
     )
     check_tensor("advantages", advantages)
@@ -222,29 +222,6 @@ def entropy_quantile_mask(
 def _swap_order(bits):
     """Map the bits of a float32 to an int32 of the same order; its own inverse."""
     return bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)
-
-
-def _tokens(mask, cu_seqlens, group, **tensors):
-    """(sequences, tensors) after checks; tensors are (B, T), packed (1, N)."""
-    shape = device = None
-    for name, tensor in tensors.items():
-        check_tensor(name, tensor, shape, device)
-        shape, device = tuple(tensor.shape), tensor.device
-        layout = "(B, T)" if cu_seqlens is None else "(N,) with cu_seqlens"
-        if len(shape) != (2 if cu_seqlens is None else 1):
-            remedy = "; packed tensors need cu_seqlens" if len(shape) == 1 else ""
-            raise ValueError(f"{name} must have shape {layout}, got {shape}{remedy}")
-    if mask is not None:
-        check_tensor("mask", mask, shape, device)
-    check_group("sequence_group", group)
-    tensors = list(tensors.values())
-    if cu_seqlens is None:
-        sequences = Padded(shape, mask, device)
-    else:
-        check_cu_seqlens(cu_seqlens, *shape, device)
-        tensors = [tensor[None] for tensor in tensors]
-        sequences = Packed((1, *shape), None if mask is None else mask[None], cu_seqlens)
-    return over_ranks(sequences, group), tensors
 
 
 def _difference(logps, sampling_logps):

@@ -6,7 +6,8 @@ by torch.where, never multiplied by 0, which would turn inf into NaN.
 
 import torch
 
-from grpo_fused.collectives import sum_over_ranks
+from grpo_fused.checks import check_cu_seqlens, check_tensor
+from grpo_fused.collectives import check_group, sum_over_ranks
 
 
 class once:
@@ -76,6 +77,11 @@ class Padded:
         """T, the common length of padded sequences."""
         return float(self.length)
 
+    @property
+    def ends(self):
+        """The column where the sequence of a token ends: T, packed (1, N)."""
+        return self.length
+
     def sum(self, values):
         """Sums (B,) over the active tokens of each sequence."""
         return self.select(values).sum(1)
@@ -141,6 +147,10 @@ class Packed(Padded):
             "packed sequences have no common length, got None"
         )
 
+    @property
+    def ends(self):
+        return self.spread(self.offsets[1:])
+
     def sum(self, values):
         return self._sum(self.select(values))
 
@@ -195,6 +205,29 @@ class OverRanks:
 def over_ranks(local, group):
     """`OverRanks` of sequences, or themselves without a group."""
     return local if group is None else OverRanks(local, group)
+
+
+def lay_out_sequences(mask, cu_seqlens, group, **tensors):
+    """(sequences, tensors) after checks; tensors are (B, T), packed (1, N)."""
+    shape = device = None
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, shape, device)
+        shape, device = tuple(tensor.shape), tensor.device
+        layout = "(B, T)" if cu_seqlens is None else "(N,) with cu_seqlens"
+        if len(shape) != (2 if cu_seqlens is None else 1):
+            remedy = "; packed tensors need cu_seqlens" if len(shape) == 1 else ""
+            raise ValueError(f"{name} must have shape {layout}, got {shape}{remedy}")
+    if mask is not None:
+        check_tensor("mask", mask, shape, device)
+    check_group("sequence_group", group)
+    tensors = list(tensors.values())
+    if cu_seqlens is None:
+        sequences = Padded(shape, mask, device)
+    else:
+        check_cu_seqlens(cu_seqlens, *shape, device)
+        tensors = [tensor[None] for tensor in tensors]
+        sequences = Packed((1, *shape), None if mask is None else mask[None], cu_seqlens)
+    return over_ranks(sequences, group), tensors
 
 
 def _as_bool(mask):

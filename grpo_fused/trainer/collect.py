@@ -33,17 +33,21 @@ def collect(trainer) -> Experience:
     scores = ranks.share(lambda: score(trainer, rollout))
     batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
 
-    metrics, rewards = rollout_metrics(ranks, rollout, scores, config.num_generations)
+    metrics, rewards, each = rollout_metrics(ranks, rollout, scores, config.num_generations)
     mine = slice(ranks.index * trainer.rows_per_rank, (ranks.index + 1) * trainer.rows_per_rank)
     if not any_rank(accelerator, scores.steps is not None):
-        advantages = group_advantages(rewards, config.num_generations, config.scale_rewards)
+        lengths = None
+        if config.baseline == "length":
+            counts = batch.completion_mask.sum(1).float()
+            lengths = ranks.gather(counts.to(accelerator.device)).cpu()
+        advantages = group_advantages(
+            rewards, config, lengths=lengths, each=each, weights=scores.weights
+        )
         batch.advantages = advantages[mine]
     else:
         own = scores.as_steps(rollout.completion_ids), batch.completion_ids.shape[1]
         steps, lengths = zip(*ranks.gather_objects(own), strict=True)
-        advantages = step_advantages(
-            sum(steps, []), max(lengths), config.num_generations, config.scale_rewards
-        )
+        advantages = step_advantages(sum(steps, []), max(lengths), config)
         batch.advantages = advantages[mine, : own[1]]
     counts = batch.completion_mask.sum(1).view(config.minibatches, -1).sum(1).float()
     lengths = zip(map(len, rollout.prompt_ids), map(len, rollout.completion_ids), strict=True)

@@ -1,13 +1,20 @@
 """Experience: a rollout with its advantages as tensors, split into micro-batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from grpo_fused import mask_truncated, outcome_advantages, process_advantages, rollout_weights
+from grpo_fused import (
+    mask_truncated,
+    multi_reward_advantages,
+    outcome_advantages,
+    pass_at_k_advantages,
+    process_advantages,
+    rollout_weights,
+)
 from grpo_fused.trainer.rollouts.rollout import Rollout, pad
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
@@ -184,31 +191,78 @@ def collate(rollout: Rollout, pad_id: int, mask_truncated_completions: bool) -> 
     return batch
 
 
-def group_advantages(rewards: torch.Tensor, group_size: int, scale: str) -> torch.Tensor:
-    """Returns `outcome_advantages` of (B,) rewards, float32; 0 where the reward is NaN."""
-    has_reward = ~rewards.isnan()
+def group_advantages(
+    rewards: torch.Tensor,
+    config: GRPOTrainerConfig,
+    *,
+    lengths: torch.Tensor | None = None,
+    each: torch.Tensor | None = None,
+    weights: Sequence[float] = (),
+) -> torch.Tensor:
+    """Returns the advantages that a config asks for, (B,) float32; 0 where the reward is NaN.
+
+    Args:
+        rewards: (B,) float32 of all ranks, NaN = none.
+        config: of the run.
+        lengths: (B,) numbers of active tokens, for baseline "length".
+        each: (B, K) float32, the rewards by function, for "normalize_then_sum"; NaN = none.
+        weights: K numbers, weights of `each`.
+
+    Raises:
+        ValueError: the functions have no weights, for "normalize_then_sum".
+    """
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        if not weights:
+            raise ValueError(
+                "multi_objective_aggregation must be sum_then_normalize for rewards without "
+                f"weights, got {config.multi_objective_aggregation!r}"
+            )
+        return multi_reward_advantages(each, config.num_generations, weights=torch.tensor(weights))
+    kept = ~rewards.isnan()
     advantages = torch.zeros_like(rewards)
-    groups = torch.arange(len(rewards), device=rewards.device) // group_size
-    if has_reward.any():
-        advantages[has_reward] = outcome_advantages(
-            rewards[has_reward], group_ids=groups[has_reward], scale=scale
+    if not kept.any():
+        return advantages
+    groups = torch.arange(len(rewards), device=rewards.device) // config.num_generations
+    if config.baseline == "batch":
+        groups = torch.zeros_like(groups)
+    if config.pass_at_k is not None:
+        found = pass_at_k_advantages(rewards[kept], config.pass_at_k, group_ids=groups[kept])
+    else:
+        found = outcome_advantages(
+            rewards[kept],
+            group_ids=groups[kept],
+            scale=config.scale_rewards,
+            leave_one_out=config.baseline == "leave_one_out",
+            lengths=lengths[kept] if config.baseline == "length" else None,
         )
+    advantages[kept] = found
     return advantages
 
 
 def step_advantages(
-    steps: list[list[tuple[int, float]]], completion_length: int, group_size: int, scale: str
+    steps: list[list[tuple[int, float]]], completion_length: int, config: GRPOTrainerConfig
 ) -> torch.Tensor:
     """Returns `process_advantages`, (B, T) float32, of [(end_token, score), ...] per completion.
 
     Raises:
-        ValueError: scale is "batch".
+        ValueError: the config asks for advantages that process rewards do not have.
     """
-    if scale == "batch":
-        raise ValueError('scale_rewards must be group or none for process rewards, got "batch"')
+    only = {
+        "scale_rewards": ("group", "none"),
+        "baseline": ("group",),
+        "multi_objective_aggregation": ("sum_then_normalize",),
+        "pass_at_k": (None,),
+    }
+    for name, values in only.items():
+        if getattr(config, name) not in values:
+            wanted = " or ".join(map(str, values)).lower()
+            raise ValueError(
+                f"{name} must be {wanted} for process rewards, got {getattr(config, name)!r}"
+            )
     ends, _ = pad([[end for end, _ in row] for row in steps], -1)
     scores, _ = pad([[score for _, score in row] for row in steps], 0.0, dtype=torch.float32)
-    return process_advantages(scores, ends, completion_length, group_size, scale=scale)
+    size, scale = config.num_generations, config.scale_rewards
+    return process_advantages(scores, ends, completion_length, size, scale=scale)
 
 
 def correction_weights(batch: Batch, config: GRPOTrainerConfig) -> torch.Tensor | None:

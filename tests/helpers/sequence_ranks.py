@@ -16,6 +16,7 @@ from grpo_fused import (
     off_policy_mask,
     rollout_weights,
     token_weights,
+    value_loss,
 )
 from grpo_fused.losses.metrics import means
 from grpo_fused.losses.weights import RULES
@@ -97,6 +98,24 @@ def check_normalizers(rank):
         want = token_weights(batch.mask, rule, **more)[:, places]
         got = token_weights(batch.mask[:, places], rule, sequence_group=rank.group, **more)
         assert relative_error(got, want) < 1e-6
+
+
+def check_value_loss(rank):
+    """The value losses and sums of the ranks add up, gradients are those of whole sequences."""
+    for rule in RULES:
+        batch, places = batch_of(2), columns(rank, "zigzag")
+        target = batch.old_logps + batch.ref_logps.flip(0).nan_to_num(0)
+        options = {"normalizer": rule, "max_completion_length": T, "cliprange": 0.3}
+        whole, part = (batch.ref_logps.clone().requires_grad_() for _ in range(2))
+        want = value_loss(whole, target, batch.mask, old_values=batch.old_logps, **options)
+        want.loss.backward()
+        options |= {"old_values": batch.old_logps[:, places], "sequence_group": rank.group}
+        got = value_loss(part[:, places], target[:, places], batch.mask[:, places], **options)
+        got.loss.backward()
+        assert relative_error(rank.sum(got.loss), want.loss) < 2e-6, rule
+        assert relative_error(part.grad[:, places], whole.grad[:, places]) < 2e-6, rule
+        assert relative_error(rank.sum(got.sums), want.sums) < 2e-6, rule
+        assert 0 < want.metrics["value/clip_ratio"] < 1
 
 
 def check_without_a_mask(rank):

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from grpo_fused.advantages import (
-    gae_advantages,
+    SCALES,
     mask_truncated,
+    multi_reward_advantages,
     outcome_advantages,
+    pass_at_k_advantages,
     process_advantages,
-    whiten,
 )
 
 NAN = math.nan
@@ -24,17 +25,37 @@ def std(values):
     return math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1))
 
 
-def equation(rewards, ids, scale, leave_one_out=False):
+def baseline(i, rewards, ids, leave_one_out, lengths):
+    """The mean of the group, of the others of the group, or weighted by lengths."""
+    members = [j for j in range(len(ids)) if ids[j] == ids[i]]
+    if leave_one_out:
+        members.remove(i)
+    weights = [1.0 if lengths is None else lengths[j] for j in members]
+    if sum(weights) == 0:
+        weights = [1.0] * len(members)
+    return sum(w * rewards[j] for w, j in zip(weights, members, strict=True)) / sum(weights)
+
+
+def equation(rewards, ids, scale, leave_one_out=False, lengths=None):
     """The docstring's equation, one completion at a time."""
+    groups = [[r for r, other in zip(rewards, ids, strict=True) if other == own] for own in ids]
+    centred = [
+        rewards[i] - baseline(i, rewards, ids, leave_one_out, lengths) if len(group) > 1 else 0.0
+        for i, group in enumerate(groups)
+    ]
     advantages = []
-    for i, reward in enumerate(rewards):
-        group = [r for r, other in zip(rewards, ids, strict=True) if other == ids[i]]
-        if len(group) == 1:
+    for group, value in zip(groups, centred, strict=True):
+        if len(group) == 1 or (scale == "mean" and mean(group) <= 0):
             advantages.append(0.0)
             continue
-        others = [r for j, r in enumerate(rewards) if ids[j] == ids[i] and j != i]
-        divisor = {"group": std(group) + 1e-4, "batch": std(rewards) + 1e-4, "none": 1.0}[scale]
-        advantages.append((reward - mean(others if leave_one_out else group)) / divisor)
+        divisor = {
+            "group": lambda: std(group) + 1e-4,  # noqa: B023
+            "batch": lambda: std(rewards) + 1e-4,
+            "centred": lambda: std(centred) + 1e-4,
+            "mean": lambda: mean(group),  # noqa: B023
+            "none": lambda: 1.0,
+        }[scale]()
+        advantages.append(value / divisor)
     return advantages
 
 
@@ -47,7 +68,7 @@ def assert_close(got, want, atol=1e-6):
 REWARDS = [0.0, 1.0, 1.0, 0.25, -3.0, 7.5, 0.1, 0.2, 1e-3, 2e-3, 3e-3, 5e-3]
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("group_size", [2, 3, 4, 6, 12])
 def test_groups_of_one_size(group_size, scale):
     got = outcome_advantages(torch.tensor(REWARDS), group_size, scale=scale)
@@ -55,14 +76,46 @@ def test_groups_of_one_size(group_size, scale):
 
 
 IDS = [7, -1, 7, 2**40, -1, 7, 3, 7, -1, 0, 0, -(2**62)]  # groups of 4, 3, 2, 1, 1, 1
+LENGTHS = [301, 0, 17, 5, 40, 2048, 9, 1, 3, 0, 0, 0]  # the group of 2 has no token
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_groups_of_ids(scale, leave_one_out):
-    options = {"scale": scale, "leave_one_out": leave_one_out}
-    got = outcome_advantages(torch.tensor(REWARDS), group_ids=torch.tensor(IDS), **options)
-    assert_close(got, equation(REWARDS, IDS, scale, leave_one_out))
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "lengths"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_groups_of_ids(scale, baseline):
+    options = {} if baseline == "mean" else {"leave_one_out": True}
+    options = {"lengths": LENGTHS} if baseline == "lengths" else options
+    want = equation(REWARDS, IDS, scale, **options)
+    if baseline == "lengths":
+        options["lengths"] = torch.tensor(LENGTHS)
+    rewards, ids = torch.tensor(REWARDS), torch.tensor(IDS)
+    assert_close(outcome_advantages(rewards, group_ids=ids, scale=scale, **options), want)
+
+
+def test_lengths_in_words():
+    """OPO: (10 * 1 + 30 * 0) / 40 = 0.25. Equal lengths weigh nothing."""
+    got = outcome_advantages(
+        torch.tensor([1, 0]), 2, scale="none", lengths=torch.tensor([10.0, 30.0])
+    )
+    assert got.tolist() == [0.75, -0.25]
+    rewards = torch.tensor(REWARDS)
+    got = outcome_advantages(rewards, 4, lengths=torch.full((12,), 7))
+    assert_close(got, outcome_advantages(rewards, 4).tolist(), atol=0)
+
+
+def test_maxrl_in_words():
+    """One pass of four: (1 - 1/4) / (1/4) = 3. Without a pass, and with losses, nothing."""
+    rewards = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, -2, 1, 0, 0])
+    got = outcome_advantages(rewards, 4, scale="mean")
+    assert got.tolist() == [3.0, -1.0, -1.0, -1.0] + [0.0] * 8
+
+
+def test_reinforce_plus_plus_in_words():
+    """Group means are subtracted before the deviation is taken; the batch as one group has none."""
+    rewards = torch.tensor([1.0, 0.0, 11.0, 10.0])
+    got = outcome_advantages(rewards, 2, scale="centred")
+    assert_close(got, [x / (math.sqrt(1 / 3) + 1e-4) for x in (0.5, -0.5, 0.5, -0.5)])
+    spread = math.sqrt(((4.5**2 + 5.5**2) * 2) / 3) + 1e-4
+    assert_close(outcome_advantages(rewards, 4), [x / spread for x in (-4.5, -5.5, 5.5, 4.5)])
 
 
 def test_groups_of_ids_are_independent():
@@ -70,31 +123,40 @@ def test_groups_of_ids_are_independent():
     ids = torch.arange(21) % 3
     rewards = torch.where(ids == 0, 0.1, torch.rand(21))
     rewards[4] = NAN
-    for leave_one_out in (False, True):
-        got = outcome_advantages(rewards, group_ids=ids, leave_one_out=leave_one_out)
+    lengths = torch.arange(21) % 5
+    for options in ({}, {"leave_one_out": True}, {"scale": "mean"}, {"lengths": lengths}):
+        got = outcome_advantages(rewards, group_ids=ids, **options)
         assert got[ids == 0].tolist() == [0.0] * 7
         assert got[ids == 1].isnan().all() and got[ids == 2].isfinite().all()
-    assert outcome_advantages(torch.zeros(0), group_ids=ids[:0]).shape == (0,)
+    for scale in SCALES:
+        assert outcome_advantages(torch.zeros(0), group_ids=ids[:0], scale=scale).shape == (0,)
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_equal_rewards_give_exactly_zero(scale, dtype):
     # The mean of seven times 0.1 is not 0.1 after rounding, in float32 and in float64.
     rewards = torch.tensor([0.1] * 7 + [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=dtype)
-    got = outcome_advantages(rewards, 7, scale=scale)
-    assert got[:7].tolist() == [0.0] * 7
-    assert got[7] > 0 and (got[8:] < 0).all()
+    for lengths in (None, torch.arange(3, 17)):
+        got = outcome_advantages(rewards, 7, scale=scale, lengths=lengths)
+        assert got[:7].tolist() == [0.0] * 7
+        assert got[7] > 0 and (got[8:] < 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64], ids=str)
 def test_every_dtype_gives_float32(dtype):
     rewards = torch.tensor([0, 1, 1, 1, 0, 0])
-    got = outcome_advantages(rewards.to(dtype), 3)
-    assert got.dtype == torch.float32 and torch.equal(got, outcome_advantages(rewards.float(), 3))
+    for advantages in (
+        outcome_advantages,
+        lambda r, size: outcome_advantages(r, size, scale="mean"),
+        lambda r, size: multi_reward_advantages(r[:, None], size),
+        lambda r, size: pass_at_k_advantages(r, 2, size),
+    ):
+        got, want = advantages(rewards.to(dtype), 3), advantages(rewards.float(), 3)
+        assert got.dtype == torch.float32 and torch.equal(got, want) and got[3] > 0
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", ["group", "none", "mean"])
 @pytest.mark.parametrize("num_rewards", [0, 1, 5])
 def test_groups_of_one_have_advantage_zero(scale, num_rewards):
     rewards = [0.5, NAN, 1.5, 2.5, -1.0][:num_rewards]
@@ -153,75 +215,6 @@ def test_equal_step_rewards_or_no_steps_give_exactly_zero():
     assert process_advantages(torch.rand(0, 3), ends[:0], 7, 2).shape == (0, 7)
 
 
-def gae_equation(rewards, values, mask, gamma, lam):
-    """The docstring's recursion, from the last active token."""
-    advantages, returns = torch.zeros(2, *mask.shape, dtype=torch.float64)
-    for b in range(mask.shape[0]):
-        advantage = value = 0.0
-        for t in reversed(range(mask.shape[1])):
-            if mask[b, t]:
-                delta = rewards[b, t].item() + gamma * value - values[b, t].item()
-                advantage = delta + gamma * lam * advantage
-                value = values[b, t].item()
-                advantages[b, t], returns[b, t] = advantage, advantage + value
-    return advantages.tolist(), returns.tolist()
-
-
-def token_batch(B=4, T=37, seed=0):
-    """Rewards, values and a mask with prefixes, holes and an empty row; NaN where masked."""
-    generator = torch.Generator().manual_seed(seed)
-    rewards, values = torch.randn(2, B, T, generator=generator)
-    lengths = torch.randint(T // 2, T + 1, (B, 1), generator=generator)
-    mask = (torch.arange(T) < lengths) & (torch.rand(B, T, generator=generator) < 0.8)
-    mask[-1] = False
-    return rewards.masked_fill(~mask, NAN), values.masked_fill(~mask, NAN), mask
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 1), (1, 1), (0.99, 0), (0, 1)])
-def test_gae(gamma, lam, dtype):
-    rewards, values, mask = token_batch()
-    got = gae_advantages(rewards, values, mask.to(dtype), gamma=gamma, lam=lam)
-    for tensor, want in zip(got, gae_equation(rewards, values, mask, gamma, lam), strict=True):
-        assert_close(tensor, want)
-        assert (tensor[~mask] == 0).all()
-
-
-def test_gae_with_lambda_1_is_the_discounted_return_minus_the_value():
-    rewards, values, _ = token_batch(T=9)
-    rewards, values = rewards.nan_to_num(0), values.nan_to_num(0).requires_grad_()
-    discount = 0.9 ** (torch.arange(9) - torch.arange(9)[:, None]).double()
-    want = rewards.double() @ discount.triu().T
-    advantages, returns = gae_advantages(rewards, values, gamma=0.9, lam=1.0)
-    assert not advantages.requires_grad and not returns.requires_grad
-    assert_close(returns, want.tolist())
-    assert_close(advantages, (want - values).tolist())
-
-
-@pytest.mark.parametrize("decay", [1.0, 0.9999, 0.95, 1e-3, 1e-30, 0.0])
-def test_gae_of_long_sequences(decay):
-    """The reward of the last of 32768 tokens adds decay^n to the token n before it."""
-    rewards = torch.zeros(1, 32768)
-    rewards[0, -1] = 1.0
-    got, _ = gae_advantages(rewards, torch.zeros(1, 32768), gamma=1.0, lam=decay)
-    want = decay ** torch.arange(32767, -1, -1, dtype=torch.float64)[None]
-    assert_close(got, want.tolist(), atol=1e-37)
-    summed, _ = gae_advantages(torch.ones_like(rewards), torch.zeros(1, 32768), lam=decay)
-    assert_close(summed, want.flip(1).cumsum(1).flip(1).tolist())
-
-
-def test_whiten():
-    advantages, _, mask = token_batch()
-    got = whiten(advantages, mask)
-    active = advantages[mask].double()
-    assert_close(got[mask], ((active - active.mean()) / active.std()).tolist())
-    assert (got[~mask] == 0).all()
-    assert whiten(torch.tensor([3.0, NAN]), torch.tensor([1, 0])).tolist() == [0.0, 0.0]
-    assert (
-        whiten(torch.full((3, 2), 0.1)).abs().max() < 1e-6 and whiten(torch.zeros(0)).numel() == 0
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32], ids=str)
 def test_mask_truncated(dtype):
     mask = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 0]]).to(dtype)
@@ -236,16 +229,18 @@ def test_no_synchronisation(where, request):
     def zeros(*shape, dtype=torch.float32):
         return torch.zeros(*shape, dtype=dtype, device=where)
 
-    ids, ends, tokens = zeros(6, dtype=torch.int32), zeros(6, 4, dtype=torch.int64), zeros(6, 9)
+    ids, ends = zeros(6, dtype=torch.int32), zeros(6, 4, dtype=torch.int64)
     if where == "cuda":
         request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
         torch.cuda.set_sync_debug_mode("error")
-    for scale in ("group", "batch", "none"):
+    for scale in SCALES:
         outcome_advantages(zeros(6), 3, scale=scale, leave_one_out=True)
+        outcome_advantages(zeros(6), 3, scale=scale, lengths=ids)
         assert outcome_advantages(zeros(6), group_ids=ids, scale=scale).shape == (6,)
+    assert multi_reward_advantages(zeros(6, 4), group_ids=ids).shape == (6,)
+    assert pass_at_k_advantages(zeros(6), 2, group_ids=ids).shape == (6,)
     assert process_advantages(zeros(6, 4), ends, 9, group_ids=ids).shape == (6, 9)
-    assert gae_advantages(tokens, tokens, tokens)[1].shape == (6, 9)
-    assert whiten(tokens, tokens).shape == mask_truncated(tokens, ids > 0).shape == (6, 9)
+    assert mask_truncated(zeros(6, 9), ids > 0).shape == (6, 9)
 
 
 def outcome(*shape, size=2, **options):
@@ -256,8 +251,12 @@ def process(*shape, ends=((0, 0),), length=3, **options):
     return lambda: process_advantages(torch.zeros(shape), torch.tensor(ends), length, 1, **options)
 
 
-def gae(*rest, **options):
-    return lambda: gae_advantages(torch.zeros(2, 3), *rest, **options)
+def several(*shape, size=2, **options):
+    return lambda: multi_reward_advantages(torch.zeros(shape), size, **options)
+
+
+def passes(*rewards, k=1, size=2, **options):
+    return lambda: pass_at_k_advantages(torch.tensor(rewards), k, size, **options)
 
 
 IDS2, VALUES = torch.tensor([0, 0]), torch.zeros(2, 3)
@@ -267,7 +266,10 @@ BAD = {
     "indivisible": (outcome(6, size=4), "group_size 4 does not divide the 6 rewards"),
     "zero": (outcome(6, size=0), "group_size must be an integer >= 1, got 0"),
     "fraction": (outcome(6, size=1.5), "group_size must be an integer >= 1, got 1.5"),
-    "scale": (outcome(6, scale="one"), "scale must be one of group, batch, none, got 'one'"),
+    "scale": (
+        outcome(6, scale="one"),
+        "scale must be one of group, batch, none, centred, mean, got 'one'",
+    ),
     "neither": (outcome(2, size=None), "exactly one of group_size and group_ids .*got neither"),
     "both": (outcome(2, group_ids=IDS2), "exactly one of group_size and group_ids .*got both"),
     "ids": (outcome(3, size=None, group_ids=IDS2), r"group_ids .*\(3,\) on cpu, got \(2,\)"),
@@ -276,12 +278,25 @@ BAD = {
     "kind of ends": (process(1, 2, ends=((0.5, 1.0),)), "step_ends must be integers"),
     "late step": (process(1, 2, ends=((3, 0),)), "step_ends must be < 3, got 3"),
     "length": (process(1, 2, length=-1), "completion_length must be an integer >= 0, got -1"),
-    "values": (gae(VALUES.T), r"values must have shape \(2, 3\) on cpu, got \(3, 2\)"),
-    "mask": (gae(VALUES, IDS2), r"mask must have shape \(2, 3\)"),
-    "gamma": (gae(VALUES, gamma=1.1), r"gamma must be a number in \[0, 1\], got 1.1"),
-    "lam": (gae(VALUES, lam=NAN), r"lam must be a number in \[0, 1\], got nan"),
+    "lengths": (outcome(4, lengths=IDS2), r"lengths must have shape \(4,\) on cpu, got \(2,\)"),
+    "negative length": (outcome(2, lengths=IDS2 - 1), "lengths must be >= 0, got -1"),
+    "two baselines": (
+        outcome(2, lengths=IDS2, leave_one_out=True),
+        "leave_one_out must be False with lengths, got True",
+    ),
+    "one reward": (several(2), r"rewards must have shape \(B, K\), got \(2,\)"),
+    "weights": (several(2, 3, weights=IDS2), r"weights must have shape \(3,\) .*got \(2,\)"),
+    "group of several": (several(6, 4, size=4), "group_size 4 does not divide the 6 rewards"),
+    "k of 0": (passes(0, 1, k=0), r"k must be an integer in \[1, group_size = 2\], got 0"),
+    "k above the group": (passes(0, 1, k=3), r"k must be an integer in \[1, .* = 2\], got 3"),
+    "k of ids": (passes(0, 1, k=1.5, size=None, group_ids=IDS2), "k must be .* >= 1, got 1.5"),
+    "not binary": (passes(0.0, 0.5), "rewards must be 0 or 1 for pass@k, got 0.5"),
+    "table of passes": (passes([0, 1]), r"rewards must have shape \(B,\), got \(1, 2\)"),
     "truncated": (lambda: mask_truncated(VALUES, IDS2), "truncated must be bool, got torch.int64"),
-    "device": (lambda: whiten(VALUES, VALUES.to("meta")), "mask .*on cpu, got .*on meta"),
+    "device": (
+        lambda: mask_truncated(VALUES, IDS2.bool().to("meta")),
+        "truncated .*on cpu, got .*on meta",
+    ),
 }
 
 

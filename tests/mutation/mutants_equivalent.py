@@ -17,6 +17,9 @@ EQUIVALENT = {
         "5c228046-5e41 metrics._means `True -> False` ...ct(zip(SUMS, sums.unbind(), strict=True))",
         "2b068389-3b84 metrics.means `True -> False` ...ict(zip(MEANS, _means(sums), strict=True))",
     ],
+    "of equal returns only rounding is left, of 1e-16 of their squares": [
+        "71cad55c-96d7 ppo.value_metrics `1e-12 -> 2e-12` ...variance <= 1e-12 * square, 0.0, expl",
+    ],
     "any order of tokens will do, and so few sequences are sorted stably in any case": [
         "16e98c56-7f0a order.order_sequences `True -> False` ...(torch.uint8).argsort(stable=True)",
         "1eaf235e-a609 order._order `2 -> 3` rank = 2 - active.to(torch.uint8) - wanted.to(torch.u",
@@ -67,6 +70,7 @@ EQUIVALENT = {
         "ff05981c-3e20 sequence_objectives.Vespo.evaluate `0.0 -> 1.0` ...re(nothing, 0.0, -phi *",
     ],
     "a check of ourselves, which never fails": [
+        "ffdb1da4-5ef4 ppo.value_metrics `True -> False` ...ined)).float().unbind(), strict=True))",
         "5c228046-8f64 metrics.as_dict `True -> False` ...METRICS, metrics.unbind(), strict=True))",
         "cfb4ebc2-d4e7 launchers.reduce `True -> False` ...((sums, metrics), values, strict=True):",
         "9e6ac2fb-d3d2 rows._matrices `True -> False` ...e else t for t in tensors), strict=True))",
@@ -80,14 +84,12 @@ EQUIVALENT = {
         "2f7283db-46a5 reduce._rescale_kernel `0.0 -> 1.0` ... remaining, 0.0).to(tl.float32) * fa",
     ],
     "an empty group more": [
-        "88aa6860-db0e advantages.process_advantages `1 -> 2` ...ten(), labels, num_sequences + 1)",
-        "14688ab1-2270 advantages._compare `1 -> 2` ...range(num_labels + 1, device=labels.device)",
+        "c19a4beb-73e7 advantages.process_advantages `1 -> 2` ...Groups(labels, num_sequences + 1)",
+        "649e9e9c-de63 advantages.multi_reward_advantages `1 -> 2` ...B * K).flatten(), B * K + 1)",
+        "14688ab1-8f35 groups.Groups.__init__ `1 -> 2` ...ge(num_labels + 1, device=labels.device)",
     ],
     "a step as long as the row finds nothing to add": [
-        "61c76e43-5efe advantages._suffix_scan `Lt -> LtE` while step < x.shape[1]:",
-    ],
-    "behind the last token stands T either way": [
-        "67b669de-2e6a advantages.gae_advantages `True -> False` ..., 1), value=True), tokens, act",
+        "61c76e43-5efe advantages.suffix_scan `Lt -> LtE` while step < x.shape[1]:",
     ],
     "an int32 shifted by 32 is its sign too": [
         "51bf64c3-3b84 corrections._swap_order `31 -> 32` ...^ ((bits >> 31) & torch.iinfo(torch.i",
@@ -104,7 +106,7 @@ EQUIVALENT = {
         "ba3c6475-4150 kl.k3 `no min` ...torch.expm1(difference.clamp(-80.0, 80.0))  # accurate fo",
     ],
     "only the rounding of sums depends on the order within a group": [
-        "e66dd3d4-2a38 advantages._compare `True -> False` order = labels.argsort(stable=True)",
+        "3bd31f48-b56b groups.Groups.__init__ `True -> False` ...der = labels.argsort(stable=True)",
         "0aac029f-ea88 advantages.process_advantages `True -> False` ...s.sort(dim=1, stable=True)",
     ],
     "only time depends on it: masked rows are computed and selected away": [

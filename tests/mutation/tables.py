@@ -29,7 +29,8 @@ QUICK_TESTS = {
     "packing": "packing -k triton",
     "validation": "validation",
     "corrections": "corrections -k 'not ranks'",
-    "advantages": "advantages",
+    "advantages": "advantages multi_advantages",
+    "ppo": "ppo value_loss",
     "memory": "memory",
     "sums": "reduce",
     "shards": "merge",
@@ -38,7 +39,7 @@ QUICK_TESTS = {
 }
 LOSSES = (
     "equalities edges family autograd selected_away masks loss selective_log_softmax extremes "
-    "weights_and_metrics invariants far memory objectives launches corrections rows layouts "
+    "weights_and_metrics invariants far memory objectives launches corrections rows layouts ppo "
     "packing reduce merge"
 )
 SLOW_TESTS = {
@@ -46,7 +47,8 @@ SLOW_TESTS = {
     "triton": f"layouts | family -k in_triton | {LOSSES} -k 'not torch'",
     "memory": "memory",
     "whole": LOSSES,
-    "advantages": "advantages edges",
+    "advantages": "advantages multi_advantages ppo edges",
+    "ppo": "ppo value_loss edges",
     "head": ("linear linear_cost linear_use linear_compile linear_products -k 'not triton'"),
     "shards": "merge",
 }
@@ -59,10 +61,12 @@ KILLERS = {
     "grpo_fused/losses/weights.py": ("weights family bounds", "torch"),
     "grpo_fused/losses/on_logps.py": ("family bounds", "torch"),
     "grpo_fused/losses/metrics.py": ("family bounds", "torch"),
-    "grpo_fused/sequences.py": ("family bounds", "torch"),
+    "grpo_fused/sequences.py": ("ppo family bounds", "torch"),
     "grpo_fused/parallel.py": ("shards", "shards"),
     "grpo_fused/corrections.py": ("corrections bounds", "torch"),
-    "grpo_fused/advantages.py": ("advantages", "advantages"),
+    "grpo_fused/advantages.py": ("advantages ppo", "advantages"),
+    "grpo_fused/groups.py": ("advantages", "advantages"),
+    "grpo_fused/ppo.py": ("ppo", "ppo"),
     "grpo_fused/arguments.py": ("family bounds validation", "whole"),
     "grpo_fused/torch_backend/rows.py": ("rows family bounds", "torch"),
     "grpo_fused/torch_backend/launchers.py": ("family rows bounds", "torch"),

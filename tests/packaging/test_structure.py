@@ -22,8 +22,9 @@ SOURCES = sorted([*ROOT.glob("grpo_fused/**/*.py"), *ROOT.glob("kernels/*.py")])
 ORDER = [
     ["kernels"],
     ["bundles", "checks", "collectives"],
-    ["sequences"],
+    ["sequences", "groups"],
     ["losses", "advantages", "corrections", "support"],
+    ["ppo"],
     ["torch_backend"],
     ["head", "parallel"],
     ["ops"],

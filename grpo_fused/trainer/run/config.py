@@ -14,6 +14,8 @@ from grpo_fused.validation import check_objective
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
+BASELINES = ("group", "leave_one_out", "length", "batch")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -68,8 +70,23 @@ class GRPOTrainerConfig:
     # Rewards and advantages
     scale_rewards: str = option(
         "group",
-        "divide centred rewards by the standard deviation of the group or batch, or not at all",
+        "divide centred rewards by the standard deviation of the group or batch, by that of the "
+        "centred rewards of the batch (REINFORCE++), by the group's mean (MaxRL), or not at all",
         choices=SCALES,
+    )
+    baseline: str = option(
+        "group",
+        "subtract the mean of the group, of its others (RLOO), of its tokens (length: OPO), or of "
+        "the batch, which then is the one group (REINFORCE++)",
+        choices=BASELINES,
+    )
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize",
+        "normalize_then_sum: normalise every reward on its own before they are weighted (GDPO)",
+        choices=AGGREGATIONS,
+    )
+    pass_at_k: int | None = option(
+        None, "advantages for pass@k, of rewards that are 0 or 1; none: of each completion", low=1
     )
 
     # The loss
@@ -188,6 +205,7 @@ class GRPOTrainerConfig:
                 f"minibatches must divide prompts_per_rollout x num_generations = {rows}, "
                 f"got {self.minibatches}"
             )
+        self._check_advantages()
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
         if floor is not None and floor >= cap:
             raise ValueError(
@@ -209,6 +227,25 @@ class GRPOTrainerConfig:
                 "reference_refresh_rollouts requires beta > 0, because only the KL penalty uses "
                 f"a reference model, got {self.reference_refresh_rollouts} with beta {self.beta}"
             )
+
+    def _check_advantages(self):
+        """Checks that no setting of the advantages would be ignored."""
+        if self.pass_at_k is not None and self.pass_at_k > self.num_generations:
+            raise ValueError(
+                f"pass_at_k must be at most num_generations = {self.num_generations}, "
+                f"got {self.pass_at_k}"
+            )
+        other = None if self.pass_at_k is None else "pass_at_k"
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            if other:
+                raise ValueError(
+                    "pass_at_k must be none with multi_objective_aggregation normalize_then_sum, "
+                    f"got {self.pass_at_k}"
+                )
+            other = "multi_objective_aggregation normalize_then_sum"
+        for name in ("scale_rewards", "baseline"):
+            if other and getattr(self, name) != "group":
+                raise ValueError(f"{name} must be group with {other}, got {getattr(self, name)!r}")
 
     @property
     def objective_or_default(self) -> Any:

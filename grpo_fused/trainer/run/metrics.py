@@ -11,7 +11,7 @@ from grpo_fused.trainer.rollouts.rollout import Rollout
 
 def rollout_metrics(
     ranks: Ranks, rollout: Rollout, scores: RewardScores, group_size: int
-) -> tuple[dict[str, float], torch.Tensor]:
+) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
     """Combines rewards and lengths of all ranks, in one exchange of tensors.
 
     Args:
@@ -21,7 +21,8 @@ def rollout_metrics(
         group_size: completions per prompt.
 
     Returns:
-        (metrics, rewards): dict of floats; (B,) float32 on the CPU, total rewards of all ranks.
+        (metrics, rewards, each): dict of floats; total rewards (B,) and those of the K functions
+        (B, K) of all ranks, float32 on the CPU.
     """
     names = list(scores.each)
     lengths = torch.tensor([float(len(ids)) for ids in rollout.completion_ids])
@@ -30,7 +31,8 @@ def rollout_metrics(
     columns = [scores.total, lengths, prompts, truncated, *(scores.each[name] for name in names)]
     columns = torch.stack([column.detach().float().cpu() for column in columns], dim=1)
     columns = ranks.gather(columns.to(ranks.accelerator.device)).cpu()
-    rewards, lengths, prompts, truncated, *each = columns.unbind(1)
+    rewards, lengths, prompts, truncated, *_ = columns.unbind(1)
+    each = columns[:, 4:]
 
     groups = rewards.view(-1, group_size)
     stds = groups.std(1) if group_size > 1 else groups.new_zeros(len(groups))
@@ -48,14 +50,14 @@ def rollout_metrics(
         "completions/clipped_ratio": truncated.mean(),
         "prompts/mean_length": prompts.mean(),
     }
-    for name, values in zip(names, each, strict=True):
+    for name, values in zip(names, each.unbind(1), strict=True):
         combined[f"rewards/{name}"] = values.nanmean()
     logged = {}
     for of_rank in ranks.gather_objects(scores.metrics):
         for name, values in of_rank.items():
             logged[name] = [*logged.get(name, ()), *values]
     combined |= {name: sum(values) / len(values) for name, values in logged.items()}
-    return {name: float(value) for name, value in combined.items()}, rewards
+    return {name: float(value) for name, value in combined.items()}, rewards, each
 
 
 def step_metrics(
