@@ -162,15 +162,19 @@ def launch_fused_loss(
     kl_estimator="k3",
     bias_correction=True,
     over=None,
+    upcast=False,
 ):
     """Launch the fused loss on (B, T + 1, V) zeros with every optional input of a token present.
 
     Args:
         scale, temperature: factors of the loss that may change from step to step.
         over: `OverSupport`, with a support; None: without one.
+        upcast: logits in float32, whose gradient has memory of its own in the dtype.
     """
     objective = objective or Clip(0.2, 0.2 * scale, 4.0 * scale)
-    logits = torch.zeros(B, T + 1, V, dtype=dtype)
+    logits = dlogits = torch.zeros(B, T + 1, V, dtype=torch.float32 if upcast else dtype)
+    if upcast:
+        dlogits = torch.zeros(B, T + 1, V, dtype=dtype)
     values = torch.zeros(B, T)
     launchers.fused_loss(
         logits,
@@ -183,7 +187,7 @@ def launch_fused_loss(
         Outputs(
             *(values for _ in range(5)),
             entropies=values if entropy or bonus else None,
-            dlogits=logits if gradient else None,
+            dlogits=dlogits if gradient else None,
         ),
     )
 
@@ -249,6 +253,7 @@ CASES = {
     "loss + gradient, entropy": functools.partial(launch_fused_loss, entropy=True),
     "loss + gradient, entropy bonus": functools.partial(launch_fused_loss, bonus=True),
     "loss + gradient, softcap": functools.partial(launch_fused_loss, softcap=30.0),
+    "loss + gradient, float32 logits": functools.partial(launch_fused_loss, upcast=True),
     "loss": functools.partial(launch_fused_loss, gradient=False),
     "statistics, support": functools.partial(launch_logprob, entropy=True, kept=True),
     "gradient, support": functools.partial(launch_logprob, gradient=True, entropy=True, kept=True),
@@ -272,8 +277,9 @@ def measure(target, dtype, V=151_936, cases=CASES):
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     for case, run in cases.items():
         launches = functools.partial(run, DTYPES[dtype], V)
+        of_logits = "fp32" if "float32 logits" in case else dtype
         for kernel, compiled in compile_launches(target, launches):
-            figures.append(Figures(target, kernel, dtype, case, **read(compiled, dtype)))
+            figures.append(Figures(target, kernel, dtype, case, **read(compiled, of_logits)))
     return figures
 
 

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import providers
 from grpo_fused import Clip, linear_grpo_loss, linear_selective_log_softmax
+from grpo_fused.bundles import Chunking
 from grpo_fused.head.chunks import chunk_limit, chunk_rows, logits_memory
 from grpo_fused.inputs import default_chunk_bytes
 
@@ -95,8 +96,9 @@ def bare_matmuls(hidden, weight, mask, backward):
     """
     rows, weight = hidden.detach()[mask != 0], weight.detach()
     V = len(weight)
-    budget = default_chunk_bytes(hidden.device, V, hidden.dtype)
-    length = chunk_rows(len(rows), chunk_limit(V, hidden.dtype, budget))
+    budget = default_chunk_bytes(hidden.device, V, hidden.dtype, hidden.dtype)
+    chunking = Chunking(hidden.dtype, hidden.dtype, None, None, budget)
+    length = chunk_rows(len(rows), chunk_limit(V, chunking))
     memory = logits_memory(length, V, hidden.dtype, hidden.device)
     drows, dweight = torch.empty_like(rows), torch.empty_like(weight)
 

@@ -91,7 +91,8 @@ def seconds(gpu, row):
     """Predicted time of a whole step of ours."""
     if row.H is not None:
         loss = seconds(gpu, row._replace(title=IN_PLACE, H=None))
-        chunks = math.ceil(2 * row.active * row.V / 2**30)
+        loss += 2 * row.V * row.active / gpu.bandwidth  # logits are float32, their gradient is not
+        chunks = math.ceil(6 * row.active * row.V / 2**31)
         sums = 8 * row.V * row.H * (chunks - 1) / gpu.bandwidth  # read and written in float32
         return floor(gpu, row) + loss + sums
     resident = gpu.multiprocessors * (2 if 2 * row.V <= 128 * 1024 else 1)  # launch.CHOICES

@@ -177,10 +177,11 @@ class Head(NamedTuple):
 class Chunking(NamedTuple):
     """How a head is applied: in which dtype, to which tokens in which order, how many at a time."""
 
-    dtype: torch.dtype  # of the logits and the matmuls
+    dtype: torch.dtype  # of the operands of the matmuls, the gradient of the logits among them
+    logits_dtype: torch.dtype  # the same, or float32
     order: Tensor | None  # (B * T,) indices: tokens with gradient, active ones, masked ones
     counts: Tensor | None  # (2,) on the CPU: how many tokens have a gradient, how many are active
-    chunk_bytes: int  # memory for the logits of a chunk
+    chunk_bytes: int  # memory for the logits of a chunk and for their gradient
 
 
 class Gradients(NamedTuple):

@@ -148,6 +148,7 @@ def linear_grpo_loss(
     bias: Tensor | None = None,
     chunk_bytes: int | None = None,
     upcast: bool = False,
+    logits_dtype: torch.dtype | None = None,
     main_grad: Tensor | None = None,
     reduce_hidden_grad: bool = True,
     **options: Unpack[LossOptions],
@@ -169,10 +170,14 @@ def linear_grpo_loss(
             float32. A frozen head costs neither the matmul of its gradient nor its memory.
         completion_ids, completion_mask, advantages, and keywords not listed here: as `grpo_loss`.
         bias: (V,) or None.
-        chunk_bytes: memory for the logits of a chunk; None = 1 GiB, on a CPU 32 MiB or 240 rows.
-            A sequence-level loss computes logits twice if a sequence does not fit.
+        chunk_bytes: memory for the logits of a chunk and their gradient; None = 1 GiB, 2 GiB for
+            float32 logits of a half-precision head, on a CPU 32 MiB or 240 rows. A sequence-level
+            loss computes logits twice if a sequence does not fit.
         upcast: compute logits and gradients in float32, regardless of the dtypes of hidden and
-            weight.
+            weight: float32 matmuls.
+        logits_dtype: of the logits of a half-precision head: torch.float32, in which the products
+            of its matmul are exact, or that of the head, to which they are rounded. None = float32,
+            on AMD GPUs that of the head. Their gradient has the dtype of the head either way.
         main_grad: (V, H) float32 that any backward adds the gradient of weight to, as Megatron
             keeps it; weight.grad stays as it is.
         reduce_hidden_grad: with a vocab_parallel_group, of which every rank holds rows of weight
@@ -204,6 +209,7 @@ def linear_grpo_loss(
         ids=completion_ids,
         chunk_bytes=chunk_bytes,
         upcast=upcast,
+        logits_dtype=logits_dtype,
         main_grad=main_grad,
     )
     return compute_loss(source, completion_mask, advantages, resolved)

@@ -13,7 +13,7 @@ from grpo_fused.autograd.head import LinearLogProb, LinearLoss, run_linear_logpr
 from grpo_fused.autograd.head_losses import LogpsLosses, TokenLosses
 from grpo_fused.autograd.logits import FusedLoss, LogProb, run_fused_loss, run_logprob
 from grpo_fused.bundles import Chunking, Gradients, Head, LogProbs, OverSupport
-from grpo_fused.head.chunks import chunk_limit, logits_bytes
+from grpo_fused.head.chunks import adds_up_in_float32, chunk_limit, logits_bytes
 from grpo_fused.head.order import (
     group_sequences,
     order_sequences,
@@ -24,16 +24,17 @@ from grpo_fused.losses.on_logps import loss_on_logps
 from grpo_fused.parallel import Shards, in_shard, largest_shard
 
 # Logits of a chunk. On a GPU long enough for its matmuls to be bound by arithmetic and for few
-# updates of dW; on a CPU about the size of its caches, but no fewer rows than a fast matmul needs.
+# updates of dW; twice as much if their gradient is apart, in three times the bytes. On a CPU about
+# the size of its caches, but no fewer rows than a fast matmul needs.
 CHUNK_BYTES = 1 << 30
 CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 32 << 20, 240
 
 
-def default_chunk_bytes(device, V, dtype):
+def default_chunk_bytes(device, V, dtype, logits_dtype):
     """Budget for the logits (n, V) of a chunk; it does not depend on how much memory is free."""
     if device.type != "cpu":
-        return CHUNK_BYTES
-    return max(CPU_CHUNK_BYTES, CPU_CHUNK_ROWS * logits_bytes(1, V, dtype))
+        return CHUNK_BYTES if dtype == logits_dtype else 2 * CHUNK_BYTES
+    return max(CPU_CHUNK_BYTES, CPU_CHUNK_ROWS * logits_bytes(1, V, dtype, logits_dtype))
 
 
 def which_logprobs(tokens, over, entropy):
@@ -124,6 +125,7 @@ class HeadInput:
     upcast: bool = False
     main_grad: Tensor | None = None
     save_logits: bool = False
+    logits_dtype: torch.dtype | None = None
     shards: Shards | None = None
     name, columns, by_sequence = "hidden", "H", False
 
@@ -146,7 +148,7 @@ class HeadInput:
 
     @property
     def dtype(self):
-        """Of the logits."""
+        """Of the operands of the matmuls."""
         device = self.tensor.device.type
         if self.upcast:
             return torch.float32
@@ -221,8 +223,7 @@ class HeadInput:
             return losses._replace(chunking=chunking)
         order, by_sequence = order_sequences(local, wanted)
         chunking = self._chunking(order, V, losses.depth)
-        limit = chunk_limit(len(self.weight), self.dtype, chunking.chunk_bytes)
-        groups = group_sequences(by_sequence.on_host, limit)
+        groups = group_sequences(by_sequence.on_host, chunk_limit(len(self.weight), chunking))
         rows = tokens.ids.numel() if order.counts is None else int(order.counts[1])
         # On a device wrong cu_seqlens may end before the tokens do: see `sequences.Packed`.
         if groups is None or sum(by_sequence.on_host) != rows:
@@ -231,14 +232,23 @@ class HeadInput:
 
     def _chunking(self, order, V=None, depth=1):
         """`Chunking` for `depth` chunks at a time, of as many rows as fit with V columns."""
-        own = len(self.weight)
+        own, dtypes = len(self.weight), (self.dtype, self._dtype_of_logits())
         V, chunk_bytes = own if V is None else V, self.chunk_bytes
         if chunk_bytes is None:
-            chunk_bytes = default_chunk_bytes(self.tensor.device, V, self.dtype)
+            chunk_bytes = default_chunk_bytes(self.tensor.device, V, *dtypes)
+        chunking = Chunking(*dtypes, *order, chunk_bytes // depth)
         if V != own or depth > 1:
-            rows = chunk_limit(V, self.dtype, chunk_bytes // depth)
-            chunk_bytes = logits_bytes(rows, own, self.dtype)
-        return Chunking(self.dtype, *order, chunk_bytes)
+            chunk_bytes = logits_bytes(chunk_limit(V, chunking), own, *dtypes)
+            chunking = chunking._replace(chunk_bytes=chunk_bytes)
+        return chunking
+
+    def _dtype_of_logits(self):
+        """float32 where half-precision matrices multiply into it at no loss of speed."""
+        if self.logits_dtype is not None:
+            return self.logits_dtype
+        device = self.tensor.device
+        into_float32 = device.type == "cpu" or adds_up_in_float32(device, self.dtype)
+        return torch.float32 if into_float32 else self.dtype
 
     def _head(self):
         return Head(self.tensor, self.weight, self.bias)

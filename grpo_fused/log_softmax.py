@@ -2,6 +2,7 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -98,6 +99,7 @@ def linear_selective_log_softmax(
     bias: Tensor | None = None,
     chunk_bytes: int | None = None,
     upcast: bool = False,
+    logits_dtype: torch.dtype | None = None,
     main_grad: Tensor | None = None,
     save_logits: bool = False,
     reduce_hidden_grad: bool = True,
@@ -116,6 +118,7 @@ def linear_selective_log_softmax(
     bias: Tensor | None = None,
     chunk_bytes: int | None = None,
     upcast: bool = False,
+    logits_dtype: torch.dtype | None = None,
     main_grad: Tensor | None = None,
     save_logits: bool = False,
     reduce_hidden_grad: bool = True,
@@ -134,6 +137,7 @@ def linear_selective_log_softmax(
     bias: Tensor | None = None,
     chunk_bytes: int | None = None,
     upcast: bool = False,
+    logits_dtype: torch.dtype | None = None,
     main_grad: Tensor | None = None,
     save_logits: bool = False,
     reduce_hidden_grad: bool = True,
@@ -147,7 +151,8 @@ def linear_selective_log_softmax(
 
     Args:
         hidden: (B, T, H), (B, T + 1, H) or (N, H).
-        weight, bias, chunk_bytes, upcast, main_grad, reduce_hidden_grad: as `linear_grpo_loss`.
+        weight, bias, chunk_bytes, upcast, logits_dtype, main_grad, reduce_hidden_grad: as
+            `linear_grpo_loss`.
         ids: (B, T) or (N,) integer.
         mask: of the shape of ids, nonzero = active; None = all active. Masked tokens are not
             computed.
@@ -170,6 +175,7 @@ def linear_selective_log_softmax(
         ids_name="ids",
         chunk_bytes=chunk_bytes,
         upcast=upcast,
+        logits_dtype=logits_dtype,
         main_grad=main_grad,
         save_logits=save_logits,
     )

@@ -154,6 +154,11 @@ def check_head(source):
                 f"{name} is {tensor.dtype}, hidden is {source.dtype}: convert one of them, use "
                 "autocast, or pass upcast=True for float32 logits"
             )
+    if source.logits_dtype not in (None, torch.float32, source.dtype):
+        raise ValueError(
+            f"logits_dtype must be torch.float32, {source.dtype} or None, "
+            f"got {source.logits_dtype!r}"
+        )
     if main_grad is None:
         return
     if main_grad.dtype != torch.float32 or main_grad.requires_grad:

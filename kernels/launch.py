@@ -18,6 +18,7 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret
 REGISTERS = 65_536  # of an NVIDIA multiprocessor, sm_80 to sm_100
 ALIGNMENT = 16  # bytes
+ROW_PADDING = 8  # columns, to which `head.chunks.logits_memory` rounds the length of a row
 ON_HOST = contextlib.nullcontext()
 
 
@@ -46,7 +47,8 @@ class Blocks(NamedTuple):
     A block has UNROLL x THREADS x VECTOR columns. VECTOR columns are one load of a thread: 128
     bits, or fewer if some row of the logits is not aligned to that. Rows of the gradient are
     aligned to STORE_VECTOR columns, which do not affect the order of additions. V is a multiple of
-    COLUMNS.
+    COLUMNS. Rows of a gradient that is not in place are V columns apart, or as many as the next
+    multiple of PADDING.
     """
 
     THREADS: int
@@ -54,6 +56,7 @@ class Blocks(NamedTuple):
     VECTOR: int
     STORE_VECTOR: int
     COLUMNS: int
+    PADDING: int
 
 
 # "Predicted" choices come from offline compilation (`python -m benchmarks.aot`); no GPU has
@@ -118,18 +121,18 @@ def choose(V, itemsize, device):
 
 
 @functools.cache
-def _plan(choices, device, V, itemsize, width, store, min_blocks_per_sm):
+def _plan(choices, device, V, itemsize, width, store, padding, min_blocks_per_sm):
     """(programs that fill the device once, keywords of a launch) for a kernel over rows.
 
     Args:
         choices: CHOICES, a key of the cache.
-        width, store: `vector_width` of the logits and of the gradient.
+        width, store, padding: `vector_width` of the logits and of the gradient, its row_padding.
         min_blocks_per_sm: as `launch_rows`.
     """
     choice = choose(V, itemsize, device)
     unroll = choice.unroll * (16 // itemsize) // width  # as many columns per thread
     options = {
-        "blocks": Blocks(choice.threads, unroll, width, store, math.gcd(V, width)),
+        "blocks": Blocks(choice.threads, unroll, width, store, math.gcd(V, width), padding),
         "num_warps": choice.threads // device.warp_size,
         "enable_fp_fusion": True,
     }
@@ -149,6 +152,15 @@ def vector_width(matrix):
 
 def aligned(tensor):
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def row_padding(dlogits, V):
+    """1 if rows (B, L, V) are V columns apart, else the multiple that they are rounded up to."""
+    if dlogits.stride(1) == V or dlogits.shape[:2].numel() == 1:
+        return 1
+    if dlogits.stride(1) != -(-V // ROW_PADDING) * ROW_PADDING:
+        raise ValueError(f"rows of a gradient must be {V} columns apart, got {dlogits.stride(1)}")
+    return ROW_PADDING
 
 
 def argument(value):
@@ -175,8 +187,8 @@ def launch_rows(function, logits, *args, dlogits=None, persistent=False, min_blo
         function: kernel with the parameters logits_ptr, stride_sequence, stride_position, rows
             (B * L), positions (L), V; then `args`; then the constexpr `blocks`.
         logits: (B, L, V).
-        dlogits: (B, L, V), contiguous or `logits` itself, that the kernel writes; None if it writes
-            nothing of that size.
+        dlogits: (B, L, V) that the kernel writes, `logits` itself, or contiguous but for rows that
+            are padded to a multiple of ROW_PADDING; None if it writes nothing of that size.
         persistent: whether the kernel loops over rows; the grid then fills the device once.
         min_blocks_per_sm: bound registers so that this many times the resident programs of CHOICES
             fit a multiprocessor; 0 leaves it to the compiler.
@@ -186,11 +198,17 @@ def launch_rows(function, logits, *args, dlogits=None, persistent=False, min_blo
     if rows == 0:
         return
     width = vector_width(logits)
-    store = width if dlogits is None else min(width, vector_width(dlogits))
+    store, padding = width, 1
+    if dlogits is not None:
+        store = min(width, vector_width(dlogits))
+        if dlogits.data_ptr() != logits.data_ptr():
+            padding = row_padding(dlogits, V)
     with on_device(logits):
         device = device_of(logits.device.index)
         itemsize = logits.element_size()
-        fill, options = _plan(CHOICES, device, V, itemsize, width, store, min_blocks_per_sm)
+        fill, options = _plan(
+            CHOICES, device, V, itemsize, width, store, padding, min_blocks_per_sm
+        )
         if persistent:
             programs = min(rows, fill)
         shape = (logits, *logits.stride()[:2], rows, positions, V)

@@ -23,10 +23,13 @@ from .support import add_kept_gradient, keep_logits, kept_columns, kept_statisti
 
 @triton.jit
 def gradient_pointer(dlogits, x_ptr, row, V, blocks: tl.constexpr):
-    """Start of a row of the gradient: contiguous or, for `IN_PLACE`, where the logits are."""
+    """Start of a row of the gradient: in memory of its own or, for `IN_PLACE`, over the logits."""
     if hasattr(dlogits, "dtype"):
-        BYTES: tl.constexpr = blocks.STORE_VECTOR * x_ptr.dtype.element_ty.primitive_bitwidth // 8
-        return tl.multiple_of(dlogits + row.to(tl.int64) * V, BYTES)
+        BYTES: tl.constexpr = blocks.STORE_VECTOR * dlogits.dtype.element_ty.primitive_bitwidth // 8
+        columns = V
+        if blocks.PADDING > 1:
+            columns = tl.cdiv(V, blocks.PADDING) * blocks.PADDING
+        return tl.multiple_of(dlogits + row.to(tl.int64) * columns, BYTES)
     else:
         return x_ptr
 

@@ -42,8 +42,7 @@ def make_gradients(head, chunking, tokens, wanted, exact=False):
     if wanted[0]:
         dhidden = allocate(hidden.shape, hidden.dtype, hidden.device)
     if wanted[1]:
-        limit = chunk_limit(len(weight), chunking.dtype, chunking.chunk_bytes)
-        single_chunk = num_rows(tokens, chunking) <= limit
+        single_chunk = num_rows(tokens, chunking) <= chunk_limit(len(weight), chunking)
         rounded = single_chunk and not exact and weight.dtype == chunking.dtype
         dweight = allocate(weight.shape, weight.dtype if rounded else torch.float32, weight.device)
     if wanted[2]:
@@ -100,7 +99,7 @@ def run_linear_logprob(
     logits = None
     if save_logits and gradient:
         rows, V = num_rows(tokens, chunking), len(head.weight)
-        logits = logits_memory(rows, V, chunking.dtype, head.hidden.device)
+        logits = logits_memory(rows, V, chunking.logits_dtype, head.hidden.device)
     BACKENDS[backend].linear_logprob_fwd(
         in_dtype(head, chunking), chunking, tokens, scales, statistics, logits, sharded
     )

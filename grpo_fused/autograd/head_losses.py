@@ -104,13 +104,14 @@ class LogpsLosses(NamedTuple):
         tokens, chunks = self._packed_tokens(chunked), list(self._chunks(chunked))
         rows = max((stop - start for start, _, stop, _ in chunks), default=0)
         memory = [chunked.memory(rows) for _ in chunks[: self.depth]]
+        gradient = chunked.gradient_memory(rows)
         pending = deque()
         for k, place in enumerate(chunks):
             pending.append(self._start(chunked, tokens, *place, memory[k % self.depth]))
             if len(pending) == self.depth:
-                self._finish(chunked, pending.popleft(), packed)
+                self._finish(chunked, pending.popleft(), packed, gradient)
         for chunk in pending:
-            self._finish(chunked, chunk, packed)
+            self._finish(chunked, chunk, packed, gradient)
         chunked.unpack_outputs(results, packed)
         if self.shards is not None and gradients.hidden is not None:
             reduce_hidden_grad(self.shards, gradients.hidden)
@@ -143,7 +144,7 @@ class LogpsLosses(NamedTuple):
         exchange = exchange_statistics(self.shards, found) if sharded else None
         return Chunk(start, middle, stop, states, logits, part, sequences, found, exchange)
 
-    def _finish(self, chunked, chunk, packed):
+    def _finish(self, chunked, chunk, packed, gradient):
         """Write the log-probabilities of a chunk and add its gradients."""
         found, n = chunk.found, chunk.middle - chunk.start
         if chunk.exchange is not None:
@@ -155,11 +156,13 @@ class LogpsLosses(NamedTuple):
             derivatives = self._derivatives(found, chunk.tokens, chunk.sequences)
             bundles = (chunk.tokens.of_softmax(), found, derivatives)
             tokens, statistics, derivatives = (slice_tokens(b, 0, n) for b in bundles)
-            rows = chunk.logits[None, :n]
+            rows = chunk.logits[:n]
+            dlogits = rows if gradient is None else gradient[:n]
+            derivatives = derivatives._replace(dlogits=dlogits[None])
             BACKENDS[self.backend].logprob_bwd(
-                rows, tokens, self.scales, statistics, derivatives._replace(dlogits=rows)
+                rows[None], tokens, self.scales, statistics, derivatives
             )
-            chunked.backward(chunk.start, chunk.middle, chunk.states[:n], chunk.logits[:n])
+            chunked.backward(chunk.start, chunk.middle, chunk.states[:n], dlogits)
 
     def _packed_tokens(self, chunked):
         """Tokens in the order of the head: values per token (1, n), those per sequence as (B,)."""

@@ -17,14 +17,16 @@ TRANSPOSED_BYTES = 1 << 20  # of logits made as (V, n), at a time: they stay in 
 TRANSPOSED_ROWS = 256  # more rows were not faster that way
 
 
-def logits_bytes(rows, V, dtype):
-    """Bytes of `logits_memory`."""
-    return rows * _padded(V) * dtype.itemsize
+def logits_bytes(rows, V, dtype, logits_dtype):
+    """Bytes of logits (n, V) and of their gradient, which overwrites them if it has their dtype."""
+    size = logits_dtype.itemsize + (0 if dtype == logits_dtype else dtype.itemsize)
+    return rows * _padded(V) * size
 
 
-def chunk_limit(V, dtype, budget):
-    """Rows of logits (n, V) that fit a budget of bytes."""
-    return max(1, budget // logits_bytes(1, V, dtype))
+def chunk_limit(V, chunking):
+    """Rows of logits (n, V) that fit a chunk."""
+    row = logits_bytes(1, V, chunking.dtype, chunking.logits_dtype)
+    return max(1, chunking.chunk_bytes // row)
 
 
 def round_up(n, multiple):
@@ -51,7 +53,7 @@ def logits_memory(rows, V, dtype, device):
 
 
 def adds_up_in_float32(device, dtype):
-    """Whether a matmul of half-precision matrices can add to a float32 one."""
+    """Whether the device multiplies half-precision matrices into a float32 one."""
     return dtype != torch.float32 and device.type == "cuda" and torch.version.hip is None
 
 
@@ -71,8 +73,8 @@ class ChunkedHead:
     def __init__(self, head, chunking, ids, gradients, accumulate=False, packs=False):
         positions, (_, self.T) = head.hidden.shape[1], ids.shape
         self.hidden, self.weight = head.hidden.flatten(0, 1), head.weight
-        self.dtype = chunking.dtype
-        self.bias = None if head.bias is None else head.bias.to(self.dtype)
+        self.dtype, self.logits_dtype = chunking.dtype, chunking.logits_dtype
+        self.bias = None if head.bias is None else head.bias.to(self.logits_dtype)
         order = chunking.order
         self.with_gradient = self.active = ids.numel()
         if order is not None:
@@ -91,8 +93,7 @@ class ChunkedHead:
             for gradient in (None if accumulate else self.dweight, self.dbias):
                 if gradient is not None:
                     gradient.zero_()
-        limit = chunk_limit(len(self.weight), self.dtype, chunking.chunk_bytes)
-        self.chunk_rows = chunk_rows(self.active, limit)
+        self.chunk_rows = chunk_rows(self.active, chunk_limit(len(self.weight), chunking))
         self.single_chunk = not packs and self.rows is None and self.chunk_rows >= self.active
 
     @property
@@ -141,6 +142,12 @@ class ChunkedHead:
 
     def memory(self, rows):
         """Memory for logits (rows, V)."""
+        return logits_memory(rows, len(self.weight), self.logits_dtype, self.hidden.device)
+
+    def gradient_memory(self, rows):
+        """Memory for the gradient of logits (rows, V), None: it overwrites them."""
+        if self.dtype == self.logits_dtype or not self.wants_gradient:
+            return None
         return logits_memory(rows, len(self.weight), self.dtype, self.hidden.device)
 
     def chunks(self, ends=None):
@@ -170,7 +177,10 @@ class ChunkedHead:
         """Logits of states (n, H), written into `out` (n, V)."""
         for columns, weight in self._weights():
             bias = None if self.bias is None else self.bias[columns]
-            project(states, weight, bias, of_columns(out, columns))
+            if self.dtype == self.logits_dtype:
+                project(states, weight, bias, of_columns(out, columns))
+            else:
+                project_exactly(states, weight, bias, of_columns(out, columns))
         return out
 
     def backward(self, start, stop, states, dlogits):
@@ -251,6 +261,19 @@ def project(states, weight, bias, out):
         torch.mm(states, weight.t(), out=out)
     else:
         torch.addmm(bias, states, weight.t(), out=out)
+
+
+def project_exactly(states, weight, bias, out):
+    """As `project`, of half-precision operands into float32: their products are exact there."""
+    if adds_up_in_float32(out.device, states.dtype):
+        torch.mm(states, weight.t(), out_dtype=out.dtype, out=out)
+        if bias is not None:
+            out += bias
+        return
+    states = states.to(out.dtype)
+    for columns in slices(len(weight), weight.shape[1] * out.element_size(), COPY_BYTES):
+        part = None if bias is None else bias[columns]
+        project(states, weight[columns].to(out.dtype), part, out[:, columns])
 
 
 def add_product(total, dlogits, hidden, accumulate):

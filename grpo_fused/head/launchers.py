@@ -13,6 +13,7 @@ def linear_loss(backend, head, chunking, tokens, scales, formula, outputs, gradi
     tokens = chunked.pack(tokens._replace(active=None))
     packed = chunked.pack_outputs(outputs)
     memory = chunked.memory(min(chunked.chunk_rows, chunked.active))
+    gradient = chunked.gradient_memory(len(memory))
     for start, middle, stop in chunked.chunks():
         states = chunked.states(start, stop)
         logits = chunked.logits(states, memory[: stop - start])
@@ -24,10 +25,15 @@ def linear_loss(backend, head, chunking, tokens, scales, formula, outputs, gradi
                 continue
             x = chunked.batch(logits[first - start : last - start])
             found = chunked.slice(packed, first, last)
-            found = found._replace(dlogits=x if last == wanted else None)
+            if last == wanted:
+                dx = x if gradient is None else chunked.batch(gradient[: last - start])
+                found = found._replace(dlogits=dx)
+            else:
+                found = found._replace(dlogits=None)
             backend.fused_loss(x, chunked.slice(tokens, first, last), scales, formula, found)
         if n:
-            chunked.backward(start, middle, states[:n], logits[:n])
+            dlogits = logits if gradient is None else gradient
+            chunked.backward(start, middle, states[:n], dlogits[:n])
     chunked.unpack_outputs(outputs, packed)
 
 
@@ -64,9 +70,10 @@ def linear_logprob_bwd(
     chunked = ChunkedHead(head, chunking, tokens.ids, gradients, accumulate)
     tokens = chunked.pack(tokens._replace(active=None))
     statistics, derivatives = chunked.pack(statistics), chunked.pack(derivatives)
-    memory = logits
+    rows, memory = min(chunked.chunk_rows, chunked.with_gradient), logits
     if logits is None:
-        memory = chunked.memory(min(chunked.chunk_rows, chunked.with_gradient))
+        memory = chunked.memory(rows)
+    gradient = chunked.gradient_memory(rows)
     for start, middle, _ in chunked.chunks():
         if middle == start:
             break
@@ -75,9 +82,10 @@ def linear_logprob_bwd(
             x = chunked.logits(states, memory[: middle - start])
         else:
             x = logits[start:middle]
-        batch = chunked.batch(x)
+        batch, dlogits = chunked.batch(x), x if gradient is None else gradient[: middle - start]
         part, found, upstream = (
             chunked.slice(bundle, start, middle) for bundle in (tokens, statistics, derivatives)
         )
-        backend.logprob_bwd(batch, part, scales, found, upstream._replace(dlogits=batch))
-        chunked.backward(start, middle, states, x)
+        upstream = upstream._replace(dlogits=chunked.batch(dlogits))
+        backend.logprob_bwd(batch, part, scales, found, upstream)
+        chunked.backward(start, middle, states, dlogits)

@@ -55,7 +55,7 @@ def op_arguments(name, batch):
     active = (b.mask != 0).flatten()
     order = (~active).to(torch.uint8).argsort(stable=True)
     counts = torch.tensor([5, int(active.sum())])
-    chunking = Chunking(torch.float32, order, counts, chunk_bytes(7))
+    chunking = Chunking(torch.float32, torch.float32, order, counts, chunk_bytes(7))
     values, clip = torch.rand(4, 6, device=device), Clip()
     weights = (1 + values, one.clone(), 0.1 * one)
     tokens = Tokens(b.ids, None, one, values, -values, -2 * values, *weights)

@@ -184,8 +184,9 @@ def test_whole_sequences_to_a_chunk():
 def test_default_chunks_on_a_cpu(vocabulary):
     """32 MiB of logits, and never less than 240 rows."""
     for dtype in (torch.float32, torch.bfloat16):
-        budget = default_chunk_bytes(torch.device("cpu"), vocabulary, dtype)
-        assert chunk_limit(vocabulary, dtype, budget) >= 240
+        budget = default_chunk_bytes(torch.device("cpu"), vocabulary, dtype, torch.float32)
+        chunking = Chunking(dtype, torch.float32, None, None, budget)
+        assert chunk_limit(vocabulary, chunking) >= 240
         assert budget >= 32 << 20
 
 
@@ -268,10 +269,9 @@ def test_rounding_of_the_weights_gradient_is_flat_in_chunks(chunks, implementati
     head = make_head_batch(
         *(8, 32, 300, 64), mask=torch.ones(8, 32), dtype=torch.bfloat16, device=device
     )
-    head.batch.logits = head.batch.logits.bfloat16().double()
     options = {"loss_type": "dapo", "old_logps": head.batch.old_logps}
     _, (_, want, _) = exact(head, **options)
-    budget = chunk_bytes(256 // chunks, 300, 2)
+    budget = chunk_bytes(256 // chunks, 300, 6)
     out, leaves = loss_of(head, implementation, chunk_bytes=budget, **options)
     out.loss.backward()
     rounding = 5.5e-3 if (implementation, device) == ("triton", "cpu") else 2.6e-3  # it truncates
@@ -313,9 +313,9 @@ def test_a_batch_of_one_chunk_stays_as_it_is():
 
     def chunked(positions=3, order=None, rows=6, **options):
         counts = None if order is None else torch.tensor([len(order)] * 2)
-        budget = rows * linear.logits_bytes(1, V, torch.float32)
+        budget = linear.logits_bytes(rows, V, torch.float32, torch.float32)
         head = Head(hidden[:, :positions].contiguous(), weight, None)
-        chunking = Chunking(torch.float32, order, counts, budget)
+        chunking = Chunking(torch.float32, torch.float32, order, counts, budget)
         return ChunkedHead(head, chunking, ids, Gradients(), **options)
 
     single = chunked()

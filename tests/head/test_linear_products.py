@@ -1,11 +1,14 @@
-"""The matmuls of a head: their numbers, and how they are computed."""
+"""The matmuls of a head: their numbers, how they are computed, and how exact their logits are."""
 
 import pytest
 import torch
 from batches import relative_error
+from heads import chunk_bytes, exact, head_gradients, loss_of, make_head_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_fused.head.chunks as linear
+import oracle
+from grpo_fused import linear_selective_log_softmax
 
 V, H = 53, 16
 
@@ -61,3 +64,85 @@ def test_columns_from_the_middle():
     matrix = torch.zeros(2, 6)
     assert linear.of_columns(matrix, slice(2, 4)).shape == (2, 2)
     assert linear.of_columns(matrix, slice(0, 6)) is matrix
+
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PATHS = {
+    "loss": {"loss_type": "dapo"},
+    "sequences in a chunk": {"loss_type": "gspo"},
+    "sequences over chunks": {"loss_type": "gspo", "chunk_bytes": chunk_bytes(2, 301, 6)},
+}
+
+
+def rounded_head(dtype, device):
+    """A head in half precision of an odd vocabulary, whose float64 logits are not rounded."""
+    head = make_head_batch(V=301, H=64, dtype=dtype, device=device)
+    logits = head.hidden.double() @ head.weight.double().t()
+    head.batch.logits = (logits + head.bias.double()).cpu()
+    return head
+
+
+@pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize("path", PATHS)
+def test_logits_are_exact_products_of_half_precision(path, dtype, implementation, device):
+    """Ten thousand times closer than rounded ones; gradients within what rounding them costs."""
+    head, upstream = rounded_head(dtype, device), 2.0**12
+    b, options = head.batch, {"chunk_bytes": chunk_bytes(7, 301, 6)} | PATHS[path]
+    common = dict(old_logps=b.old_logps, ref_logps=b.ref_logps, beta=0.1, entropy_coef=0.01)
+    formula = {k: v for k, v in options.items() if k != "chunk_bytes"}
+    truth, want = exact(head, **formula, **common)
+    errors = {}
+    for logits_dtype in (None, torch.float32, dtype):
+        out, leaves = loss_of(
+            *(head, implementation),
+            **options,
+            **common,
+            logits_dtype=logits_dtype,
+            grad_scale=upstream,
+        )
+        (out.loss * upstream).backward()
+        errors[logits_dtype] = relative_error(out.logps, truth.logps)
+        if logits_dtype != dtype:
+            assert relative_error(out.entropies, truth.entropies) < 3e-6
+            assert out.loss.item() == pytest.approx(truth.loss, rel=2e-5)
+            for leaf, gradient in zip(leaves, want, strict=True):
+                assert relative_error(leaf.grad / upstream, gradient) < 1e-2
+    assert errors[None] == errors[torch.float32] < 1e-6 and errors[dtype] > 1e-5
+
+
+@pytest.mark.parametrize("save_logits", [False, True], ids=["", "saved"])
+def test_log_probabilities_of_exact_logits(save_logits, implementation, device):
+    head = rounded_head(torch.bfloat16, device)
+    b, leaves, active = head.batch, head.leaves(), head.batch.mask != 0
+    truth = oracle.selective_log_softmax(b.logits, b.ids.cpu(), b.mask.cpu(), dlogps=b.mask.cpu())
+    options = dict(chunk_bytes=chunk_bytes(5, 301, 6), implementation=implementation)
+    for inputs in (leaves, [leaf.detach() for leaf in leaves]):
+        logps, entropies = linear_selective_log_softmax(
+            *(*inputs[:2], b.ids, b.mask),
+            bias=inputs[2],
+            compute_entropy=True,
+            save_logits=save_logits,
+            **options,
+        )
+        assert relative_error(logps, truth[0]) < 1e-6
+        assert relative_error(entropies, truth[1]) < 3e-6
+        if logps.requires_grad:
+            logps[active].sum().backward()
+    for leaf, want in zip(leaves, head_gradients(head, truth[2]), strict=True):
+        assert relative_error(leaf.grad, want) < 1e-2
+
+
+def test_exact_products_cast_the_weight_in_blocks(monkeypatch):
+    """No float32 copy of a half-precision weight exists."""
+    monkeypatch.setattr(linear, "COPY_BYTES", 20 * H * 4)
+    states, weight, bias = (
+        torch.randn(7, H).bfloat16(),
+        torch.randn(V, H).bfloat16(),
+        torch.randn(V),
+    )
+    out = torch.empty(7, V)
+    with Products() as products:
+        linear.project_exactly(states, weight, bias, out)
+    assert products.shapes == [(7, 20), (7, 20), (7, 13)]
+    exact_logits = states.double() @ weight.double().t() + bias.double()
+    assert relative_error(out, exact_logits) < 1e-6

@@ -34,6 +34,11 @@ BAD = {
         "main_grad requires a weight with requires_grad=True",
     ),
     "chunk": ({"chunk_bytes": 0}, "chunk_bytes must be a positive integer or None, got 0"),
+    "logits dtype": (
+        {"logits_dtype": torch.bfloat16},
+        r"logits_dtype must be torch.float32, torch.float32 or None, got torch.bfloat16",
+    ),
+    "logits text": ({"logits_dtype": "float32"}, "logits_dtype must be torch.float32, .* got 'f"),
     "chunk text": ({"chunk_bytes": "1G"}, "chunk_bytes must be"),
     "ids": (
         {"ids": lambda a: a["ids"].masked_fill(a["mask"] != 0, V)},

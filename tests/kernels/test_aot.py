@@ -55,7 +55,12 @@ HOPPER = {
     "loss + gradient, entropy": (STATISTICS_ENTROPY, GRADIENT),
     "loss + gradient, entropy bonus": (STATISTICS_ENTROPY, GRADIENT_ENTROPY),
     "loss + gradient, softcap": (STATISTICS_SOFTCAP, GRADIENT_SOFTCAP),
+    "loss + gradient, float32 logits": (STATISTICS, GRADIENT),
     "loss": (STATISTICS, None),
+    "statistics, support": (STATISTICS_ENTROPY, None),
+    "gradient, support": (None, GRADIENT_ENTROPY),
+    "loss + gradient, support": (STATISTICS, GRADIENT),
+    "loss + gradient, support alone": (None, GRADIENT),
     "rescale": (None, None),
 }
 
@@ -83,7 +88,8 @@ def test_kernels_compile_well(target, dtype):
             continue
         assert row.load_bits == 128 and row.exchanges == 0, row
         if "gradient" in row.case or row.case == "rescale":
-            assert row.store_bits == 128, row
+            # Four columns of float32 logits are one load: their gradient in bfloat16 is 64 bits.
+            assert row.store_bits == (64 if "float32 logits" in row.case else 128), row
         if target == "sm_90":
             slack = 1.0 if dtype == "bf16" else 1.2
             for found, bound in zip((row.statistics, row.gradient), HOPPER[row.case], strict=True):
@@ -204,8 +210,8 @@ def launch_head(make, tokens_with_gradient, rows_per_chunk, N=50, H=8, V=64):
     tokens = Tokens(ids, None, make(1, N), *values, w_entropy=make(1, N))
     order = torch.arange(N), torch.tensor([tokens_with_gradient, N])
     order = (None, None) if tokens_with_gradient == N else order
-    chunk_bytes = logits_bytes(rows_per_chunk, V, torch.float32)
-    chunking = Chunking(torch.float32, *order, chunk_bytes)
+    chunk_bytes = logits_bytes(rows_per_chunk, V, torch.float32, torch.float32)
+    chunking = Chunking(torch.float32, torch.float32, *order, chunk_bytes)
     head = Head(torch.zeros(1, N, H), torch.zeros(V, H), None)
     gradients = Gradients(torch.zeros(1, N, H), torch.zeros(V, H), None)
     objective = Clip()
