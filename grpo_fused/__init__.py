@@ -20,10 +20,19 @@ from grpo_fused.functional import (
 )
 from grpo_fused.loss import LossOutput
 from grpo_fused.losses import LOSSES
+from grpo_fused.losses.batch_objectives import ClipCov, KlCov, M2po
 from grpo_fused.losses.objectives import Cispo, Clip, PolicyGradient, Sapo
-from grpo_fused.losses.off_policy_objectives import DppoKl, DppoTv, ImportanceSampling
-from grpo_fused.losses.sequence_objectives import Gmpo, Vespo
+from grpo_fused.losses.off_policy_objectives import (
+    DppoKl,
+    DppoTv,
+    Dro,
+    ImportanceSampling,
+    Ipo,
+    RolloutIs,
+)
+from grpo_fused.losses.sequence_objectives import Fipo, Gmpo, Topr, Vespo
 from grpo_fused.losses.weights import token_weights
+from grpo_fused.selections import covariance_mask, second_moment_mask
 
 if TYPE_CHECKING:
     from grpo_fused.trainer import GRPOTrainer as GRPOTrainer
@@ -35,14 +44,23 @@ __all__ = [
     "LOSSES",
     "Cispo",
     "Clip",
+    "ClipCov",
     "DppoKl",
     "DppoTv",
+    "Dro",
+    "Fipo",
     "Gmpo",
     "ImportanceSampling",
+    "Ipo",
+    "KlCov",
     "LossOutput",
+    "M2po",
     "PolicyGradient",
+    "RolloutIs",
     "Sapo",
+    "Topr",
     "Vespo",
+    "covariance_mask",
     "entropy_quantile_mask",
     "gae_advantages",
     "grpo_loss",
@@ -54,6 +72,7 @@ __all__ = [
     "outcome_advantages",
     "process_advantages",
     "rollout_weights",
+    "second_moment_mask",
     "selective_log_softmax",
     "token_weights",
     "whiten",

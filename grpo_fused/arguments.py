@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
 
 # Keywords of `grpo_loss` with one value per token or, some of them, per sequence.
-TENSORS = ("old_logps", "ref_logps", "importance_sampling_ratio", "policy_mask")
+TENSORS = ("old_logps", "ref_logps", "sampling_logps", "importance_sampling_ratio", "policy_mask")
 
 
 def lay_out(source, mask, advantages=None, options=None):
@@ -89,12 +89,15 @@ def make_sequences(layout, mask, implementation, group=None):
     return over_ranks(sequences, group)
 
 
-def make_tokens(source, layout, sequences, temperature, advantages=None, options=None):
+def make_tokens(
+    source, layout, sequences, temperature, advantages=None, options=None, uses_sampling=False
+):
     """`Tokens` without weights; advantages as they were given.
 
     Args:
         temperature, advantages: as `grpo_loss`.
         options: its keywords; None for log-probabilities alone.
+        uses_sampling: whether the objective reads the log-probabilities of the sampler.
     """
     ids = None if source.ids is None else source.ids.contiguous()
     temperature = _temperature(source, layout, sequences, temperature)
@@ -104,13 +107,18 @@ def make_tokens(source, layout, sequences, temperature, advantages=None, options
     def floats(value):
         return None if value is None else value.float().contiguous()
 
+    old_logps = floats(layout.per_token(options.old_logps))
+    sampling_logps = old_logps if uses_sampling else None
+    if uses_sampling and options.sampling_logps is not None:
+        sampling_logps = floats(layout.per_token(options.sampling_logps))
     return Tokens(
         ids,
         sequences.active,
         temperature,
         floats(layout.value(advantages)),
-        floats(layout.per_token(options.old_logps)),
+        old_logps,
         floats(layout.per_token(options.ref_logps)),
+        sampling_logps,
     )
 
 

@@ -52,7 +52,7 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
     objective = row.objective if options.objective is None else options.objective
     level = options.importance_sampling_level
     level = row.level if level is None else level
-    validation.check_objective(objective, level)
+    validation.check_objective(objective, level, options.sequence_group)
     validation.check_choices(options)
     of_logps = source.ids is None
     backend = "torch"
@@ -62,7 +62,10 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
     check_group("sequence_group", options.sequence_group)
     sequences = arguments.make_sequences(layout, mask, backend, options.sequence_group)
     temperature = 1.0 if of_logps else options.temperature
-    tokens = arguments.make_tokens(source, layout, sequences, temperature, advantages, options)
+    tokens = arguments.make_tokens(
+        *(source, layout, sequences, temperature, advantages, options),
+        objective.uses_sampling_logps,
+    )
     scales, grad_scale = Scales(), 1.0
     if not of_logps:
         scales = arguments.make_scales(source, options.logit_scale, options.logit_softcap)
@@ -94,7 +97,7 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
             tokens, weights, sequences, backend, source.by_sequence
         )
         names = (objective.name(), objective.params(), options.kl_estimator, bias_correction)
-        formula = Formula(*names, grad_scale)
+        formula = Formula(*names, grad_scale, objective.uses_sampling_logps)
         results = source.token_loss(tokens, scales, formula, entropy, backend, sequences)
     else:
         tokens = arguments.weigh(tokens, weights, sequences)

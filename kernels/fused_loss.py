@@ -117,6 +117,7 @@ def fused_loss(logits, tokens, scales, formula, outputs):
         kl_estimator=KL_ESTIMATORS[formula.kl_estimator],
         bias_correction=tl.constexpr(formula.bias_correction),
         grad_scale=argument(formula.grad_scale),
+        uses_sampling=tl.constexpr(formula.uses_sampling),
     )
     launch_rows(
         _fused_loss_kernel,

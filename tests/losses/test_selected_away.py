@@ -64,7 +64,8 @@ def test_nan_where_the_policy_term_is_off(reduction, loss_type, implementation, 
         "implementation": implementation,
     }
     spoiled = ["importance_sampling_ratio", "advantages"]
-    if LOSSES[loss_type].level == "token" and loss_type != "vespo":
+    row = LOSSES[loss_type]
+    if row.level == "token" and row.objective.couples != "sequence":
         spoiled.append("old_logps")
     given = {"importance_sampling_ratio": ratio, "old_logps": batch.old_logps}
     want, plain = gradient(batch, **given, **options)

@@ -23,6 +23,7 @@ ORDER = [
     ["kernels"],
     ["bundles", "checks", "collectives"],
     ["sequences"],
+    ["selections"],
     ["losses", "advantages", "corrections"],
     ["torch_backend"],
     ["head", "parallel"],
