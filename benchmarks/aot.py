@@ -166,11 +166,14 @@ def launch_fused_loss(
     objective = objective or Clip(0.2, 0.2 * scale, 4.0 * scale)
     logits = torch.zeros(B, T + 1, V, dtype=dtype)
     values = torch.zeros(B, T)
+    names = (objective.name(), objective.params(), kl_estimator, bias_correction)
+    uses_sampling = objective.uses_sampling_logps
+    tokens = make_tokens(B, T, temperature=temperature, bonus=bonus)
     launchers.fused_loss(
         logits,
-        make_tokens(B, T, temperature=temperature, bonus=bonus),
+        tokens._replace(sampling_logps=values if uses_sampling else None),
         Scales(scale, softcap),
-        Formula(objective.name(), objective.params(), kl_estimator, bias_correction, scale),
+        Formula(*names, scale, uses_sampling),
         Outputs(
             *(values for _ in range(5)),
             entropies=values if entropy or bonus else None,

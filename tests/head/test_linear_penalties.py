@@ -8,7 +8,16 @@ import torch
 from batches import make_batch, relative_error
 from heads import chunk_bytes, exact, loss_of, make_head_batch
 
-from grpo_fused import Clip, Dro, Ipo, RolloutIs, grpo_loss, grpo_loss_from_logps
+from grpo_fused import (
+    Clip,
+    Dro,
+    Ipo,
+    PolicyGradient,
+    RolloutIs,
+    grpo_loss,
+    grpo_loss_from_logps,
+    rollout_weights,
+)
 
 PENALISED = [Dro(0.7), Ipo(0.05, 0.4)]
 
@@ -76,6 +85,22 @@ def test_the_sampler_is_the_old_policy_unless_it_is_given(
     logps = grpo_loss_from_logps(out.logps, *tokens[1:], normalizer="token-sum", **options)
     for result in (results[1], logps.loss):
         assert relative_error(result, results[0]) < 1e-6
+
+
+def test_a_band_over_the_sampler_is_a_rollout_weight(implementation, device):
+    """GLM-5's weight is that of `rollout_weights`, of the policy itself over the sampler."""
+    batch = make_batch(device=device)
+    inputs = (batch.logits, batch.ids, batch.mask, batch.advantages)
+    options = {"normalizer": "token-sum", "implementation": implementation}
+    sampler = {"sampling_logps": batch.sampling_logps}
+    got = grpo_loss(*inputs, objective=RolloutIs(0.2, 0.3), **sampler, **options)
+    weights = rollout_weights(
+        got.logps, batch.sampling_logps, batch.mask, mode="mask", cap=1.3, floor=0.8
+    )
+    assert 0 < (weights == 0).sum() < (batch.mask != 0).sum() / 1.2
+    options |= {"objective": PolicyGradient(), "importance_sampling_ratio": weights}
+    want = grpo_loss(*inputs, **options)
+    assert relative_error(got.loss, want.loss) < 1e-6
 
 
 def test_other_objectives_ignore_the_sampler(implementation, device):

@@ -34,8 +34,8 @@ QUICK_TESTS = {
     "memory": "memory",
     "sums": "reduce",
     "shards": "merge",
-    "head": "linear linear_penalties -k 'torch and (every_loss or packed or upstream or another_way "
-    "or an_advantage)'",
+    "head": "linear linear_penalties -k 'torch and (every_loss or packed or upstream or another_way"
+    " or an_advantage)'",
     "head_cost": "linear_cost linear_products -k 'not triton'",
 }
 LOSSES = (
