@@ -14,6 +14,7 @@ from grpo_fused import (
     ImportanceSampling,
     KlCov,
     M2po,
+    Topr,
     covariance_mask,
     grpo_loss_from_logps,
     second_moment_mask,
@@ -193,6 +194,70 @@ def test_discounted_sums(decay):
     ends, rows = cu_seqlens(LENGTHS, "cpu"), pack(LENGTHS, values, mask)
     packed = Packed((1, len(rows[0])), rows[1][None], ends).discounted(rows[0][None], decay)[0]
     torch.testing.assert_close(packed[rows[1]], pack(LENGTHS, want)[0][rows[1]], equal_nan=True)
+
+
+def evaluate(objective, log_ratio, advantage):
+    """(loss, clipped) of one sequence whose log-probabilities are -0.5."""
+    log_ratio = torch.tensor([log_ratio], dtype=torch.float64)
+    advantage = torch.tensor([advantage], dtype=torch.float64).expand_as(log_ratio)
+    logp = torch.full_like(log_ratio, -0.5)
+    return objective.evaluate(logp, log_ratio, advantage, None, Padded(logp.shape, None, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "weight"),
+    [
+        ([0.5, -1.0], [2.0, 2.0], 1.0),
+        ([0.5, 1.0], [2.0, 2.0], 1.0),
+        ([0.5, -1.0], [-2.0, -2.0], math.exp(-0.5)),
+        ([0.5, 1.0], [-2.0, -2.0], 1.0),
+        ([-90.0, -10.0], [-2.0, -2.0], math.exp(-80.0)),
+        ([-70.0, -5.0], [-2.0, -2.0], math.exp(-75.0)),
+    ],
+)
+def test_topr_tapers_the_ratio_of_the_trajectory(log_ratio, advantage, weight):
+    loss, clipped = evaluate(Topr(), log_ratio, advantage)
+    want = torch.tensor([advantage], dtype=torch.float64) * 0.5 * weight
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0.0)
+    assert not clipped.any()
+
+
+def test_topr_of_both_signs_and_none():
+    loss, _ = evaluate(Topr(), [-1.0, -1.0, 0.0], [1.0, -1.0, 0.0])
+    assert loss[0].tolist() == pytest.approx([0.5, -0.5 * math.exp(-2.0), 0.0])
+
+
+WIDE = {"epsilon_low": 1.0, "epsilon_high": 5.0, "min_weight": 0.5, "max_weight": 2.0}
+FAR = math.log(20.0)
+FUTURES = [  # log-ratios, advantages, half-life, the factors of the advantages
+    ([0.2, -0.4, 0.6], [1.0] * 3, 1.0, [math.exp(x) for x in (0.15, -0.1, 0.6)]),
+    ([0.2, -0.4, 0.6], [1.0] * 3, None, [math.exp(x) for x in (0.4, 0.2, 0.6)]),
+    ([0.2, -0.4, 0.6], [-1.0] * 3, 1.0, [math.exp(x) for x in (0.15, -0.1, 0.6)]),
+    ([0.1, FAR, 0.2], [-1.0] * 3, 1.0, [math.exp(0.15), 1.0, math.exp(0.2)]),
+    ([0.1, FAR, 0.2], [1.0] * 3, 1.0, [2.0, 2.0, math.exp(0.2)]),
+    ([0.1, 0.3 * FAR, 0.2], [-1.0] * 3, 1.0, [math.exp(0.15 + 0.15 * FAR), 2.0, math.exp(0.2)]),
+    ([0.1, FAR, 0.2], [1.0, 0.0, 1.0], 1.0, [2.0, 1.0, math.exp(0.2)]),
+    ([0.1, 200.0, 0.2], [-1.0] * 3, 1.0, [math.exp(0.15), 1.0, math.exp(0.2)]),
+    ([0.1, -200.0, 0.2], [1.0] * 3, 1.0, [0.5, 0.5, math.exp(0.2)]),
+]
+
+
+@pytest.mark.parametrize(("log_ratio", "advantage", "half_life", "factors"), FUTURES)
+def test_fipo_scales_advantages_by_the_future(log_ratio, advantage, half_life, factors):
+    loss, _ = evaluate(Fipo(half_life=half_life, **WIDE), log_ratio, advantage)
+    for got, d, A, f in zip(loss[0].tolist(), log_ratio, advantage, factors, strict=True):
+        ratio = math.exp(min(max(d, -80.0), 80.0))
+        want = -min(ratio, 6.0 if A > 0 else 10.0) * min(max(f, 0.5), 2.0) * A
+        assert got == pytest.approx(want, rel=1e-9, abs=1e-30)
+
+
+def test_fipo_resets_factors_above_the_safety_threshold():
+    """Ratios of tokens that harm, below delta: their log-ratios count, their factors do not."""
+    fipo = Fipo(half_life=1.0, **WIDE, safety=1.5)
+    loss, _ = evaluate(fipo, [0.3, 0.5, 0.1], [-1.0] * 3)
+    first = math.exp(0.3 + 0.25 + 0.025)
+    want = [math.exp(0.3) * first, math.exp(0.5), math.exp(0.1) * math.exp(0.1)]
+    assert loss[0].tolist() == pytest.approx(want)
 
 
 BAD = [
