@@ -165,7 +165,7 @@ def within_second_moment(log_ratio, counted, threshold):
     squares = log_ratio.double().square()
     counted = torch.ones_like(squares, dtype=torch.bool) if counted is None else counted
     ranked = torch.where(counted, squares, math.inf)
-    ascending = ranked.flatten().sort(stable=True).values
+    ascending = ranked.flatten().sort().values
     means = ascending.cumsum(0) / torch.arange(1, len(ascending) + 1, device=squares.device)
     kept = (means <= threshold).sum()  # means ascend, too
     return ~counted | (_ranks(ranked) < kept)

@@ -156,9 +156,20 @@ def test_an_objective_is_its_mask_on_one_batch(objective, plain):
     assert (~keep).sum() > 1 and not results[0][1][~keep].any()
 
 
-def test_tokens_that_are_off_are_not_counted():
+def test_without_a_mask_all_tokens_count():
+    logps, old, advantages, _ = (t.nan_to_num() for t in batch(5))
+    ones = torch.ones_like(logps)
+    want = second_moment_mask(logps, old, ones, advantages=advantages)
+    assert torch.equal(second_moment_mask(logps, old, advantages=advantages), want)
+    assert 0 < (~want).sum() and not second_moment_mask(logps, old, threshold=0.01).all()
+    want = covariance_mask(advantages, logps, ones, **BAND)
+    assert torch.equal(covariance_mask(advantages, logps, **BAND), want)
+
+
+@pytest.mark.parametrize("seed", range(4, 8))
+def test_tokens_that_are_off_are_not_counted(seed):
     """A policy_mask changes what the others are compared with, as a mask does."""
-    logps, old, advantages, mask = batch(4)
+    logps, old, advantages, mask = batch(seed)
     on = torch.rand(6, 12, generator=torch.Generator().manual_seed(1)) < 0.6
     for objective in (ClipCov(share=0.3, low=-1.0), KlCov(0.3), M2po(0.02)):
         results = []
