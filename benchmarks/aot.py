@@ -176,14 +176,14 @@ def launch_fused_loss(
     if upcast:
         dlogits = torch.zeros(B, T + 1, V, dtype=dtype)
     values = torch.zeros(B, T)
+    names = (objective.name(), objective.params(), kl_estimator, bias_correction)
+    uses_sampling = objective.uses_sampling_logps
+    tokens = make_tokens(B, T, temperature=temperature, bonus=bonus, kept=over is not None)
     launchers.fused_loss(
         logits,
-        make_tokens(B, T, temperature=temperature, bonus=bonus, kept=over is not None),
+        tokens._replace(sampling_logps=values if uses_sampling else None),
         Scales(scale, softcap),
-        Formula(
-            *(objective.name(), objective.params(), kl_estimator, bias_correction, scale),
-            OverSupport() if over is None else over,
-        ),
+        Formula(*names, scale, OverSupport() if over is None else over, uses_sampling),
         Outputs(
             *(values for _ in range(5)),
             entropies=values if entropy or bonus else None,

@@ -19,9 +19,17 @@ from grpo_fused.functional import (
 from grpo_fused.log_softmax import linear_selective_log_softmax, selective_log_softmax
 from grpo_fused.loss import LossOutput
 from grpo_fused.losses import LOSSES
+from grpo_fused.losses.batch_objectives import ClipCov, KlCov, M2po
 from grpo_fused.losses.objectives import Cispo, Clip, PolicyGradient, Sapo
-from grpo_fused.losses.off_policy_objectives import DppoKl, DppoTv, ImportanceSampling
-from grpo_fused.losses.sequence_objectives import Gmpo, Vespo
+from grpo_fused.losses.off_policy_objectives import (
+    DppoKl,
+    DppoTv,
+    Dro,
+    ImportanceSampling,
+    Ipo,
+    RolloutIs,
+)
+from grpo_fused.losses.sequence_objectives import Fipo, Gmpo, Topr, Vespo
 from grpo_fused.losses.weights import token_weights
 from grpo_fused.ppo import (
     ValueLossOutput,
@@ -31,6 +39,7 @@ from grpo_fused.ppo import (
     value_metrics,
     whiten,
 )
+from grpo_fused.selections import covariance_mask, second_moment_mask
 from grpo_fused.support import sampling_support, support_from_mask
 
 if TYPE_CHECKING:
@@ -43,15 +52,24 @@ __all__ = [
     "LOSSES",
     "Cispo",
     "Clip",
+    "ClipCov",
     "DppoKl",
     "DppoTv",
+    "Dro",
+    "Fipo",
     "Gmpo",
     "ImportanceSampling",
+    "Ipo",
+    "KlCov",
     "LossOutput",
+    "M2po",
     "PolicyGradient",
+    "RolloutIs",
     "Sapo",
+    "Topr",
     "ValueLossOutput",
     "Vespo",
+    "covariance_mask",
     "entropy_quantile_mask",
     "gae_advantages",
     "grpo_loss",
@@ -67,6 +85,7 @@ __all__ = [
     "process_advantages",
     "rollout_weights",
     "sampling_support",
+    "second_moment_mask",
     "selective_log_softmax",
     "support_from_mask",
     "token_weights",

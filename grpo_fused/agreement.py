@@ -17,7 +17,7 @@ ENABLED = os.environ.get("GRPO_FUSED_CHECK") == "1"
 SHARDED = ("logits", "weight", "bias", "main_grad", "vocab_start")
 OWN_VALUES = (*SHARDED, "hidden")
 PER_TOKEN = ("logits", "hidden", "completion_ids", "completion_mask", "ids", "mask")
-PER_TOKEN += ("old_logps", "ref_logps", "logps", "entropies")
+PER_TOKEN += ("old_logps", "ref_logps", "sampling_logps", "logps", "entropies")
 # One value a token, or one a sequence: so if there are as many tokens as sequences.
 EITHER = ("advantages", "importance_sampling_ratio", "policy_mask", "temperature")
 GROUPS = ("vocab_parallel_group", "sequence_group")

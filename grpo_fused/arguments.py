@@ -75,7 +75,7 @@ def local_head(weight, bias, options, reduce_hidden_grad):
 
 
 # Keywords of `grpo_loss` with one value per token or, some of them, per sequence.
-TENSORS = ("old_logps", "ref_logps", "importance_sampling_ratio", "policy_mask")
+TENSORS = ("old_logps", "ref_logps", "sampling_logps", "importance_sampling_ratio", "policy_mask")
 
 
 def lay_out(source, mask, advantages=None, options=None):
@@ -117,13 +117,21 @@ def make_sequences(layout, mask, implementation, group=None):
 
 
 def make_tokens(
-    source, layout, sequences, temperature, support=None, advantages=None, options=None
+    source,
+    layout,
+    sequences,
+    temperature,
+    support=None,
+    advantages=None,
+    options=None,
+    uses_sampling=False,
 ):
     """`Tokens` without weights; advantages as they were given.
 
     Args:
         temperature, support, advantages: as `grpo_loss`.
         options: its keywords; None for log-probabilities alone.
+        uses_sampling: whether the objective reads the log-probabilities of the sampler.
     """
     ids = None if source.ids is None else source.ids.contiguous()
     temperature = _temperature(source, layout, sequences, temperature)
@@ -134,13 +142,18 @@ def make_tokens(
     def floats(value):
         return None if value is None else value.float().contiguous()
 
+    old_logps = floats(layout.per_token(options.old_logps))
+    sampling_logps = old_logps if uses_sampling else None
+    if uses_sampling and options.sampling_logps is not None:
+        sampling_logps = floats(layout.per_token(options.sampling_logps))
     return Tokens(
         ids,
         sequences.active,
         temperature,
         floats(layout.value(advantages)),
-        floats(layout.per_token(options.old_logps)),
+        old_logps,
         floats(layout.per_token(options.ref_logps)),
+        sampling_logps,
         support=support,
     )
 

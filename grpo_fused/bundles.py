@@ -39,6 +39,7 @@ class Tokens(NamedTuple):
     advantages: PerToken | None = None  # or (B,): over logits, and for sequence-level losses
     old_logps: Tensor | None = None  # (B, T); None: on policy
     ref_logps: Tensor | None = None  # (B, T); None: no KL
+    sampling_logps: Tensor | None = None  # (B, T), of the sampler, or None: not read, or on policy
     w_policy: PerToken | None = None  # normaliser, rollout ratio, policy mask
     w_kl: PerToken | None = None  # normaliser, beta
     w_entropy: PerToken | None = None  # None: no entropy bonus
@@ -82,6 +83,7 @@ class Formula(NamedTuple):
     bias_correction: bool  # whether the KL is multiplied by the ratio
     grad_scale: Number  # expected upstream gradient, folded into the gradient alone
     over: OverSupport = OverSupport()
+    uses_sampling: bool = False  # whether the objective takes the log-probability of the sampler
 
 
 class Outputs(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_fused.checks import active_tokens, check_choice, check_tensor
 from grpo_fused.collectives import check_group, reduce_over_ranks
-from grpo_fused.sequences import lay_out_sequences
+from grpo_fused.sequences import advantages_of, as_given, lay_out_sequences
 
 LIMIT = 80.0  # exponents are clamped to +-80, as everywhere in the package
 LEVELS = ("token", "sequence")
@@ -89,7 +89,7 @@ def rollout_weights(
         weights = weights.masked_fill((weights < low) | (weights > high), 0.0)
     if level == "token" and sequences.active is not None:
         weights = torch.where(sequences.active, weights, 1.0)
-    return _as_given(weights, cu_seqlens).float()
+    return as_given(weights, cu_seqlens).float()
 
 
 @torch.no_grad()
@@ -133,23 +133,17 @@ def off_policy_mask(
     """
     if not _is_number(threshold) or threshold < 0:
         raise ValueError(f"threshold must be a number >= 0, got {threshold!r}")
-    shape = tuple(logps.shape) if isinstance(logps, torch.Tensor) else None
-    sequences, (logps, sampling_logps) = lay_out_sequences(
+    sequences, (rows, sampling_logps) = lay_out_sequences(
         mask, cu_seqlens, sequence_group, logps=logps, sampling_logps=sampling_logps
     )
-    check_tensor("advantages", advantages)
-    wanted = ((sequences.number,), shape)
-    if tuple(advantages.shape) not in wanted or advantages.device != logps.device:
-        choice = f"{wanted[0]} or {wanted[1]} on {logps.device}"
-        got = f"{tuple(advantages.shape)} on {advantages.device}"
-        raise ValueError(f"advantages must have shape {choice}, got {got}")
-    off_policy = sequences.mean(-_difference(logps, sampling_logps)) > threshold
-    if tuple(advantages.shape) == wanted[0]:
-        return _as_given(~(off_policy & (advantages < 0)), cu_seqlens)
+    advantages_of(advantages, sequences, logps)
+    off_policy = sequences.mean(-_difference(rows, sampling_logps)) > threshold
+    if tuple(advantages.shape) == (sequences.number,):
+        return as_given(~(off_policy & (advantages < 0)), cu_seqlens)
     dropped = sequences.spread(off_policy) & (advantages < 0)
     if sequences.active is not None:
         dropped = dropped & sequences.active
-    return _as_given(~dropped, cu_seqlens)
+    return as_given(~dropped, cu_seqlens)
 
 
 @torch.no_grad()
@@ -228,13 +222,6 @@ def _difference(logps, sampling_logps):
     """logps - sampling_logps in float64, 0 where sampling_logps is NaN."""
     difference = logps.double() - sampling_logps.double()
     return torch.where(sampling_logps.isnan(), 0.0, difference)
-
-
-def _as_given(values, cu_seqlens):
-    """Per-token values in the shape of the input; per-sequence values as (B, 1), packed (B,)."""
-    if cu_seqlens is not None:
-        return values.flatten()
-    return values[:, None] if values.dim() == 1 else values
 
 
 def _is_number(value):

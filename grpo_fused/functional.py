@@ -60,6 +60,8 @@ def grpo_loss(
         old_logps: (B, T) float, log-probabilities of the policy that sampled; None = on policy:
             the ratio is 1, and its gradient is not 0.
         ref_logps: (B, T) float, of the reference model; needed unless beta is 0.
+        sampling_logps: (B, T) float, of the sampler (vLLM, SGLang), for objectives that compare the
+            policy with it, `Ipo` and `RolloutIs`; the others ignore it. None = old_logps.
         importance_sampling_ratio: (B,), (B, 1) or (B, T) float, rollout correction
             (`rollout_weights`): multiplies the policy term, never the KL.
         policy_mask: (B,), (B, 1) or (B, T), 0 switches the policy term off (`off_policy_mask`,
@@ -156,12 +158,12 @@ def linear_grpo_loss(
     """`grpo_loss` of logits = hidden weight^T + bias, computed a chunk of tokens at a time.
 
     The same numbers, without memory of the size of the logits. Masked tokens are not computed.
-    Tokens whose gradient is exactly 0 (no advantage, or switched off by policy_mask, without KL and
-    entropy bonus) cost one matmul instead of three; on a GPU only with a mask, whose count is the
-    one value that synchronises with the device (with shards, their sizes too). The gradients of
-    hidden, weight and bias are computed in forward wherever `grpo_loss` computes that of the
-    logits, and for sequence-level losses if every sequence fits a chunk. Otherwise backward
-    computes the logits again.
+    Tokens whose gradient is exactly 0 (no advantage, if the objective needs one, or switched off by
+    policy_mask, without KL and entropy bonus) cost one matmul instead of three; on a GPU only with
+    a mask, whose count is the one value that synchronises with the device (with shards, their sizes
+    too). The gradients of hidden, weight and bias are computed in forward wherever `grpo_loss`
+    computes that of the logits, and for sequence-level losses if every sequence fits a chunk.
+    Otherwise, and where a loss couples the tokens of the batch, backward computes the logits again.
 
     Args:
         hidden: (B, T, H), or (B, T + 1, H) whose last position is ignored, or with cu_seqlens

@@ -20,6 +20,7 @@ from grpo_fused.head.order import (
     order_tokens,
     tokens_with_gradient,
 )
+from grpo_fused.losses.objectives import Objective
 from grpo_fused.losses.on_logps import loss_on_logps
 from grpo_fused.parallel import Shards, in_shard, largest_shard
 
@@ -185,7 +186,9 @@ class HeadInput:
     def token_loss(self, tokens, scales, formula, entropy, backend, sequences):
         """LossResults of a token-level loss."""
         sequences = sequences.local
-        chunking = self._chunking(order_tokens(sequences, tokens_with_gradient(tokens, sequences)))
+        needs_advantage = Objective.by_name[formula.objective].needs_advantage
+        wanted = tokens_with_gradient(tokens, sequences, needs_advantage=needs_advantage)
+        chunking = self._chunking(order_tokens(sequences, wanted))
         return self._run(TokenLosses(tokens, scales, formula, entropy, backend, chunking))
 
     def logps_loss(self, tokens, scales, formula, entropy, backend, sequences, grad_scale):
@@ -193,14 +196,19 @@ class HeadInput:
 
         Where a chunk has all that the gradient of its tokens depends on, the gradient is computed
         with the loss: of token-level losses in every chunk, of sequence-level ones if the longest
-        sequence fits a chunk. Otherwise the logits are computed twice.
+        sequence fits a chunk. Otherwise the logits are computed twice, as they are where a loss
+        couples the tokens of the batch.
         """
         couples, local = formula.couples_tokens, sequences.local
         over_ranks = couples and sequences.group is not None
         # Over ranks, tokens of others decide whether a token here has a gradient.
-        first = None if over_ranks else tokens_with_gradient(tokens, local, couples)
+        first = None
+        if not over_ranks:
+            needs_advantage = formula.objective.needs_advantage
+            first = tokens_with_gradient(tokens, local, couples, needs_advantage)
         wanted = which_logprobs(tokens, formula.over, entropy)
         known = formula.reduction == "sum" and grad_scale is not None and not over_ranks
+        known = known and formula.objective.couples != "batch"
         losses = None
         if known and not torch.compiler.is_compiling():  # autograd does not run inside of an op
             arguments = (tokens, scales, formula, wanted, backend, sequences, grad_scale)

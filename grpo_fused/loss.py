@@ -52,7 +52,7 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
     objective = row.objective if options.objective is None else options.objective
     level = options.importance_sampling_level
     level = row.level if level is None else level
-    validation.check_objective(objective, level)
+    validation.check_objective(objective, level, options.sequence_group)
     validation.check_choices(options)
     of_logps = source.ids is None
     backend = "torch"
@@ -65,7 +65,7 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
     if not of_logps:
         temperature, support = options.temperature, options.support
         over = arguments.make_over(options)
-    inputs = (temperature, support, advantages, options)
+    inputs = (temperature, support, advantages, options, objective.uses_sampling_logps)
     tokens = arguments.make_tokens(source, layout, sequences, *inputs)
     scales, grad_scale = Scales(), 1.0
     if not of_logps:
@@ -98,7 +98,7 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
             tokens, weights, sequences, backend, source.by_sequence
         )
         names = (objective.name(), objective.params(), options.kl_estimator, bias_correction)
-        formula = Formula(*names, grad_scale, over)
+        formula = Formula(*names, grad_scale, over, objective.uses_sampling_logps)
         results = source.token_loss(tokens, scales, formula, entropy, backend, sequences)
     else:
         tokens = arguments.weigh(tokens, weights, sequences)

@@ -27,6 +27,7 @@ class FamilyOptions(TypedDict, total=False):
 
     old_logps: Annotated[Tensor | None, None]
     ref_logps: Annotated[Tensor | None, None]
+    sampling_logps: Annotated[Tensor | None, None]
     importance_sampling_ratio: Annotated[Tensor | None, None]
     policy_mask: Annotated[Tensor | None, None]
     loss_type: Annotated[str, "dapo"]

@@ -5,6 +5,7 @@ by torch.where, never multiplied by 0, which would turn inf into NaN.
 """
 
 import torch
+import torch.nn.functional as F
 
 from grpo_fused.checks import check_cu_seqlens, check_tensor
 from grpo_fused.collectives import check_group, sum_over_ranks
@@ -92,6 +93,26 @@ class Padded:
         least = counts.clamp(min=1) if isinstance(counts, torch.Tensor) else max(counts, 1.0)
         return self.sum(values) / least
 
+    def discounted(self, values, decay):
+        """Sums (B, T) from every token on, the k-th active token after it times decay^k.
+
+        By doubling: after n steps a sum spans 2^n positions.
+        """
+        values = self.select(values)
+        rate = torch.full_like(values, decay)
+        rate = rate if self.active is None else torch.where(self.active, rate, 1.0)
+        rate = torch.where(self.is_last(), 0.0, rate)
+        step = 1
+        while step < values.shape[1]:
+            later, further = (F.pad(x[:, step:], (0, step)) for x in (values, rate))
+            values = values + torch.where(rate == 0, 0.0, rate * later)
+            rate, step = rate * further, 2 * step
+        return values
+
+    def is_last(self):
+        """Where sequences end, broadcastable to (B, T) bool."""
+        return torch.arange(1, self.length + 1, device=self.device) == self.length
+
 
 class Packed(Padded):
     """Concatenated sequences: tokens (1, N), cu_seqlens (B + 1,) from 0 to N.
@@ -154,6 +175,10 @@ class Packed(Padded):
     def sum(self, values):
         return self._sum(self.select(values))
 
+    def is_last(self):
+        changes = self.index[1:] != self.index[:-1]
+        return F.pad(changes, (0, 1), value=True)
+
     def _sum(self, values):
         if self.number == 0:
             return values[0, :0]
@@ -208,7 +233,10 @@ def over_ranks(local, group):
 
 
 def lay_out_sequences(mask, cu_seqlens, group, **tensors):
-    """(sequences, tensors) after checks; tensors are (B, T), packed (1, N)."""
+    """(sequences, tensors) after checks of the tensors, given by name, (B, T) or packed (N,).
+
+    Returned tensors are (B, T) or (1, N).
+    """
     shape = device = None
     for name, tensor in tensors.items():
         check_tensor(name, tensor, shape, device)
@@ -228,6 +256,26 @@ def lay_out_sequences(mask, cu_seqlens, group, **tensors):
         tensors = [tensor[None] for tensor in tensors]
         sequences = Packed((1, *shape), None if mask is None else mask[None], cu_seqlens)
     return over_ranks(sequences, group), tensors
+
+
+def as_given(values, cu_seqlens):
+    """Per-token values in the shape of the input; per-sequence values as (B, 1), packed (B,)."""
+    if cu_seqlens is not None:
+        return values.flatten()
+    return values[:, None] if values.dim() == 1 else values
+
+
+def advantages_of(advantages, sequences, like):
+    """Advantages (B,), or of the shape of `like`, checked, as (B, T) or (B, 1), packed (1, N)."""
+    check_tensor("advantages", advantages)
+    wanted = ((sequences.number,), tuple(like.shape))
+    if tuple(advantages.shape) not in wanted or advantages.device != like.device:
+        choice = f"{wanted[0]} or {wanted[1]} on {like.device}"
+        got = f"{tuple(advantages.shape)} on {advantages.device}"
+        raise ValueError(f"advantages must have shape {choice}, got {got}")
+    if tuple(advantages.shape) == wanted[0]:
+        return sequences.spread(advantages)
+    return advantages[None] if advantages.dim() == 1 else advantages
 
 
 def _as_bool(mask):

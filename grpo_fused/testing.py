@@ -7,7 +7,6 @@ from torch import Tensor
 
 from grpo_fused.kernels.objective import OBJECTIVES
 from grpo_fused.losses.objectives import Objective
-from grpo_fused.losses.sequence_objectives import SequenceObjective
 from grpo_fused.validation import choose_implementation
 
 RATIOS = (0.05, 0.5, 0.79, 0.81, 0.95, 1.0, 1.05, 1.15, 1.27, 1.35, 1.5, 3.0, 5.5)
@@ -20,7 +19,8 @@ def regimes(device: str | torch.device = "cpu") -> tuple[Tensor, Tensor, Tensor]
     """Grid of test inputs that covers every branch of the built-in objectives.
 
     It has ratios inside and outside of usual bounds, log-ratios inside and outside of the clamp of
-    exponents at +-80, and positive, negative and zero advantages.
+    exponents at +-80, and positive, negative and zero advantages. `check_objective` puts the
+    sampler's log-probability halfway between those of the policy and of the old one.
 
     Returns:
         (logp, log_ratio, advantage), each (n,) float32 on the device.
@@ -38,7 +38,7 @@ def check_objective(
 
     Verifies that
     - the derivative returned by `evaluate` matches autograd of its loss, in float64;
-    - loss, derivative and clipped are 0 at advantage 0;
+    - clipped is 0 at advantage 0, and so are loss and derivative if the objective needs one;
     - `per_token` matches `evaluate` in float32, if the device can run it.
 
     Args:
@@ -50,33 +50,39 @@ def check_objective(
         Names of the checks that ran: "derivative", and "kernel" if `per_token` ran.
 
     Raises:
-        ValueError: not an Objective, or a SequenceObjective, whose derivative comes from autograd.
+        ValueError: not an Objective, or one that couples tokens: autograd differentiates those.
         AssertionError: a check failed; the message has its first failing case. The grid avoids the
             kinks of usual bounds, where derivatives are not unique.
 
     Example:
         check_objective(Clip(0.2, 0.28))
     """
-    if not isinstance(objective, Objective) or isinstance(objective, SequenceObjective):
+    if not isinstance(objective, Objective) or objective.couples != "token":
         raise ValueError(f"objective must be a token-level Objective, got {objective!r}")
     logp, log_ratio, advantage = (column.double() for column in regimes())
     logp.requires_grad_(True)
     log_ratio.requires_grad_(True)
-    loss, derivative, clipped = objective.evaluate(logp, log_ratio, advantage)
+    sampling_logp = (logp - log_ratio / 2).detach()
+    loss, derivative, clipped = objective.of_tokens(logp, log_ratio, advantage, sampling_logp)
     gradients = torch.autograd.grad(
         loss.sum(), (logp, log_ratio), allow_unused=True, materialize_grads=True
     )
     columns = (logp, log_ratio, advantage)
     _compare("derivative", derivative, sum(gradients), columns, 1e-9)
     zero = torch.zeros_like(loss)
-    for name, values in (("loss", loss), ("derivative", derivative), ("clipped", clipped)):
+    results = {"loss": loss, "derivative": derivative, "clipped": clipped}
+    for name, values in results.items():
+        if name != "clipped" and not objective.needs_advantage:
+            continue
         at_zero = torch.where(advantage == 0, values, zero)
         _compare(f"{name} at advantage 0", at_zero, zero, columns, 0.0)
     checks = ["derivative"]
     if hasattr(objective, "per_token") and can_run_kernels(device):
         columns = regimes(device)
-        got, want = run_per_token(objective, *columns), objective.evaluate(*columns)
-        for name, a, b in zip(("loss", "derivative", "clipped"), got, want, strict=True):
+        sampling_logp = columns[0] - columns[1] / 2
+        got = run_per_token(objective, *columns, sampling_logp)
+        want = objective.of_tokens(*columns, sampling_logp)
+        for name, a, b in zip(results, got, want, strict=True):
             _compare(f"{name} of per_token", a, b, columns, rtol)
         checks.append("kernel")
     return checks
@@ -90,12 +96,17 @@ def can_run_kernels(device):
         return False
 
 
-def run_per_token(objective, logp, log_ratio, advantage):
-    """(loss, derivative, clipped), each (n,), of an objective's `per_token`, run by Triton."""
+def run_per_token(objective, logp, log_ratio, advantage, sampling_logp=None):
+    """(loss, derivative, clipped), each (n,), of an objective's `per_token`, run by Triton.
+
+    A sampling_logp of None is that of the policy itself.
+    """
     from grpo_fused.kernels.evaluate import evaluate
 
     out = torch.empty(3, len(logp), device=logp.device)
-    evaluate(OBJECTIVES[objective.name()], objective.params(), logp, log_ratio, advantage, out)
+    sampling_logp = logp if sampling_logp is None else sampling_logp
+    columns = (logp, log_ratio, advantage, sampling_logp if objective.uses_sampling_logps else None)
+    evaluate(OBJECTIVES[objective.name()], objective.params(), *columns, out)
     return out.unbind()
 
 

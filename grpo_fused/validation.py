@@ -22,7 +22,8 @@ if HAS_TRITON:
     import grpo_fused.kernels.launch as launch
 
 PER_SEQUENCE = ("importance_sampling_ratio", "policy_mask")
-FLOATING = ("advantages", "old_logps", "ref_logps", "importance_sampling_ratio", "temperature")
+FLOATING = ("advantages", "old_logps", "ref_logps", "sampling_logps", "temperature")
+FLOATING += ("importance_sampling_ratio",)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("sum", "none")
 IMPLEMENTATIONS = ("auto", "triton", "torch")
@@ -258,8 +259,8 @@ def check_temperature(source, layout, sequences, temperature):
     return temperature
 
 
-def check_objective(objective, level):
-    """Check an objective and that it supports the importance sampling level."""
+def check_objective(objective, level, sequence_group=None):
+    """Check an objective and that it supports the importance sampling level and the group."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must be an Objective such as Clip(), got {objective!r}")
     check_choice("importance_sampling_level", level, LEVELS)
@@ -267,6 +268,11 @@ def check_objective(objective, level):
         raise ValueError(
             f"importance_sampling_level must be {' or '.join(objective.levels)} for "
             f"{type(objective).__name__}, got {level!r}"
+        )
+    if sequence_group is not None and not objective.over_ranks:
+        raise ValueError(
+            f"sequence_group must be None for {type(objective).__name__}, which needs all tokens "
+            "of a sequence, or of the batch, on one rank"
         )
 
 

@@ -168,6 +168,7 @@ def fused_loss(logits, tokens, scales, formula, outputs):
         bias_correction=tl.constexpr(formula.bias_correction),
         grad_scale=argument(formula.grad_scale),
         over=formula.over._make(map(tl.constexpr, formula.over)),
+        uses_sampling=tl.constexpr(formula.uses_sampling),
     )
     launch_rows(
         _fused_loss_kernel,

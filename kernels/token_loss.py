@@ -19,6 +19,7 @@ class TokenConstants(NamedTuple):
     grad_scale: tl.tensor
     old_logp: tl.tensor
     ref_logp: tl.tensor
+    sampling_logp: tl.tensor
 
 
 class TokenLoss(NamedTuple):
@@ -54,7 +55,12 @@ def token_constants(tokens, formula, sequence, token, inside, active):
     ref_logp = 0.0
     if tokens.ref_logps is not None:
         ref_logp = tl.load(tokens.ref_logps + token, active)
-    return TokenConstants(advantage, w_policy, w_kl, w_entropy, grad_scale, old_logp, ref_logp)
+    sampling_logp = 0.0
+    if tokens.sampling_logps is not None:
+        sampling_logp = tl.load(tokens.sampling_logps + token, active)
+    return TokenConstants(
+        advantage, w_policy, w_kl, w_entropy, grad_scale, old_logp, ref_logp, sampling_logp
+    )
 
 
 @triton.jit
@@ -83,7 +89,15 @@ def token_loss(logp, kl_logp, entropy, known, constants, tokens, formula):
         log_ratio = logp - constants.old_logp
     ratio, dratio = clamped_exp(log_ratio)
     advantage = constants.advantage
-    loss, dlogp, clipped = formula.objective(logp, log_ratio, advantage, *formula.params)
+    if formula.uses_sampling:
+        sampling_logp = logp
+        if tokens.sampling_logps is not None:
+            sampling_logp = constants.sampling_logp
+        loss, dlogp, clipped = formula.objective(
+            logp, log_ratio, advantage, sampling_logp, *formula.params
+        )
+    else:
+        loss, dlogp, clipped = formula.objective(logp, log_ratio, advantage, *formula.params)
     loss = weighted(constants.w_policy, loss)
     dlogp = weighted(constants.w_policy, dlogp)
     dkl_logp = 0.0

@@ -54,8 +54,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # has both: kernels know weights, not normalisers.
 REPRESENTS = {
     "grpo": ("bnpo", "ppo", "dr_grpo", "dapo"),
-    "gspo": ("gspo_token", "luspo", "vespo", "gmpo"),
-    "gpg": ("cross_entropy", "importance_sampling"),
+    "gspo": ("gspo_token", "luspo", "vespo", "gmpo", "topr", "fipo", "clip_cov", "kl_cov", "m2po"),
+    "gpg": ("cross_entropy", "importance_sampling", "reinforce", "dro"),
+    "ipo": ("rollout_is",),
     "dppo_tv": ("dppo_kl",),
 }
 REPRESENTED_BY = {name: by for by, names in REPRESENTS.items() for name in names}

@@ -27,10 +27,11 @@ class SequenceOrder(NamedTuple):
     on_host: list[int]  # the same
 
 
-def tokens_with_gradient(tokens, sequences, couples_tokens=False):
-    """(B, T) bool, or None: all. The policy term has no gradient without advantage or weight.
+def tokens_with_gradient(tokens, sequences, couples_tokens=False, needs_advantage=True):
+    """(B, T) bool, or None: all. The policy term has no gradient without a weight.
 
-    If the loss couples the tokens of a sequence, one token with a gradient gives it to all.
+    Nor has it one without an advantage, if the objective needs one. If the loss couples the tokens
+    of a sequence, one token with a gradient gives it to all.
     """
     has_kl = tokens.ref_logps is not None and (_is_tensor(tokens.w_kl) or tokens.w_kl != 0)
     if has_kl or tokens.w_entropy is not None:
@@ -38,11 +39,14 @@ def tokens_with_gradient(tokens, sequences, couples_tokens=False):
     if sequences.active is None and sequences.device.type != "cpu":
         return None
     weighted = _is_tensor(tokens.w_policy) and tokens.w_policy.dim() > 0
-    if checks.is_readable(sequences.device) and not weighted and bool(tokens.advantages.all()):
+    some_have_none = needs_advantage
+    if needs_advantage and checks.is_readable(sequences.device) and not weighted:
+        some_have_none = not bool(tokens.advantages.all())
+    if not (some_have_none or weighted):
         return None
-    wanted = sequences.spread(tokens.advantages) != 0
-    if weighted:
-        wanted = wanted & (tokens.w_policy != 0)
+    wanted = tokens.w_policy != 0 if weighted else True
+    if needs_advantage:
+        wanted = (sequences.spread(tokens.advantages) != 0) & wanted
     wanted = wanted.expand(tokens.ids.shape)
     if couples_tokens:
         wanted = sequences.spread(sequences.sum(wanted.float()) > 0).expand_as(wanted)

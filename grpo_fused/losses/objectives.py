@@ -51,18 +51,28 @@ class Objective:
         evaluate(self, logp, log_ratio, advantage)        in torch, on float tensors of one shape
         per_token(logp, log_ratio, advantage, *params)    as @staticmethod @jit, on scalars
 
-    Both return (loss, d loss / d logp, clipped), where log_ratio = logp - old_logp has derivative 1
-    in logp and `clipped` is -1 or +1 where the lower or the upper bound is active, else 0. The loss
-    of `evaluate` must also be differentiable by autograd, which sequence levels use. `per_token` is
+    or, with `uses_sampling_logps`, the same with sampling_logp behind advantage. Both return
+    (loss, d loss / d logp, clipped), where log_ratio = logp - old_logp has derivative 1 in
+    logp and `clipped` is -1 or +1 where the lower or the upper bound is active, else 0. The loss of
+    `evaluate` must also be differentiable by autograd, which sequence levels use. `per_token` is
     optional; without it, the loss is computed by `evaluate` on log-probabilities.
 
     Attributes:
         levels: supported importance sampling levels.
+        needs_advantage: whether a token without an advantage has no gradient.
+        uses_sampling_logps: whether the log-probabilities of the sampler are read.
+        couples: whose tokens the loss of a token depends on: its own, "token", all of its
+            "sequence", or all of the "batch".
+        over_ranks: whether the tokens of a sequence may lie on several ranks.
         evaluate, per_token: see above.
     """
 
     by_name: ClassVar[dict[str, type["Objective"]]] = {}
     levels: ClassVar[tuple[str, ...]] = ("token",)
+    needs_advantage: ClassVar[bool] = True
+    uses_sampling_logps: ClassVar[bool] = False
+    couples: ClassVar[str] = "token"
+    over_ranks: ClassVar[bool] = True
     evaluate: ClassVar[Callable[..., tuple[Tensor, ...]]]
     per_token: ClassVar[Callable]
     _name: ClassVar[str]
@@ -88,6 +98,15 @@ class Objective:
         names: tuple[str, ...] = self.__match_args__
         params = (getattr(self, name) for name in names)
         return [math.inf if parameter is None else float(parameter) for parameter in params]
+
+    def of_tokens(
+        self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, sampling_logp: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """`evaluate`, with what it takes; a sampling_logp of None is that of the policy itself."""
+        if not self.uses_sampling_logps:
+            return self.evaluate(logp, log_ratio, advantage)
+        sampling_logp = logp.detach() if sampling_logp is None else sampling_logp
+        return self.evaluate(logp, log_ratio, advantage, sampling_logp)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Policy objectives for data of another policy: trust regions in probabilities, and no bound."""
+"""Policy objectives for data of another policy: trust regions, bands, penalties, and no bound."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -145,3 +145,155 @@ class DppoKl(_Dppo):
         above = (divergence > epsilon_high) & (p > p_old)
         below = (divergence > epsilon_low) & (p < p_old)
         return _weighted(logp, log_ratio, advantage, above, below, max_ratio)
+
+
+@dataclass(frozen=True)
+class Dro(Objective):
+    """Policy gradient with a quadratic penalty in the place of a clip.
+
+        -A logp + strength / 2 log(rho)^2
+
+    The penalty has a gradient without an advantage too.
+
+    Attributes:
+        strength: of the penalty; tau in the paper, beta in Tinker, from whose example the default
+            is, and dro_beta in verl, which has none.
+
+    Raises:
+        ValueError: strength is not a finite number > 0.
+
+    References:
+        Kimi k1.5, https://arxiv.org/abs/2501.12599, eq. 3, which squares the log-ratio of the whole
+        response. As in Tinker and verl it is that of each token here.
+    """
+
+    needs_advantage: ClassVar[bool] = False
+    strength: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_params(self, "strength")
+
+    def evaluate(
+        self, logp: Tensor, log_ratio: Tensor, advantage: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gain = torch.where(advantage == 0, 0.0, -advantage * logp)
+        penalty = self.strength / 2 * log_ratio * log_ratio
+        loss = torch.where(penalty.isinf(), penalty, gain + penalty)  # inf - inf would be NaN
+        return loss, self.strength * log_ratio - advantage, torch.zeros_like(loss)
+
+    @staticmethod
+    @jit
+    def per_token(logp, log_ratio, advantage, strength):
+        gain = tl.where(advantage == 0.0, 0.0, -advantage * logp)
+        penalty = strength / 2 * log_ratio * log_ratio
+        loss = tl.where(penalty == float("inf"), penalty, gain + penalty)
+        return loss, strength * log_ratio - advantage, 0.0 * advantage
+
+
+@dataclass(frozen=True)
+class Ipo(Objective):
+    """Importance sampling within a distance from the sampler, with a quadratic penalty.
+
+        -1[abs(p - q) <= epsilon] rho A + strength log(rho)^2
+
+    with the probability q of the token under the sampler. Tokens outside keep the penalty, which
+    has a gradient without an advantage too; they count as clipped, above or below q.
+
+    Attributes:
+        epsilon: largest distance of the probabilities.
+        strength: of the penalty.
+
+    Raises:
+        ValueError: a parameter is not a finite number >= 0.
+
+    References:
+        The loss ipo of prime-rl, src/prime_rl/trainer/rl/loss.py, whose rho is that of the policy
+        over the sampler: pass the sampler's log-probabilities as old_logps, and no sampling_logps.
+    """
+
+    needs_advantage: ClassVar[bool] = False
+    uses_sampling_logps: ClassVar[bool] = True
+    epsilon: float = 0.1
+    strength: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_params(self, "epsilon", "strength", zero=True)
+
+    def evaluate(
+        self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, sampling_logp: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ratio, dratio = clamped_exp(log_ratio)
+        moved = (logp.exp() - sampling_logp.exp()).detach()
+        outside = moved.abs() > self.epsilon
+        weight = torch.where(moved.isnan(), moved, advantage)  # an unknown distance is NaN
+        gain, slope = (torch.where(outside, 0.0, -x * weight) for x in (ratio, dratio))
+        penalty, derivative = log_ratio * log_ratio, 2 * log_ratio
+        clipped = torch.where(outside & (advantage != 0), moved.sign(), 0.0)
+        return gain + self.strength * penalty, slope + self.strength * derivative, clipped
+
+    @staticmethod
+    @jit
+    def per_token(logp, log_ratio, advantage, sampling_logp, epsilon, strength):
+        ratio, dratio = jit_clamped_exp(log_ratio)
+        moved = exp(greater(logp, -100.0)) - exp(greater(sampling_logp, -100.0))
+        outside = tl.abs(moved) > epsilon
+        weight = tl.where(moved == moved, advantage, moved)
+        gain = tl.where(outside, 0.0, -ratio * weight)
+        slope = tl.where(outside, 0.0, -dratio * weight)
+        sign = tl.where(moved > 0.0, 1.0, -1.0)
+        return (
+            gain + strength * log_ratio * log_ratio,
+            slope + strength * 2 * log_ratio,
+            tl.where(outside & (advantage != 0.0), sign, 0.0),
+        )
+
+
+@dataclass(frozen=True)
+class RolloutIs(Objective):
+    """Policy gradient with the importance ratio over the sampler, and nothing out of its band.
+
+        -sg(rho_q 1[1 - epsilon_low <= rho_q <= 1 + epsilon_high]) A logp,   rho_q = p / q
+
+    with the probability q of the token under the sampler. Tokens outside have no gradient,
+    whatever the sign of A, and count as clipped.
+
+    Attributes:
+        epsilon_low, epsilon_high: distances of the bounds from 1.
+
+    Raises:
+        ValueError: an epsilon is not a finite number >= 0.
+
+    References:
+        GLM-5, https://arxiv.org/abs/2602.15763, section 4.1.2; the loss rollout_is of SkyRL, whose
+        band is open. verl has such bands as weights, `rollout_weights(mode="mask")`.
+    """
+
+    uses_sampling_logps: ClassVar[bool] = True
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_params(self, "epsilon_low", "epsilon_high", zero=True)
+
+    def evaluate(
+        self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, sampling_logp: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        same = logp == sampling_logp  # -inf - -inf would be NaN
+        ratio = clamped_exp(torch.where(same, 0.0, logp.detach() - sampling_logp))[0]
+        below, above = ratio < 1 - self.epsilon_low, ratio > 1 + self.epsilon_high
+        derivative = torch.where(below | above, 0.0, -ratio * advantage)
+        loss = torch.where(derivative == 0, 0.0, derivative * logp)
+        clipped = torch.where(advantage == 0, 0.0, above.float() - below.float())
+        return loss, derivative, clipped
+
+    @staticmethod
+    @jit
+    def per_token(logp, log_ratio, advantage, sampling_logp, epsilon_low, epsilon_high):
+        difference = tl.where(logp == sampling_logp, 0.0, logp - sampling_logp)
+        ratio = jit_clamped_exp(difference)[0]
+        below = ratio < 1.0 - epsilon_low
+        above = ratio > 1.0 + epsilon_high
+        derivative = tl.where(below | above, 0.0, -ratio * advantage)
+        loss = tl.where(derivative == 0.0, 0.0, derivative * logp)
+        clipped = above.to(tl.float32) - below.to(tl.float32)
+        return loss, derivative, tl.where(advantage == 0.0, 0.0, clipped)

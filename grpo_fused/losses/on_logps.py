@@ -13,7 +13,6 @@ from grpo_fused.bundles import LossResults, OverSupport
 from grpo_fused.losses.kl import KL_ESTIMATORS, corrected, weighted
 from grpo_fused.losses.metrics import Terms, total, without_ratios
 from grpo_fused.losses.objectives import Objective, clamped_exp
-from grpo_fused.losses.sequence_objectives import SequenceObjective
 
 
 class LogpsFormula(NamedTuple):
@@ -30,12 +29,12 @@ class LogpsFormula(NamedTuple):
     @property
     def couples_tokens(self):
         """Whether the loss of a token depends on other tokens of its sequence."""
-        return self.level != "token" or isinstance(self.objective, SequenceObjective)
+        return self.level != "token" or self.objective.couples == "sequence"
 
     @property
     def needs_level(self):
         """Whether the log-ratio of the level is read: `SequenceObjective`s make their own."""
-        return self.bias_correction or not isinstance(self.objective, SequenceObjective)
+        return self.bias_correction or self.objective.couples != "sequence"
 
 
 class _Derivative(torch.autograd.Function):
@@ -59,7 +58,8 @@ def _without_masked(tokens, sequences):
         per_token = isinstance(values, torch.Tensor) and values.dim() == 2
         return sequences.select(values) if per_token else values
 
-    names = ("advantages", "old_logps", "ref_logps", "correction", "w_policy", "w_kl", "w_entropy")
+    names = ("advantages", "old_logps", "ref_logps", "sampling_logps", "correction")
+    names += ("w_policy", "w_kl", "w_entropy")
     return tokens._replace(**{name: select(getattr(tokens, name)) for name in names})
 
 
@@ -89,7 +89,8 @@ def _log_ratios(logps, tokens, formula, sequences):
 def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
     """(weighted loss, clipped) of the policy term, (B, T)."""
     advantages = sequences.select(sequences.spread(tokens.advantages).expand_as(logps))
-    weight, objective = tokens.w_policy, formula.objective
+    weight, objective, on = tokens.w_policy, formula.objective, None
+    sampling_logps = tokens.sampling_logps
     if isinstance(weight, torch.Tensor) and weight.dim():
         # A NaN that is selected away only after the objective would come back in backward. Signs
         # stay, because they decide which bound counts as reached.
@@ -97,11 +98,17 @@ def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
         advantages = torch.where(on, advantages, advantages.sign().nan_to_num())
         level_log_ratio = torch.where(on | ~level_log_ratio.isnan(), level_log_ratio, 0.0)
         log_ratio = torch.where(on | ~log_ratio.isnan(), log_ratio, 0.0)
-    if isinstance(objective, SequenceObjective):
+        if sampling_logps is not None:
+            sampling_logps = torch.where(on | ~sampling_logps.isnan(), sampling_logps, 0.0)
+    if objective.couples == "sequence":
         arguments = (logps, log_ratio, advantages, tokens.correction, sequences)
         loss, clipped = objective.evaluate(*arguments)
+    elif objective.couples == "batch":
+        counted = sequences.active if on is None else sequences.select(on).bool()
+        loss, clipped = objective.evaluate(logps, level_log_ratio, advantages, counted)
     else:
-        loss, _, clipped = objective.evaluate(logps, level_log_ratio, advantages)
+        arguments = (logps, level_log_ratio, advantages, sampling_logps)
+        loss, _, clipped = objective.of_tokens(*arguments)
     return weighted(weight, loss), clipped
 
 
@@ -156,7 +163,7 @@ def loss_on_logps(found, tokens, formula, sequences):
         active = active if sequences.active is None else sequences.active
         ratio, clipped = clamped_exp(level_log_ratio)[0], sequences.select(clipped)
         units = active
-        if isinstance(formula.objective, SequenceObjective):
+        if formula.objective.couples == "sequence":
             ratio = clamped_exp(log_ratio)[0]
         elif formula.level == "sequence" and tokens.advantages.dim() == 1:
             units = torch.ones(sequences.number, dtype=torch.bool, device=logps.device)

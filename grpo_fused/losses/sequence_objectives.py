@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from grpo_fused.losses.objectives import Objective, by_sign, check_params, clamped_exp
+from grpo_fused.losses.objectives import Clip, Objective, by_sign, check_params, clamped_exp
 from grpo_fused.sequences import Padded
 
 
@@ -31,6 +31,7 @@ class SequenceObjective(Objective):
             the loss by it.
     """
 
+    couples: ClassVar[str] = "sequence"
     uses_correction: ClassVar[bool] = False
 
 
@@ -131,4 +132,98 @@ class Gmpo(SequenceObjective):
         used = torch.where(stopped, bounded.detach(), log_ratio)
         loss = -sequences.spread(clamped_exp(sequences.mean(used))[0]) * advantage
         clipped = (upper & gains).float() - (lower & (advantage < 0)).float()
+        return loss, clipped
+
+
+@dataclass(frozen=True)
+class Topr(SequenceObjective):
+    """Policy gradient, with truncated importance weights of sequences where the advantage is <= 0.
+
+        -A logp if A > 0, else -sg(min(exp(sum_t (logp - old_logp)), 1)) A logp
+
+    Every token keeps its gradient, none counts as clipped.
+
+    References:
+        TOPR, https://arxiv.org/abs/2503.14286, whose ratio is that of the trajectory. ROLL and
+        Trinity-RFT take that of each token instead.
+    """
+
+    levels: ClassVar[tuple[str, ...]] = ("token",)
+
+    def evaluate(
+        self,
+        logp: Tensor,
+        log_ratio: Tensor,
+        advantage: Tensor,
+        correction: Tensor | None,
+        sequences: Padded,
+    ) -> tuple[Tensor, Tensor]:
+        ratio = sequences.spread(sequences.sum(log_ratio.detach()).clamp(-80.0, 0.0).exp())
+        derivative = torch.where(advantage > 0, -advantage, -ratio * advantage)
+        loss = torch.where(advantage == 0, 0.0, derivative * logp)
+        return loss, torch.zeros_like(loss)
+
+
+@dataclass(frozen=True)
+class Fipo(SequenceObjective):
+    """The clip, with advantages scaled by how the policy has moved on the tokens that follow.
+
+        -min(min(rho, delta) f A, clamp(rho, 1 - epsilon_low, 1 + epsilon_high) f A)
+        f = sg(clamp(exp(sum over k >= t of decay^(k - t) d_k), min_weight, max_weight))
+
+    with decay = 2^(-1 / half_life) and d = logp - old_logp, but d = 0 where A < 0 and rho > delta;
+    f = 1 where A < 0 and rho > safety. Distances k - t count active tokens.
+
+    Attributes:
+        epsilon_low, epsilon_high, delta: bounds of the clip, as in `Clip`.
+        half_life: distance at which a token weighs half as much; None = all weigh the same.
+        min_weight, max_weight: bounds of f; the paper has (1, 1.2) for 32B and (0.8, 1.2) for 7B.
+        safety: bound of the ratios of tokens with A < 0 that are scaled; 3 for 7B.
+
+    Raises:
+        ValueError: an epsilon that is negative or not finite; another parameter that is not
+            positive; min_weight above max_weight.
+
+    References:
+        FIPO, https://arxiv.org/abs/2603.19835, eq. 5 to 8; delta as in table 2. The authors' code
+        sets d = 0 where rho > delta whatever the sign of A, restricts f to (0.8, 1) where rho is
+        above safety, and drops sequences with several tokens above delta.
+    """
+
+    levels: ClassVar[tuple[str, ...]] = ("token",)
+    over_ranks: ClassVar[bool] = False
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.28
+    delta: float = 10.0
+    half_life: float | None = 32.0
+    min_weight: float = 1.0
+    max_weight: float = 1.2
+    safety: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_params(self, "epsilon_low", "epsilon_high", zero=True)
+        check_params(self, "delta", "min_weight", "max_weight", "safety")
+        if self.half_life is not None:
+            check_params(self, "half_life")
+        if self.min_weight > self.max_weight:
+            bounds = f"{self.min_weight!r} and {self.max_weight!r}"
+            raise ValueError(f"min_weight must be at most max_weight, got {bounds}")
+
+    def evaluate(
+        self,
+        logp: Tensor,
+        log_ratio: Tensor,
+        advantage: Tensor,
+        correction: Tensor | None,
+        sequences: Padded,
+    ) -> tuple[Tensor, Tensor]:
+        moved, harms = log_ratio.detach(), advantage < 0
+        ratio = clamped_exp(moved)[0]
+        decay = 1.0 if self.half_life is None else 0.5 ** (1.0 / self.half_life)
+        moved = torch.where(harms & (ratio > self.delta), 0.0, moved)
+        future = clamped_exp(sequences.discounted(moved, decay))[0]
+        weight = future.clamp(self.min_weight, self.max_weight)
+        weight = torch.where(harms & (ratio > self.safety), 1.0, weight)
+        clip = Clip(self.epsilon_low, self.epsilon_high, self.delta)
+        loss, _, clipped = clip.evaluate(logp, log_ratio, weight * advantage)
         return loss, clipped

@@ -2,9 +2,17 @@
 
 from dataclasses import dataclass
 
+from grpo_fused.losses.batch_objectives import ClipCov, KlCov, M2po
 from grpo_fused.losses.objectives import Cispo, Clip, Objective, PolicyGradient, Sapo
-from grpo_fused.losses.off_policy_objectives import DppoKl, DppoTv, ImportanceSampling
-from grpo_fused.losses.sequence_objectives import Gmpo, Vespo
+from grpo_fused.losses.off_policy_objectives import (
+    DppoKl,
+    DppoTv,
+    Dro,
+    ImportanceSampling,
+    Ipo,
+    RolloutIs,
+)
+from grpo_fused.losses.sequence_objectives import Fipo, Gmpo, Topr, Vespo
 
 
 @dataclass(frozen=True)
@@ -151,5 +159,69 @@ LOSSES: dict[str, Loss] = {
         "Tinker",
         "https://tinker-docs.thinkingmachines.ai/losses",
         "cross_entropy",
+    ),
+    # The loss of "gpg" with another average; importance weights are `importance_sampling_ratio`.
+    "reinforce": Loss(
+        PolicyGradient(),
+        "seq-mean-token-sum",
+        "REINFORCE",
+        "https://doi.org/10.1007/BF00992696",
+        "eq. 11",
+    ),
+    "rollout_is": Loss(
+        RolloutIs(),
+        "token-mean",
+        "GLM-5",
+        "https://arxiv.org/abs/2602.15763",
+        "section 4.1.2",
+    ),
+    "dro": Loss(
+        Dro(),
+        "seq-mean-token-sum",
+        "Kimi k1.5",
+        "https://arxiv.org/abs/2501.12599",
+        "eq. 3, per token",
+    ),
+    "ipo": Loss(
+        Ipo(),
+        "token-mean",
+        "prime-rl",
+        "https://github.com/PrimeIntellect-ai/prime-rl",
+        "ipo_loss_fn",
+    ),
+    "topr": Loss(
+        Topr(),
+        "seq-mean-token-sum",
+        "TOPR",
+        "https://arxiv.org/abs/2503.14286",
+        "the tapered gradient",
+    ),
+    "fipo": Loss(
+        Fipo(),
+        "token-mean",
+        "FIPO",
+        "https://arxiv.org/abs/2603.19835",
+        "eq. 5 to 8",
+    ),
+    "clip_cov": Loss(
+        ClipCov(),
+        "token-mean",
+        "The Entropy Mechanism",
+        "https://arxiv.org/abs/2505.22617",
+        "eq. 10 to 12",
+    ),
+    "kl_cov": Loss(
+        KlCov(),
+        "token-mean",
+        "The Entropy Mechanism",
+        "https://arxiv.org/abs/2505.22617",
+        "eq. 10, 13 and 14",
+    ),
+    "m2po": Loss(
+        M2po(),
+        "token-mean",
+        "M2PO",
+        "https://arxiv.org/abs/2510.01161",
+        "eq. 5 and algorithm 1",
     ),
 }

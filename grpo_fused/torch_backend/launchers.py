@@ -84,7 +84,9 @@ def token_loss(statistics, known, tokens, formula):
         log_ratio = logp - tokens.old_logps
     ratio, dratio = clamped_exp(log_ratio)
     objective = Objective.by_name[formula.objective](*formula.params)
-    loss, dlogp, clipped = objective.evaluate(logp, log_ratio, tokens.advantages)
+    loss, dlogp, clipped = objective.of_tokens(
+        logp, log_ratio, tokens.advantages, tokens.sampling_logps
+    )
     loss, dlogp = weighted(tokens.w_policy, loss), weighted(tokens.w_policy, dlogp)
     dlogps, dentropies = [None, None], [None, None]  # over the vocabulary, over the support
     dlogps[over.policy] = dlogp

@@ -62,7 +62,7 @@ def test_every_token_has_a_gradient(loss_type, rows, implementation, device):
 
 
 @pytest.mark.parametrize("rows", [100, 7, 1])
-@pytest.mark.parametrize("loss_type", ["dapo", "luspo", "vespo", "gmpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "luspo", "vespo", "gmpo", "topr", "m2po"])
 def test_without_a_penalty_sequences_without_advantage_take_another_way(
     loss_type, rows, implementation, device
 ):

@@ -69,6 +69,8 @@ def over_vocabulary(rank, case, rows, upstream, generator, out, gradient):
 def over_sequences(rank, case, rows, upstream, generator, out, gradient):
     """Tokens dealt out to the ranks in any order; some ranks may have none."""
     batch, _, options = case
+    if not options["objective"].over_ranks:
+        return
     owner = torch.randint(rank.size, (T,), generator=generator)
     owner[0] = rank.size - 1
     places = (owner == rank.rank).nonzero()[:, 0]

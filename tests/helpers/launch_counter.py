@@ -64,7 +64,11 @@ def options_of(batch, *names):
 
 PLAIN = ("old_logps", "ref_logps", "beta")
 FULL = (*PLAIN, "importance_sampling_ratio", "policy_mask", "entropy_coef", "kl_normalizer")
-TOKEN_LEVEL = [name for name, row in LOSSES.items() if row.level == "token" and name != "vespo"]
+TOKEN_LEVEL = [
+    name
+    for name, row in LOSSES.items()
+    if row.level == "token" and hasattr(row.objective, "per_token")
+]
 
 
 READS = ("_fused_loss_kernel", "_logprob_fwd_kernel", "_logprob_bwd_kernel")

@@ -73,7 +73,7 @@ def sampled_case(B, T, V, *, H, dtype, device="cpu"):
     chosen = logp.gather(-1, ids[..., None])[..., 0].float()
     old_logps = chosen + 0.3 * torch.randn(B, T, generator=generator)
     advantages = torch.randn(B, generator=generator)
-    tensors = (logp, ids, torch.ones_like(ids), advantages, old_logps, chosen)
+    tensors = (logp, ids, torch.ones_like(ids), advantages, old_logps, chosen, old_logps)
     batch = Batch(*(tensor.to(device) for tensor in tensors))
     return Case(batch, hidden.to(device), weight.to(device), None)
 

@@ -8,11 +8,16 @@ import math
 from dataclasses import dataclass
 
 import torch
+from oracle_selections import chosen_of, influence
 
 CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None}
 GSPO = {"epsilon_low": 3e-4, "epsilon_high": 4e-4, "delta": None}
 CISPO = {"max_ratio": 5.0, "min_ratio": 0.0}
 DPPO = {"epsilon_low": 0.2, "epsilon_high": 0.2, "max_ratio": 20.0}
+FIPO = {"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": 10.0, "half_life": 32.0}
+FIPO |= {"min_weight": 1.0, "max_weight": 1.2, "safety": 10.0}
+CLIP_COV = {"epsilon_low": 0.2, "epsilon_high": 0.2, "share": 2e-4, "low": 1.0, "high": 5.0}
+BAND = {"epsilon_low": 0.2, "epsilon_high": 0.2}
 SAPO = {"temperature_pos": 1.0, "temperature_neg": 1.05}
 VESPO = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
 ROWS = {  # loss_type -> (objective, knobs, ratio level, rule of the average); arXiv numbers
@@ -33,11 +38,23 @@ ROWS = {  # loss_type -> (objective, knobs, ratio level, rule of the average); a
     "dppo_kl": ("DppoKl", DPPO, "token", "token-mean"),  # DPPO 2602.04879 eq. 14
     "importance_sampling": ("ImportanceSampling", {}, "token", "token-sum"),  # Tinker
     "cross_entropy": ("PolicyGradient", {}, "token", "token-sum"),  # Tinker
+    "reinforce": ("PolicyGradient", {}, "token", "seq-mean-token-sum"),  # Williams 1992
+    "rollout_is": ("RolloutIs", BAND, "token", "token-mean"),  # GLM-5 2602.15763
+    "dro": ("Dro", {"strength": 0.05}, "token", "seq-mean-token-sum"),  # Kimi k1.5 2501.12599
+    "ipo": ("Ipo", {"epsilon": 0.1, "strength": 1e-3}, "token", "token-mean"),  # prime-rl
+    "topr": ("Topr", {}, "token", "seq-mean-token-sum"),  # TOPR 2503.14286
+    "fipo": ("Fipo", FIPO, "token", "token-mean"),  # FIPO 2603.19835 eq. 5 to 8
+    "clip_cov": ("ClipCov", CLIP_COV, "token", "token-mean"),  # 2505.22617 eq. 10 to 12
+    "kl_cov": ("KlCov", {"share": 2e-4, "strength": 1.0}, "token", "token-mean"),  # eq. 13, 14
+    "m2po": ("M2po", {"threshold": 0.04}, "token", "token-mean"),  # M2PO 2510.01161 eq. 5
 }
-_EACH = "grpo cispo sapo vespo gmpo gpg dppo_tv dppo_kl importance_sampling"
+_EACH = "grpo cispo sapo vespo gmpo gpg dppo_tv dppo_kl importance_sampling rollout_is dro ipo"
+_EACH += " topr fipo clip_cov kl_cov m2po"
 DEFAULTS = {ROWS[row][0]: ROWS[row][1] for row in _EACH.split()}  # knobs
 LEVELS = dict.fromkeys(DEFAULTS, ("token", "sequence", "sequence_token"))  # that have a meaning
-LEVELS.update(dict.fromkeys(("Vespo", "PolicyGradient", "DppoTv", "DppoKl"), ("token",)))
+TOKEN_LEVEL = "Vespo PolicyGradient DppoTv DppoKl RolloutIs Dro Ipo".split()
+TOKEN_LEVEL += "Topr Fipo ClipCov KlCov M2po".split()
+LEVELS.update(dict.fromkeys(TOKEN_LEVEL, ("token",)))
 LEVELS.update(Gmpo=("sequence",))
 
 
@@ -80,6 +97,11 @@ def token_weights(
 
 def _exp(x):
     return torch.exp(torch.clamp(x, -80, 80))  # derivative 0 outside
+
+
+def _number(x):
+    """`_exp` of a number."""
+    return math.exp(min(max(x, -80.0), 80.0))
 
 
 def _at(values, b, t):
@@ -163,18 +185,28 @@ def _kl(d, estimator):
     return values[estimator]
 
 
-def _objective(name, knobs, logps, log_ratios, ratios, advantages, W):
+def _objective(name, knobs, logps, log_ratios, ratios, advantages, W, sampling, chosen):
     """The objective of every active token of a sequence, to be minimised, as a list."""
     if name == "Gmpo":  # GMPO: geometric mean of the ratios, clipped one by one in log space
         z, e = [], knobs["epsilon"]
         for d, A in zip(log_ratios, advantages, strict=True):
             z.append((torch.minimum if A > 0 else torch.maximum)(d, torch.clamp(d, -e, e)))
         return [-_exp(_mean(z)) * A for A in advantages]
+    if name == "Fipo":
+        factors = influence(knobs, log_ratios, ratios, advantages)
+        advantages = [f * A for f, A in zip(factors, advantages, strict=True)]
+    trajectory = min(_number(sum(d.item() for d in log_ratios)), 1.0)  # TOPR
     S = W + sum(min(max(d.item(), -20.0), 20.0) for d in log_ratios)  # log of VESPO's ratio
     S, losses = min(max(S, math.log(1e-8)), 20.0), []
-    for logp, ratio, A in zip(logps, ratios, advantages, strict=True):
-        if name == "Clip":  # PPO eq. 7, two bounds: DAPO eq. 8, delta: dual clip 1912.09729
-            delta = math.inf if knobs["delta"] is None else float(knobs["delta"])
+    tokens = zip(logps, log_ratios, ratios, advantages, sampling, chosen, strict=True)
+    for logp, log_ratio, ratio, A, q, picked in tokens:
+        if name in ("ClipCov", "M2po") and picked:
+            losses.append(0.0)
+        elif name == "Topr":  # no weight for gains, a truncated one of the trajectory for losses
+            losses.append(-(1.0 if A > 0 else trajectory) * A * logp)
+        elif name in ("Clip", "Fipo", "ClipCov"):
+            # PPO eq. 7, two bounds: DAPO eq. 8, delta: dual clip 1912.09729
+            delta = math.inf if knobs.get("delta") is None else float(knobs["delta"])
             clipped = torch.clamp(ratio, 1 - knobs["epsilon_low"], 1 + knobs["epsilon_high"])
             losses.append(-torch.minimum(torch.clamp(ratio, max=delta) * A, clipped * A))
         elif name == "Cispo":  # MiniMax-M1: the clipped ratio is a constant
@@ -182,10 +214,20 @@ def _objective(name, knobs, logps, log_ratios, ratios, advantages, W):
             losses.append(-weight * A * logp)
         elif name in ("DppoTv", "DppoKl"):  # no gradient where A pushes p on, out of its bound
             weight = min(ratio.item(), knobs["max_ratio"])
-            if any(_outside(name, logp.item(), ratio.item(), A, knobs)):
+            if any(_outside(name, logp.item(), ratio.item(), A, knobs, q)):
                 weight = 0.0
             losses.append(-weight * A * logp)
-        elif name == "ImportanceSampling":
+        elif name == "RolloutIs":  # GLM-5: a constant weight, 0 out of its band
+            outside = any(_outside(name, logp.item(), ratio.item(), A, knobs, q))
+            losses.append(-0.0 if outside else -_number(logp.item() - q) * A * logp)
+        elif name == "Dro":
+            losses.append(-A * logp + knobs["strength"] / 2 * log_ratio**2)
+        elif name == "Ipo":  # prime-rl: no gain too far from the sampler, the penalty everywhere
+            far = abs(math.exp(logp.item()) - _number(q)) > knobs["epsilon"]
+            losses.append((0.0 if far else -ratio * A) + knobs["strength"] * log_ratio**2)
+        elif name == "KlCov":
+            losses.append(-ratio * A + picked * knobs["strength"] * torch.abs(log_ratio))
+        elif name in ("ImportanceSampling", "M2po"):
             losses.append(-ratio * A)
         elif name == "Sapo":  # SAPO: soft gate, value 2 / tau and slope 1 at ratio 1
             tau = knobs["temperature_pos"] if A > 0 else knobs["temperature_neg"]
@@ -199,8 +241,18 @@ def _objective(name, knobs, logps, log_ratios, ratios, advantages, W):
     return losses
 
 
-def _outside(name, logp, ratio, A, knobs):
-    """Whether DPPO's divergence is out of its bound below p_old, where A < 0, and above it."""
+def _outside(name, logp, ratio, A, knobs, q):
+    """Whether a token is out of its bound below, and above: where it is, it has no gradient.
+
+    DPPO: its divergence, below p_old where A < 0, above it where A > 0. RolloutIs: the ratio over
+    the sampler. Ipo: the distance from the sampler.
+    """
+    if name in ("RolloutIs", "Ipo"):
+        moved = _number(logp - q) - 1.0
+        bounds = (knobs["epsilon_low"], knobs["epsilon_high"]) if name == "RolloutIs" else None
+        if name == "Ipo":
+            moved, bounds = math.exp(logp) - _number(q), [knobs["epsilon"]] * 2
+        return moved < -bounds[0] and A != 0, moved > bounds[1] and A != 0
     p, old = math.exp(logp), math.exp(logp) / ratio
     divergence = abs(p - old)
     if name == "DppoKl":
@@ -212,12 +264,14 @@ def _outside(name, logp, ratio, A, knobs):
     return low and A < 0, high and A > 0
 
 
-def _clipped(name, ratio, log_ratio, A, knobs, logp):
+def _clipped(name, ratio, log_ratio, A, knobs, logp, q, picked):
     """Whether the ratio is clipped at the low and at the high end."""
-    if name in ("DppoTv", "DppoKl"):
-        return _outside(name, logp, ratio, A, knobs)
+    if name in ("ClipCov", "M2po") and picked:
+        return A < 0, A > 0
+    if name in ("DppoTv", "DppoKl", "RolloutIs", "Ipo"):
+        return _outside(name, logp, ratio, A, knobs, q)
     value, low, high = ratio, -math.inf, math.inf  # Sapo, Vespo, PolicyGradient: never
-    if name == "Clip":
+    if name in ("Clip", "Fipo", "ClipCov"):
         low, high = 1 - knobs["epsilon_low"], 1 + knobs["epsilon_high"]
     elif name == "Cispo":
         high = knobs["max_ratio"]
@@ -228,8 +282,9 @@ def _clipped(name, ratio, log_ratio, A, knobs, logp):
 
 def grpo_loss(
     logits, completion_ids, completion_mask, advantages, *, old_logps=None, ref_logps=None,
-    loss_type="dapo", objective=None, knobs=None, importance_sampling_level=None, normalizer=None,
-    kl_normalizer=None, importance_sampling_ratio=None, policy_mask=None, beta=0.0,
+    sampling_logps=None, loss_type="dapo", objective=None, knobs=None,
+    importance_sampling_level=None, normalizer=None, kl_normalizer=None,
+    importance_sampling_ratio=None, policy_mask=None, beta=0.0,
     kl_estimator="k3", use_bias_correction_kl=False, temperature=1.0, logit_softcap=None,
     logit_scale=1.0, entropy_coef=0.0, reduction="sum", upstream=None,
     num_entropy_items_in_batch=None, kept=None, policy_over="support", kl_over="vocabulary",
@@ -248,6 +303,7 @@ def grpo_loss(
         advantages: (B,) or (B, T).
         old_logps: (B, T), or None: on policy, ratio = exp(logp - sg(logp)).
         ref_logps: (B, T), or None: no penalty and no metric `kl`.
+        sampling_logps: (B, T), or None: old_logps.
         objective: a name of DEFAULTS, with those knobs; None: the row's, with the row's knobs.
             The dict `knobs` replaces some of them.
         importance_sampling_level, normalizer, kl_normalizer: replace the row's; w_kl's is w's.
@@ -271,16 +327,32 @@ def grpo_loss(
     logps, kl_logps = logps[policy_over == "support"], logps[kl_over == "support"]
     entropies = entropies[entropy_over == "support"]
     policies, kls, units = {}, {}, []
+
+    def old_at(b, t):
+        return logps[b, t].item() if old_logps is None else _at(old_logps, b, t)
+
+    on = [
+        (b, t)
+        for b, t in rows
+        if (policy_mask is None or _at(policy_mask, b, t))
+        and (rollout is None or _at(rollout, b, t))
+    ]
+    picked = set()
+    if name in ("ClipCov", "KlCov", "M2po"):  # among all tokens of the batch that are on
+        columns = [logps[at].item() for at in on], [logps[at].item() - old_at(*at) for at in on]
+        columns += ([_at(advantages, *at) for at in on],)
+        picked = {on[i] for i in chosen_of(name, knobs, *columns)}
     for b in range(B):
         active = [t for t in range(T) if (b, t) in rows]
         own, A = [logps[b, t] for t in active], [_at(advantages, b, t) for t in active]
-        old = [logps[b, t].item() if old_logps is None else _at(old_logps, b, t) for t in active]
+        old, chosen = [old_at(b, t) for t in active], [(b, t) in picked for t in active]
         log_ratios = [logp - o for logp, o in zip(own, old, strict=True)]
         ratios, W = _ratios(own, log_ratios, level), 0.0
         if name == "Vespo" and rollout is not None:  # a weight of the whole sequence counts once
             for t in active[:1] if rollout.ndim == 1 or rollout.shape[1] == 1 else active:
                 W += math.log(min(max(_at(rollout, b, t), 1e-8), math.exp(20)))
-        losses = _objective(name, knobs, own, log_ratios, ratios, A, W)
+        q = old if sampling_logps is None else [_at(sampling_logps, b, t) for t in active]
+        losses = _objective(name, knobs, own, log_ratios, ratios, A, W, q, chosen)
         for t, loss, ratio in zip(active, losses, ratios, strict=True):
             if policy_mask is None or _at(policy_mask, b, t) != 0:
                 factor = 1.0 if rollout is None or name == "Vespo" else _at(rollout, b, t)
@@ -290,12 +362,13 @@ def grpo_loss(
                 kls[b, t] = kl * ratio if use_bias_correction_kl else kl
         told = _ratios(own, log_ratios, "token") if name == "Gmpo" else ratios
         told = [
-            (r.item(), d.item(), a, logp.item())
-            for r, d, a, logp in zip(told, log_ratios, A, own, strict=True)
+            (r.item(), d.item(), a, knobs, logp.item(), s, c)
+            for r, d, a, logp, s, c in zip(told, log_ratios, A, own, q, chosen, strict=True)
         ]
         if level == "sequence" and name != "Gmpo" and advantages.ndim == 1:
-            told = told[:1] or [(1.0, 0.0, 0.0, 0.0)]  # one unit per sequence, the masked ones too
-        units += [(r, *_clipped(name, r, d, a, knobs, logp)) for r, d, a, logp in told]
+            # One unit per sequence, the masked ones too.
+            told = told[:1] or [(1.0, 0.0, 0.0, knobs, 0.0, 0.0, False)]
+        units += [(token[0], *_clipped(name, *token)) for token in told]
     if reduction == "none":
         weights = kl_weights = entropy_weights = upstream
     else:

@@ -8,13 +8,31 @@ from hypothesis import strategies as st
 from packing import cu_seqlens, pack, unpack
 
 import oracle
-from grpo_fused import LOSSES, Clip, grpo_loss, linear_grpo_loss
+from grpo_fused import (
+    LOSSES,
+    Clip,
+    ClipCov,
+    Fipo,
+    Ipo,
+    KlCov,
+    M2po,
+    grpo_loss,
+    linear_grpo_loss,
+)
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.weights import RULES
 from grpo_fused.support import support_from_mask
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 T = 5
+# Parameters that reach what those of the rows do not in so few tokens.
+OTHERS = {
+    ClipCov: [ClipCov(share=0.3, low=-0.5, high=4.0), ClipCov(0.1, 0.1, 0.7, 0.0)],
+    KlCov: [KlCov(0.3), KlCov(0.6, 0.2)],
+    M2po: [M2po(0.01), M2po(1e-4)],
+    Fipo: [Fipo(half_life=2.0, min_weight=0.5, max_weight=2.0, delta=1.3, safety=1.1)],
+    Ipo: [Ipo(0.02, 0.3)],
+}
 
 
 @st.composite
@@ -50,11 +68,14 @@ def cases(draw):
     if isinstance(objective, Clip):
         deltas = st.sampled_from([None, 1.1, 2.0])
         objective = Clip(objective.epsilon_low, objective.epsilon_high, draw(deltas))
+    if others := OTHERS.get(type(objective)):
+        objective = draw(st.sampled_from([objective, *others]))
     options = {
         "loss_type": loss_type,
         "objective": objective,
         "importance_sampling_level": draw(st.sampled_from(objective.levels)),
         "old_logps": draw(st.sampled_from([None, batch.old_logps])),
+        "sampling_logps": draw(st.sampled_from([None, batch.sampling_logps])),
         "kl_estimator": draw(st.sampled_from(list(KL_ESTIMATORS))),
         "use_bias_correction_kl": draw(st.booleans()),
         "beta": draw(st.sampled_from([0.0, 0.1, 1.0])),

@@ -53,7 +53,9 @@ def batch_of(seed):
 
 def check_losses(rank):
     """Every loss: the losses and sums of the ranks add up, gradients are those of whole ones."""
-    for i, loss_type in enumerate(LOSSES):
+    for i, (loss_type, row) in enumerate(LOSSES.items()):
+        if not row.objective.over_ranks:
+            continue
         for names in (PLAIN, FULL):
             batch = batch_of(i)
             places = columns(rank, ("contiguous", "zigzag")[i % 2])
@@ -176,7 +178,7 @@ def check_heads(rank):
     b, places = head.batch, columns(rank, "contiguous")
     policy_mask = torch.zeros(4, T)
     policy_mask[:, 0] = 1.0  # of the first rank's tokens alone
-    for loss_type in ("gspo", "gmpo", "vespo", "dapo", "grpo"):
+    for loss_type in ("gspo", "gmpo", "vespo", "topr", "dapo", "grpo"):
         options = {"loss_type": loss_type, "old_logps": b.old_logps, "policy_mask": policy_mask}
         hidden, weight, bias = leaves = head.leaves()
         linear_grpo_loss(
@@ -263,6 +265,10 @@ def check_errors(rank):
     tokens = (batch.ids, batch.mask, batch.advantages)
     options = {"sequence_group": rank.group, "loss_type": "dr_grpo"}
     raises(ValueError, "max_completion_length", lambda: grpo_loss(batch.logits, *tokens, **options))
+    for loss_type in ("fipo", "clip_cov", "kl_cov", "m2po"):
+        options = {"sequence_group": rank.group, "loss_type": loss_type}
+        message = "sequence_group must be None"
+        raises(ValueError, message, lambda: grpo_loss(batch.logits, *tokens, **options))  # noqa: B023
     options = {"sequence_group": "cp"}
     raises(ValueError, "sequence_group", lambda: grpo_loss(batch.logits, *tokens, **options))
     raises(ValueError, "'cp'", lambda: token_weights(batch.mask, "token-sum", **options))

@@ -10,6 +10,12 @@ from batches import make_batch
 from grpo_fused import (
     Cispo,
     Clip,
+    DppoKl,
+    DppoTv,
+    Dro,
+    Ipo,
+    PolicyGradient,
+    RolloutIs,
     Sapo,
     Vespo,
     grpo_loss,
@@ -72,7 +78,7 @@ def compare_vespo(vespo, log_ratio, advantage, weights, s, k, rate):
 def run(objective, spelling, *columns):
     """(loss, derivative, clipped) of an objective per token."""
     if spelling == "torch":
-        return objective.evaluate(*columns)
+        return objective.of_tokens(*columns, None)
     return run_per_token(objective, *columns)
 
 
@@ -94,13 +100,39 @@ def test_exponentials_to_a_rounding(device):
     torch.testing.assert_close(ratio.double(), x.double().exp(), rtol=4e-7, atol=0.0)
 
 
+AT_THEIR_BOUND = [Clip(0.0, 0.0), Clip(0.0, 0.0, 1.0), Cispo(1.0), RolloutIs(0.0, 0.0), Ipo(0.0)]
+
+
 @pytest.mark.parametrize("spelling", ["torch", "triton"])
-@pytest.mark.parametrize("objective", [Clip(0.0, 0.0), Clip(0.0, 0.0, 1.0), Cispo(1.0)], ids=repr)
+@pytest.mark.parametrize("objective", AT_THEIR_BOUND, ids=repr)
 def test_a_ratio_at_its_bound_is_inside(objective, spelling, device):
     """On policy the ratio is 1 exactly."""
     zeros, advantage = torch.zeros(2, device=device), torch.tensor([1.0, -1.0], device=device)
     _, derivative, clipped = run(objective, spelling, zeros, zeros, advantage)
     assert torch.equal(derivative, -advantage) and (clipped == 0).all()
+
+
+OF_LOGP = [Cispo(), PolicyGradient(), DppoTv(), DppoKl(), RolloutIs(), Dro()]
+
+
+@pytest.mark.parametrize("spelling", ["torch", "triton"])
+@pytest.mark.parametrize("objective", OF_LOGP, ids=repr)
+def test_an_impossible_token_without_an_advantage(objective, spelling, device):
+    """On policy, where its log-ratio is 0: 0 times -inf would be NaN."""
+    logp = torch.full((1,), -torch.inf, device=device)
+    for value in run(objective, spelling, logp, torch.zeros_like(logp), torch.zeros_like(logp)):
+        assert (value == 0).all()
+
+
+@pytest.mark.parametrize("spelling", ["torch", "triton"])
+def test_an_impossible_token_is_infinite_with_one(spelling, device):
+    """The penalty of DRO outweighs its gain of either sign off policy; a weight on policy is 1."""
+    logp, zero = torch.full((2,), -torch.inf, device=device), torch.zeros(2, device=device)
+    advantage = torch.tensor([1.0, -1.0], device=device)
+    loss, derivative, _ = run(Dro(), spelling, logp, logp, advantage)
+    assert (loss == torch.inf).all() and (derivative == -torch.inf).all()
+    loss, derivative, _ = run(RolloutIs(), spelling, logp, zero, advantage)
+    assert torch.equal(loss, advantage * torch.inf) and torch.equal(derivative, -advantage)
 
 
 @pytest.mark.parametrize("spelling", ["torch", "triton"])

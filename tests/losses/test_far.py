@@ -62,7 +62,9 @@ def test_far_from_the_reference(estimator, implementation, device):
             )
 
 
-@FAMILY
+@pytest.mark.parametrize(
+    "loss_type", [name for name, row in LOSSES.items() if row.objective.needs_advantage]
+)
 def test_no_advantage_is_nothing_at_any_ratio(loss_type, implementation, device):
     """TRL and Liger make 0 * inf of it."""
     for offset in (-1e4, 100.0, 1e4):
@@ -107,5 +109,6 @@ def test_a_target_at_minus_infinity_stays_in_its_sequence(loss_type, implementat
     out = grpo_loss(logits, *inputs, old_logps=batch.old_logps, **options)
     out.loss.backward()
     assert out.logps[2, 3].item() == -torch.inf
-    assert torch.equal(logits.grad[:2], plain.grad[:2])
+    if LOSSES[loss_type].objective.couples != "batch":
+        assert torch.equal(logits.grad[:2], plain.grad[:2])
     assert not logits.grad.isnan().any()

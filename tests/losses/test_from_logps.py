@@ -76,7 +76,9 @@ def test_arguments_are_those_of_grpo_loss():
         assert ours[name].default == theirs[name].default
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "gspo", "cispo", "vespo", "gmpo"])
+@pytest.mark.parametrize(
+    "loss_type", ["dapo", "gspo", "cispo", "vespo", "gmpo", "fipo", "kl_cov", "ipo"]
+)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_behind_our_own_log_probabilities_it_is_grpo_loss(loss_type, reduction, implementation):
     batch = make_batch(seed=2)

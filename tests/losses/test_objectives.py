@@ -15,9 +15,12 @@ from grpo_fused import (
     Clip,
     DppoKl,
     DppoTv,
+    Dro,
     Gmpo,
     ImportanceSampling,
+    Ipo,
     PolicyGradient,
+    RolloutIs,
     Sapo,
     Vespo,
     grpo_loss,
@@ -27,7 +30,6 @@ from grpo_fused.kernels.objective import KL_ESTIMATORS as KERNELS
 from grpo_fused.kernels.objective import OBJECTIVES
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.objectives import Objective
-from grpo_fused.losses.sequence_objectives import SequenceObjective
 from grpo_fused.testing import check_objective, regimes
 
 CASES = [
@@ -37,6 +39,7 @@ CASES = [
     PolicyGradient(),
     *(DppoTv(), DppoTv(0.05, 0.3, 2.0), UsersDppo(), UsersDppo(0.05, 0.3, 2.0)),
     *(DppoKl(), DppoKl(0.02, 0.1, 1.5), ImportanceSampling()),
+    *(Dro(), Dro(1.0), Ipo(), Ipo(0.01, 0.5), RolloutIs(), RolloutIs(0.05, 1.0)),
 ]
 BOUNDED = [objective for objective in CASES if isinstance(objective, Clip)]
 
@@ -44,7 +47,7 @@ BOUNDED = [objective for objective in CASES if isinstance(objective, Clip)]
 def test_every_objective_is_tested():
     tested = {type(objective) for objective in CASES}
     for row in LOSSES.values():
-        assert isinstance(row.objective, SequenceObjective) or type(row.objective) in tested
+        assert row.objective.couples != "token" or type(row.objective) in tested
         assert row.level in row.objective.levels
     assert all(OBJECTIVES[cls.name()] is cls.per_token for cls in tested)
 

@@ -64,13 +64,17 @@ def test_nan_where_the_policy_term_is_off(reduction, loss_type, implementation, 
         "implementation": implementation,
     }
     spoiled = ["importance_sampling_ratio", "advantages"]
-    if LOSSES[loss_type].level == "token" and loss_type != "vespo":
+    row = LOSSES[loss_type]
+    if row.level == "token" and row.objective.couples != "sequence":
         spoiled.append("old_logps")
     given = {"importance_sampling_ratio": ratio, "old_logps": batch.old_logps}
     want, plain = gradient(batch, **given, **options)
     for name in spoiled:
-        if (name, loss_type) in (("importance_sampling_ratio", "vespo"), ("advantages", "gmpo")):
-            continue  # they enter the weight of the whole sequence
+        corrects = getattr(row.objective, "uses_correction", False)
+        if (name, corrects) == ("importance_sampling_ratio", True):
+            continue  # it enters the weight of the whole sequence
+        if (name, loss_type) == ("advantages", "gmpo"):
+            continue  # so does it
         changed = make_batch(B=3, T=4, V=17, extra=0, per_token=True, device=device)
         bad = dict(given)
         if name == "advantages":

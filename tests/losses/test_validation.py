@@ -122,6 +122,14 @@ BAD = {
         dict(importance_sampling_ratio=torch.ones(2).long()),
         "importance_sampling_ratio must be floating",
     ),
+    "sampler shape": (
+        dict(sampling_logps=torch.ones(2)),
+        r"sampling_logps must have shape \(2, 3\)",
+    ),
+    "integer sampler": (
+        dict(sampling_logps=torch.ones(2, 3).long()),
+        "sampling_logps must be floating",
+    ),
     "policy mask shape": (dict(policy_mask=torch.ones(1, 3)), "policy_mask must have shape"),
     "temperature (T,)": (dict(temperature=torch.ones(3)), "temperature must have shape"),
     "temperature of a token": (

@@ -62,10 +62,11 @@ def test_bad_arguments(arguments, name):
 
 SPLITS = {"one": [8], "two": [3, 5], "four": [1, 4, 2, 1]}
 LOCAL = {name for name, row in LOSSES.items() if row.normalizer == "token-mean-local"}
+SELECT = {name for name, row in LOSSES.items() if row.objective.couples == "batch"}
 
 
 @pytest.mark.parametrize("split", [pytest.param("one", marks=pytest.mark.slow), "two", "four"])
-@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - LOCAL))
+@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - LOCAL - SELECT))
 def test_any_cut_into_micro_batches_gives_the_same_gradient(
     loss_type, split, implementation, device
 ):
@@ -102,7 +103,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(
         beta=0.1,
         loss_type=loss_type,
     )
-    assert loss == pytest.approx(truth.loss, rel=1e-5)
+    assert loss == pytest.approx(truth.loss, rel=1e-5, abs=2e-6)
     assert relative_error(logits.grad, truth.dlogits) < 2e-6
     for name, value in means(sums).items():
         assert value.item() == pytest.approx(truth.metrics[name], rel=1e-5), name

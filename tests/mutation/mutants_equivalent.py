@@ -157,22 +157,23 @@ EQUIVALENT = {
     "without them nothing reads it": [
         "97fc6f2b-ae2d row_gradient.row_gradient `0.0 -> 1.0` dx_last = 0.0",
         "97fc6f2b-fab2 logprob._logprob_bwd_kernel `0.0 -> 1.0` entropy = 0.0",
-        "97fc6f2b-0d5b token_loss.token_constants `0.0 -> 1.0` old_logp = 0.0",
-        "97fc6f2b-21e7 token_loss.token_constants `0.0 -> 1.0` ref_logp = 0.0",
+        "97fc6f2b-e611 token_loss.token_constants `0.0 -> 1.0` old_logp = 0.0",
+        "97fc6f2b-cb6c token_loss.token_constants `0.0 -> 1.0` ref_logp = 0.0",
+        "97fc6f2b-0279 token_loss.token_constants `0.0 -> 1.0` sampling_logp = 0.0",
     ],
     "only a hint for the caches depends on it": [
-        "97fc6f2b-7763 token_loss.token_constants `0.0 -> 1.0` w_kl = 0.0",
-        "97fc6f2b-e162 token_loss.token_constants `0.0 -> 1.0` w_entropy = 0.0",
+        "97fc6f2b-09c6 token_loss.token_constants `0.0 -> 1.0` w_kl = 0.0",
+        "97fc6f2b-33ae token_loss.token_constants `0.0 -> 1.0` w_entropy = 0.0",
         "7f76cade-3c07 fused_loss._fused_loss_kernel `BitAnd -> BitOr` if (outputs.dlogits is not",
         "fb070009-3c07 fused_loss._fused_loss_kernel `IsNot -> Is` if (outputs.dlogits is not None",
     ],
     "values per token have two dimensions": [
         "d9a995b2-843a token_weights.token_weights `USub dropped` ... like.shape[-1], num_tokens,",
         "59a2bf7e-3b84 chunks._per_token `0 -> 1` ...ce(values, torch.Tensor) and values.dim() > 0",
-        "ed852798-da6e order.tokens_with_gradient `0 -> 1` ...olicy) and tokens.w_policy.dim() > 0",
+        "ed852798-3361 order.tokens_with_gradient `0 -> 1` ...olicy) and tokens.w_policy.dim() > 0",
     ],
     "a weight that is one number is 0 for all tokens or for none": [
-        "96f306e2-da6e order.tokens_with_gradient `Gt -> GtE` ...policy) and tokens.w_policy.dim()",
+        "96f306e2-3361 order.tokens_with_gradient `Gt -> GtE` ...policy) and tokens.w_policy.dim()",
     ],
     "anonymous memory has no file": [
         "eb1f81a1-e46d pages._map `USub dropped` pages = mmap.mmap(-1, size, **private)",

@@ -29,18 +29,20 @@ QUICK_TESTS = {
     "packing": "packing -k triton",
     "validation": "validation",
     "corrections": "corrections -k 'not ranks'",
+    "selections": "selections",
     "advantages": "advantages multi_advantages",
     "ppo": "ppo value_loss",
     "memory": "memory",
     "sums": "reduce",
     "shards": "merge",
-    "head": "linear -k 'torch and (every_loss or packed or upstream or another_way)'",
+    "head": "linear linear_penalties -k 'torch and (every_loss or packed or upstream or another_way"
+    " or an_advantage)'",
     "head_cost": "linear_cost linear_products -k 'not triton'",
 }
 LOSSES = (
     "equalities edges family autograd selected_away masks loss selective_log_softmax extremes "
-    "weights_and_metrics invariants far memory objectives launches corrections rows layouts ppo "
-    "packing reduce merge"
+    "weights_and_metrics invariants far memory objectives launches corrections selections rows "
+    "layouts ppo support packing reduce merge"
 )
 SLOW_TESTS = {
     "torch": f"{LOSSES} -k 'not triton'",
@@ -49,14 +51,20 @@ SLOW_TESTS = {
     "whole": LOSSES,
     "advantages": "advantages multi_advantages ppo edges",
     "ppo": "ppo value_loss edges",
-    "head": ("linear linear_cost linear_use linear_compile linear_products -k 'not triton'"),
+    "head": (
+        "linear linear_penalties linear_cost linear_use linear_compile linear_products "
+        "-k 'not triton'"
+    ),
     "shards": "merge",
 }
 
 # Sources that are mutated: the quick tests that kill most of their mutants, then all that could.
 KILLERS = {
     "grpo_fused/losses/objectives.py": ("derivative family objective", "whole"),
-    "grpo_fused/losses/sequence_objectives.py": ("family bounds", "torch"),
+    "grpo_fused/losses/off_policy_objectives.py": ("derivative family objective", "whole"),
+    "grpo_fused/losses/sequence_objectives.py": ("selections family bounds", "torch"),
+    "grpo_fused/losses/batch_objectives.py": ("selections family bounds", "torch"),
+    "grpo_fused/selections.py": ("selections family", "torch"),
     "grpo_fused/losses/kl.py": ("divergence family bounds", "torch"),
     "grpo_fused/losses/weights.py": ("weights family bounds", "torch"),
     "grpo_fused/losses/on_logps.py": ("family bounds", "torch"),

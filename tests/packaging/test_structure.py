@@ -23,6 +23,7 @@ ORDER = [
     ["kernels"],
     ["bundles", "checks", "collectives"],
     ["sequences", "groups"],
+    ["selections"],
     ["losses", "advantages", "corrections", "support"],
     ["ppo"],
     ["torch_backend"],

@@ -40,6 +40,8 @@ def test_micro_batches_have_the_gradient_of_the_full_batch(tmp_path, loss_type):
     assert 0 < experience.batch.completion_mask.any(1).sum() < 16, "some rows are masked"
     truth, output = expected_gradients(trainer, experience)
     close(gradients, truth, 1e-6)
+    if LOSSES[loss_type].objective.couples == "batch":
+        return  # its tokens are selected in a micro-batch
     uneven, _, metrics, _ = gradients_of(tmp_path, loss_type, micro_batch_size=5)
     close(uneven, truth, 1e-6)
     for name in ("kl", "entropy", "clip_ratio/region_mean", "ratio/max"):
