@@ -153,7 +153,7 @@ def make_tokens(
         floats(layout.value(advantages)),
         old_logps,
         floats(layout.per_token(options.ref_logps)),
-        sampling_logps,
+        sampling_logps=sampling_logps,
         support=support,
     )
 

@@ -39,11 +39,11 @@ class Tokens(NamedTuple):
     advantages: PerToken | None = None  # or (B,): over logits, and for sequence-level losses
     old_logps: Tensor | None = None  # (B, T); None: on policy
     ref_logps: Tensor | None = None  # (B, T); None: no KL
-    sampling_logps: Tensor | None = None  # (B, T), of the sampler, or None: not read, or on policy
     w_policy: PerToken | None = None  # normaliser, rollout ratio, policy mask
     w_kl: PerToken | None = None  # normaliser, beta
     w_entropy: PerToken | None = None  # None: no entropy bonus
     correction: Tensor | None = None  # rollout ratio (B,) or (B, T), for `SequenceObjective`s
+    sampling_logps: Tensor | None = None  # (B, T), of the sampler, or None: not read, or on policy
     support: Support | None = None  # None: no softmax is over kept columns
 
     def of_softmax(self):

@@ -32,6 +32,8 @@ from grpo_fused.bundles import (
 from grpo_fused.losses.objectives import Clip
 from grpo_fused.ops import BACKENDS
 
+# The interpreter truncates to bfloat16 where a GPU rounds.
+GRADIENT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 EVERYWHERE = {"policy_over": "support", "kl_over": "support", "entropy_over": "support"}
 
 
@@ -96,15 +98,13 @@ def test_every_choice_of_softmaxes(V, dtype, inplace, implementation, device):
             **common | over,
         )
         truth = oracle.grpo_loss(*cpu, kept=kept, **common, **given, **over)
-        assert out.loss.item() == pytest.approx(truth.loss, rel=2e-5)
+        assert out.loss.item() == pytest.approx(truth.loss, rel=2e-5, abs=1e-6)
         assert relative_error(out.logps, truth.logps) < 1e-6
         assert relative_error(out.entropies, truth.entropies) < 3e-6
         for name, value in truth.metrics.items():
             assert out.metrics[name].item() == pytest.approx(value, rel=1e-5, abs=1e-6), name
         want = truth.dlogits * upstream
-        # The interpreter truncates to bfloat16 where a GPU rounds.
-        tolerance = 3e-6 if dtype == torch.float32 else 3 * relative_error(want.to(dtype), want)
-        assert relative_error(gradient, want) < tolerance
+        assert relative_error(gradient, want) < GRADIENT_TOLERANCE[dtype]
 
 
 def test_outside_of_the_support_nothing_is_read_and_the_gradient_is_0(implementation, device):
@@ -314,7 +314,7 @@ def test_packed_sequences(implementation, device):
     out, gradient = loss_of(batch, implementation, support=support_from_mask(kept))
     names = ("logits", "ids", "mask", "old_logps", "ref_logps")
     tensors = dict(zip(names, pack(lengths, *(getattr(batch, n) for n in names)), strict=True))
-    packed = type(batch)(**tensors, advantages=batch.advantages)
+    packed = type(batch)(**tensors, advantages=batch.advantages, sampling_logps=None)
     (rows,) = pack(lengths, kept)
     more = {"cu_seqlens": cu_seqlens(lengths, device), "support": support_from_mask(rows)}
     found, same = loss_of(packed, implementation, **more)
