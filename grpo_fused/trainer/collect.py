@@ -3,6 +3,7 @@
 import functools
 import random
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from grpo_fused.trainer.experience import (
     collate,
     correction_weights,
     group_advantages,
+    rollout_ratios,
+    rollout_sums,
     step_advantages,
 )
 from grpo_fused.trainer.rewards import RewardScores
@@ -58,11 +61,14 @@ def collect(trainer) -> Experience:
         metrics,
     )
     if config.is_off_policy or batch.sampling_logps is not None:
-        experience.batch.old_logps = logps(trainer, trainer.model, experience)
-        experience.batch.importance_sampling_ratio = correction_weights(experience.batch, config)
+        batch = experience.batch
+        batch.old_logps = logps(trainer, trainer.model, experience, over_support=True)
+        batch.importance_sampling_ratio = correction_weights(batch, config)
+        if batch.sampling_logps is not None:
+            metrics |= rollout_ratios(ranks.gather(rollout_sums(batch, config)[None]))
     if trainer.reference is not None:
         with trainer.reference.activate(trainer.model, trainer.unwrapped) as reference:
-            experience.batch.ref_logps = logps(trainer, reference, experience)
+            experience.batch.ref_logps = logps(trainer, reference, experience, over_support=False)
     trainer.rollouts += 1
     every = config.completions_steps
     if every and trainer.rollouts % every == 0 and accelerator.is_main_process:
@@ -79,7 +85,15 @@ def sample(trainer) -> Rollout:
     prompts, columns = split_columns(rows)
     if trainer.rollout_fn is not None:
         output = trainer.rollout_fn(list(prompts), trainer)
-        return convert_output(output, prompts, columns, trainer.sampler)
+        rollout = convert_output(output, prompts, columns, trainer.sampler)
+        if config.has_filters and rollout.support is None and trainer.rollouts == 0:
+            warnings.warn(
+                "top_k, top_p or min_p leave tokens out, but rollout_fn returned no support: the "
+                "loss is over the whole vocabulary, another policy than the one that sampled, and "
+                "ratios are biased (see the metric rollout/weight_mean)",
+                stacklevel=2,
+            )
+        return rollout
     with trainer.accelerator.autocast():
         return trainer.sampler.rollout(
             trainer.unwrapped, prompts, columns, temperature=config.temperature
@@ -127,8 +141,10 @@ def score(trainer, rollout: Rollout) -> RewardScores:
     return scores
 
 
-def logps(trainer, model: nn.Module, experience: Experience) -> torch.Tensor:
+def logps(trainer, model: nn.Module, experience: Experience, *, over_support: bool) -> torch.Tensor:
     """Returns the log-probabilities of all completions, (B, T) float32.
+
+    Over what the sampler kept, if that is known and wanted; otherwise over the vocabulary.
 
     The micro-batches are those of the updates. An unchanged policy then gives bitwise the same
     values in its first update, and ratios of exactly 1.
@@ -139,6 +155,6 @@ def logps(trainer, model: nn.Module, experience: Experience) -> torch.Tensor:
     for minibatch in range(minibatches):
         for batch in experience.micro_batches(minibatch, minibatches, size):
             with trainer.accelerator.autocast():  # Accelerate does not wrap the reference
-                part = trainer.policy.logps(model, batch)
+                part = trainer.policy.logps(model, batch, over_support=over_support)
             parts.append(F.pad(part, (0, width - part.shape[1])))
     return torch.cat(parts)

@@ -30,7 +30,9 @@ class Batch:
         attended: (B, T) bool, tokens of the completion, which the model attends to.
         completion_mask: (B, T) bool, tokens that enter the loss.
         advantages: (B,) or (B, T) float32.
-        sampling_logps, old_logps, ref_logps: (B, T) float32.
+        support_counts: (B, T) int64, how many tokens the sampler kept.
+        support_ids: (B, S) int32, those of all positions one after the other, padded on the right.
+        sampling_logps, old_logps, ref_logps: (B, T) float32; the first two over what was kept.
         importance_sampling_ratio: (B, T) or (B, 1) float32.
     """
 
@@ -39,6 +41,8 @@ class Batch:
     completion_ids: torch.Tensor
     attended: torch.Tensor
     completion_mask: torch.Tensor
+    support_counts: torch.Tensor | None = None
+    support_ids: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     sampling_logps: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
@@ -55,13 +59,22 @@ class Batch:
         """(B, P + T) int64."""
         return torch.cat([self.prompt_mask, self.attended], dim=1).long()
 
+    @property
+    def support(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(offsets, ids), the keyword of the losses, or None: nothing was left out."""
+        if self.support_counts is None or self.support_ids is None:
+            return None
+        counts, ids = self.support_counts, self.support_ids
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        return F.pad(counts.flatten().cumsum(0), (1, 0)), ids[columns < counts.sum(1)[:, None]]
+
     def select(self, rows: slice, prompt_length: int, completion_length: int) -> "Batch":
         """Returns some rows, trimmed to the given lengths."""
         start = self.prompt_ids.shape[1] - prompt_length
 
         def trim(field):
             tensor = getattr(self, field.name)
-            if tensor is None or tensor.dim() == 1:
+            if tensor is None or tensor.dim() == 1 or field.name == "support_ids":
                 return tensor if tensor is None else tensor[rows]
             if field.name.startswith("prompt"):
                 return tensor[rows, start:]
@@ -74,6 +87,8 @@ class Batch:
         """Joins batches whose prompts and completions are padded to different lengths."""
         P = max(batch.prompt_ids.shape[1] for batch in batches)
         T = max(batch.completion_ids.shape[1] for batch in batches)
+        kept = [batch.support_ids for batch in batches]
+        S = max(0 if ids is None else ids.shape[1] for ids in kept)
 
         weights = [batch.importance_sampling_ratio for batch in batches]
         whole = all(weight is None or weight.shape[1] == 1 for weight in weights)  # (B, 1)
@@ -83,7 +98,8 @@ class Batch:
             if tensor is None or tensor.dim() == 1 or name == "importance_sampling_ratio" and whole:
                 return tensor
             value = pad_id if name.endswith("_ids") else 0
-            left, right = P - tensor.shape[1], T - tensor.shape[1]
+            width = S if name == "support_ids" else T
+            left, right = P - tensor.shape[1], width - tensor.shape[1]
             widths = (left, 0) if name.startswith("prompt") else (0, right)
             return F.pad(tensor, widths, value=value)
 
@@ -186,6 +202,10 @@ def collate(rollout: Rollout, pad_id: int, mask_truncated_completions: bool) -> 
     if mask_truncated_completions:
         mask = mask_truncated(mask, torch.tensor(rollout.truncated))
     batch = Batch(prompt_ids, prompt_mask, completion_ids, attended, mask)
+    if rollout.support is not None:
+        counts, ids = zip(*rollout.support, strict=True)
+        batch.support_counts, _ = pad(counts, 0)
+        batch.support_ids, _ = pad(ids, 0, dtype=torch.int32)
     if rollout.logprobs is not None:
         batch.sampling_logps = pad(rollout.logprobs, 0.0, dtype=torch.float32)[0]
     return batch
@@ -263,6 +283,38 @@ def step_advantages(
     scores, _ = pad([[score for _, score in row] for row in steps], 0.0, dtype=torch.float32)
     size, scale = config.num_generations, config.scale_rewards
     return process_advantages(scores, ends, completion_length, size, scale=scale)
+
+
+def rollout_sums(batch: Batch, config: GRPOTrainerConfig) -> torch.Tensor:
+    """Returns (6,) float64 for `rollout_ratios`, of the tokens of this rank.
+
+    Weights are those of `rollout_weights` without bounds; of an exact sampler they are 1.
+    """
+    assert batch.old_logps is not None and batch.sampling_logps is not None
+    mask, inputs = batch.completion_mask, (batch.old_logps, batch.sampling_logps)
+    weights = rollout_weights(*inputs, mask, cap=None)[mask].double()
+    level = config.rollout_correction_level
+    of_level = rollout_weights(*inputs, mask, level=level, cap=None).double()
+    of_level = of_level[mask if level == "token" else mask.any(1)]
+    low, high = config.rollout_correction_floor or 0.0, config.rollout_correction_cap
+    cut = (of_level < low) | (of_level > high)
+    if config.rollout_correction is None:
+        cut = torch.zeros_like(cut)
+    lowest = weights.min() if weights.numel() else weights.new_tensor(float("inf"))
+    tokens, number = (weights.new_tensor(t.numel()) for t in (weights, cut))
+    parts = (tokens, weights.sum(), lowest, -weights.log().sum(), cut.sum().double(), number)
+    return torch.stack(parts)
+
+
+def rollout_ratios(sums: torch.Tensor) -> dict[str, float]:
+    """Returns metrics of a sampler against the policy from `rollout_sums` of all ranks, (R, 6)."""
+    tokens, total, _, difference, cut, number = sums.sum(0).tolist()
+    return {
+        "rollout/weight_mean": total / max(tokens, 1),
+        "rollout/weight_min": float(sums[:, 2].min()) if tokens else 0.0,
+        "rollout/kl": difference / max(tokens, 1),
+        "rollout/cut_ratio": cut / max(number, 1),
+    }
 
 
 def correction_weights(batch: Batch, config: GRPOTrainerConfig) -> torch.Tensor | None:

@@ -89,11 +89,18 @@ class Policy:
             self.normalizer = "token-mean"
 
     @torch.no_grad()
-    def logps(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Returns log-probabilities of completion tokens, (B, T) float32, 0 where masked."""
+    def logps(self, model: nn.Module, batch: Batch, *, over_support: bool = False) -> torch.Tensor:
+        """Returns log-probabilities of completion tokens, (B, T) float32, 0 where masked.
+
+        Args:
+            model: the policy or its reference.
+            batch: the micro-batch.
+            over_support: over what the sampler kept, if that is known, or over the vocabulary.
+        """
         arguments = (batch.completion_ids, batch.completion_mask)
         functions = linear_selective_log_softmax, selective_log_softmax
-        return self._through_head(model, batch, functions, arguments)[0]
+        support = batch.support if over_support else None
+        return self._through_head(model, batch, functions, arguments, support=support)[0]
 
     def loss(
         self, model: nn.Module, batch: Batch, num_items: float, num_sequences: float
@@ -110,7 +117,9 @@ class Policy:
         options = {
             "old_logps": batch.old_logps,
             "ref_logps": batch.ref_logps,
+            "sampling_logps": batch.sampling_logps,
             "importance_sampling_ratio": batch.importance_sampling_ratio,
+            "support": batch.support,
             "loss_type": config.loss_type,
             "objective": self.objective,
             "importance_sampling_level": config.importance_sampling_level,

@@ -78,8 +78,10 @@ class GRPOTrainer:
         rollout_fn: `rollout_fn(prompts, trainer)`, called instead of `generate`. Each prompt is
             repeated num_generations times, over all ranks. It returns a dict of lists with one
             entry per prompt: "completion_ids"; optionally "prompt_ids", "logprobs" (log-probability
-            of each token under the sampler, for rollout correction), "completion_mask" or
-            "env_mask" (0 for tokens that the policy did not sample), "truncated". Other entries
+            of each token under the sampler, for rollout correction), "support" (for each token the
+            ids that the sampler's top-k, top-p or min-p kept, whose probabilities "logprobs" then
+            are; ratios and entropies are over these alone), "completion_mask" or "env_mask" (0 for
+            tokens that the policy did not sample), "truncated". Other entries
             become columns for the reward functions. Evaluation always calls `generate`. Every rank
             calls it; of ranks that share a batch, the result of the first counts.
         on_refresh: called with the trainer after the reference was refreshed, for instance to

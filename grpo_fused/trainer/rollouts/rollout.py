@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,6 +22,8 @@ class Rollout:
         logprobs: log-probability of each completion token under the sampler, or None.
         completion_mask: for each completion token, 1 if the policy sampled it, else 0; None if
             the policy sampled all of them.
+        support: for each completion (counts, ids), int64 and int32: how many tokens the sampler
+            kept at each position, and which, one position after the other; None: all.
         columns: other columns of the data, and values returned by a rollout_fn, for rewards.
     """
 
@@ -31,6 +34,7 @@ class Rollout:
     logprobs: list[list[float]] | None
     completion_mask: list[list[int]] | None
     columns: dict[str, list[Any]]
+    support: list[tuple[np.ndarray, np.ndarray]] | None = None
 
 
 def pad(

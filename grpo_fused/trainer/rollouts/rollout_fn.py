@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from grpo_fused.trainer.rollouts.rollout import Prompt, Rollout
 from grpo_fused.trainer.rollouts.sampler import Sampler
 
 RolloutFn = Callable[[list[Prompt], Any], dict[str, Any]]  # (prompts, trainer) -> lists by name
-FIELDS = ("prompt_ids", "completion_ids", "logprobs", "completion_mask", "truncated")
+FIELDS = ("prompt_ids", "completion_ids", "logprobs", "completion_mask", "truncated", "support")
 
 
 def convert_output(
@@ -23,8 +25,8 @@ def convert_output(
 
     Raises:
         ValueError: the output is no dict with completion_ids; a list does not have one entry per
-            prompt; logprobs or a mask do not have one entry per token; a completion exceeds
-            max_completion_length or the model's context.
+            prompt; logprobs, a mask or a support do not have one entry per token; a support lacks
+            the sampled token; a completion exceeds max_completion_length or the model's context.
     """
     if not isinstance(output, dict) or "completion_ids" not in output:
         raise ValueError(f"rollout_fn must return a dict with completion_ids, got {type(output)}")
@@ -63,7 +65,27 @@ def convert_output(
         output.get("logprobs"),
         output.get("completion_mask"),
         columns | {name: list(v) for name, v in output.items() if name not in FIELDS},
+        _supports(output, completion_ids),
     )
+
+
+def _supports(output, completion_ids):
+    """`Rollout.support` from the ids that were kept for every token of every completion."""
+    if "support" not in output:
+        return None
+    supports = []
+    for row, (kept, ids) in enumerate(zip(output["support"], completion_ids, strict=True)):
+        kept = [np.asarray(tokens, np.int32).reshape(-1) for tokens in kept]
+        for place, (tokens, chosen) in enumerate(zip(kept, ids, strict=True)):
+            sampled = "completion_mask" not in output or output["completion_mask"][row][place]
+            if sampled and chosen not in tokens:
+                raise ValueError(
+                    f"rollout_fn: support of completion {row} must have the token that was "
+                    f"sampled, but that of token {place} lacks {chosen}"
+                )
+        counts = np.array([len(tokens) for tokens in kept], np.int64)
+        supports.append((counts, np.concatenate([np.zeros(0, np.int32), *kept])))
+    return supports
 
 
 def _check_completion(output, row, ids, max_completion_length):
@@ -72,7 +94,7 @@ def _check_completion(output, row, ids, max_completion_length):
             f"rollout_fn: completion {row} must have at most max_completion_length = "
             f"{max_completion_length} tokens, got {len(ids)}"
         )
-    for name in ("logprobs", "completion_mask"):
+    for name in ("logprobs", "completion_mask", "support"):
         if name in output and len(output[name][row]) != len(ids):
             raise ValueError(
                 f"rollout_fn: {name} of completion {row} must have one entry per token, "

@@ -4,10 +4,20 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from grpo_fused import support_from_mask
 from grpo_fused.trainer.rollouts.rollout import Prompt, Rollout, pad
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 from grpo_fused.trainer.run.errors import shorten
@@ -84,25 +94,37 @@ class Sampler:
         *,
         temperature: float,
         batch_size: int | None = None,
+        supports: list[tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> list[list[int]]:
-        """Samples a completion for each prompt, `batch_size` at once; temperature 0 is greedy."""
+        """Samples a completion for each prompt, `batch_size` at once; temperature 0 is greedy.
+
+        Args:
+            supports: collects `Rollout.support` of the completions.
+        """
         batch_size = batch_size or len(prompt_ids)
         completions = []
         with eval_mode(model), generation_defaults(model, self.generation_config(temperature)):
             for first in range(0, len(prompt_ids), batch_size):
                 ids, mask = pad(prompt_ids[first : first + batch_size], self.pad_id, "left")
                 ids, mask = ids.to(model.device), mask.to(model.device)
-                tokens = model.generate(input_ids=ids, attention_mask=mask.long())
-                completions += [self.cut_at_eos(row) for row in tokens[:, ids.shape[1] :].tolist()]
+                filters = Filters(self.config, temperature)
+                tokens = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask.long(),
+                    logits_processor=LogitsProcessorList([filters] if temperature else []),
+                )
+                found = [self.cut_at_eos(row) for row in tokens[:, ids.shape[1] :].tolist()]
+                if supports is not None:
+                    supports += filters.supports(found)
+                completions += found
         return completions
 
     def generation_config(self, temperature: float) -> GenerationConfig:
-        """Returns the sampling settings of the config, at this temperature."""
+        """Returns a generation config for sampling from what `Filters` leave."""
         config = self.config
-        sampling: dict[str, Any] = {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": bool(temperature)}
         if temperature:
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": config.top_k}
-            sampling |= {"top_p": config.top_p, "min_p": config.min_p}
+            sampling |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return GenerationConfig(
             max_new_tokens=config.max_completion_length,
             eos_token_id=self.eos_ids,
@@ -133,14 +155,52 @@ class Sampler:
     ) -> Rollout:
         """Samples one completion per prompt; a group repeats its prompt num_generations times."""
         prompt_ids = self.encode(prompts)
+        supports: list | None = [] if self.config.has_filters else None
         completion_ids = self.generate(
             model,
             prompt_ids,
             temperature=temperature,
             batch_size=self.config.generation_batch_size,
+            supports=supports,
         )
         truncated = [self.is_truncated(ids) for ids in completion_ids]
-        return Rollout(list(prompts), prompt_ids, completion_ids, truncated, None, None, columns)
+        given = (list(prompts), prompt_ids, completion_ids, truncated, None, None, columns)
+        return Rollout(*given, supports)
+
+
+class Filters(LogitsProcessor):
+    """The temperature and the filters of a sampler, which remember the tokens that they keep.
+
+    `generate` would apply its own behind any other processor, where nobody sees what is left.
+    """
+
+    def __init__(self, config: GRPOTrainerConfig, temperature: float):
+        self.processors = LogitsProcessorList()
+        if temperature not in (0, 1):
+            self.processors.append(TemperatureLogitsWarper(float(temperature)))
+        if config.top_k:
+            self.processors.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1:
+            self.processors.append(TopPLogitsWarper(config.top_p))
+        if config.min_p:
+            self.processors.append(MinPLogitsWarper(config.min_p))
+        self.records = config.has_filters
+        self.steps: list[list[np.ndarray]] = []  # ids of every row
+
+    def __call__(self, input_ids, scores):
+        scores = self.processors(input_ids, scores)
+        if self.records:
+            offsets, ids = (t.cpu().numpy() for t in support_from_mask(scores > -torch.inf))
+            self.steps.append(np.split(ids, offsets[1:-1]))
+        return scores
+
+    def supports(self, completions: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns `Rollout.support` of the completions of a batch."""
+        found = []
+        for row, completion in enumerate(completions):
+            kept = [step[row] for step in self.steps[: len(completion)]]
+            found.append((np.array([len(ids) for ids in kept], np.int64), np.concatenate(kept)))
+        return found
 
 
 def find_eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[int]:

@@ -258,6 +258,11 @@ class GRPOTrainerConfig:
         return self.minibatches * self.num_iterations
 
     @property
+    def has_filters(self) -> bool:
+        """Whether `generate` samples from a part of the vocabulary."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p)
+
+    @property
     def is_off_policy(self) -> bool:
         """Whether some optimizer steps train a policy that has changed since it sampled."""
         return self.steps_per_rollout > 1
