@@ -375,7 +375,7 @@ def test_with_a_support_the_weights_of_an_unchanged_policy_are_1(tmp_path):
     with pytest.warns(UserWarning, match="rollout_fn returned no support") as caught:
         biased.train()
     assert len([w for w in caught if "no support" in str(w.message)]) == 1
-    assert records[1]["rollout/weight_mean"] < 0.95 and records[0]["rollout/kl"] > 0.05
+    assert records[1]["rollout/weight_mean"] < 0.95 and records[1]["rollout/kl"] > 0.05
 
     far, records = trainer_of(
         tmp_path / "far", rollout_fn=lambda *a: filtered(*a, shift=-1.0), **options
