@@ -319,3 +319,24 @@ def test_providers_in_a_picture_look_different():
     """In colour and marker, except the two Ligers, of which a picture has one."""
     styles = {(colour, marker) for _, colour, marker in plots.STYLES.values()}
     assert len(styles) == len(plots.STYLES) - 1
+
+
+def test_exactness_of_every_implementation(monkeypatch, capsys):
+    """The table of docs/exactness.md, on a small head: ours alone is exact."""
+    exactness = pytest.importorskip("benchmarks.exactness")
+    for name, value in {"TOKENS": 8, "H": 256, "V": 300}.items():
+        monkeypatch.setattr(exactness, name, value)
+    for module in ("trl", "liger_kernel", "verl"):
+        pytest.importorskip(module)
+    exactness.main()
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split("|")[1].strip(): line.split("|")[2:] for line in lines if "e-0" in line}
+    assert len(table) == len(exactness.ROWS)
+    for name, (logp, *_) in table.items():
+        assert float(logp) < 1e-5 if name == "ours" else float(logp) > 1e-3, name
+    page = (exactness.ROOT / "docs" / "exactness.md").read_text()
+    assert all(f"| {name} |" in page.replace("`", "") for name in map(strip, table))
+
+
+def strip(name):
+    return name.replace("`", "")

@@ -18,6 +18,7 @@ from transformers import Qwen3ForCausalLM
 
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.experience import Batch, Experience
+from grpo_fused.trainer.rollouts.rollout import pad
 from grpo_fused.trainer.run import resume_checks, state
 from grpo_fused.trainer.run.checkpoint import list_checkpoints
 from grpo_fused.trainer.run.resume_checks import checksum_rows
@@ -252,6 +253,7 @@ def experience_of(lengths, start):
     prompts, completions = (torch.tensor(sizes)[:, None] for sizes in zip(*lengths, strict=True))
     prompt_mask = torch.arange(P) >= P - prompts
     mask = torch.arange(T) < completions
+    counts = torch.where(mask, torch.arange(T) + 1, 0)  # as many kept ids as tokens so far
     batch = Batch(
         torch.where(prompt_mask, number[:, None], -7),
         prompt_mask,
@@ -261,6 +263,8 @@ def experience_of(lengths, start):
         advantages=number.float(),
         ref_logps=torch.where(mask, number[:, None].float(), 0.0),
         importance_sampling_ratio=number[:, None].float(),
+        support_counts=counts,
+        support_ids=pad([[n] * int(k) for n, k in zip(number, counts.sum(1), strict=True)], -1)[0],
     )
     return Experience(batch, lengths, [4.0, 4.0], {"reward": 1.0}, position=1)
 
@@ -288,6 +292,9 @@ def test_experience_of_two_ranks_is_dealt_to_others():
                     assert batch.prompt_mask.all() and batch.completion_mask.all()
                     assert batch.ref_logps.tolist() == [[float(number)] * completion]
                     assert batch.importance_sampling_ratio.tolist() == [[float(number)]]
+                    offsets, ids = batch.support
+                    assert offsets.diff().tolist() == list(range(1, completion + 1))
+                    assert ids.tolist() == [number] * (completion * (completion + 1) // 2)
             assert seen == members
     parts = [experience_of([(1, 1), (1, 1)], 0), experience_of([(2, 3), (1, 1)], 2)]
     batch = Experience.deal(parts, 1, 0, 1, -7).batch  # widths of 1 are widened, too
