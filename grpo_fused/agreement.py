@@ -17,7 +17,8 @@ ENABLED = os.environ.get("GRPO_FUSED_CHECK") == "1"
 SHARDED = ("logits", "weight", "bias", "main_grad", "vocab_start")
 OWN_VALUES = (*SHARDED, "hidden")
 PER_TOKEN = ("logits", "hidden", "completion_ids", "completion_mask", "ids", "mask")
-PER_TOKEN += ("old_logps", "ref_logps", "sampling_logps", "logps", "entropies")
+PER_TOKEN += ("old_logps", "ref_logps", "sampling_logps", "logps", "kl_logps", "entropies")
+OF_TOKENS = ("support", "support ids")  # tensors of a size of their own on every rank
 # One value a token, or one a sequence: so if there are as many tokens as sequences.
 EITHER = ("advantages", "importance_sampling_ratio", "policy_mask", "temperature")
 GROUPS = ("vocab_parallel_group", "sequence_group")
@@ -36,6 +37,10 @@ def check_agreement(function: str, arguments: dict) -> None:
     """
     for name in GROUPS:
         check_group(name, arguments.get(name))
+    support = arguments.get("support")
+    if isinstance(support, tuple | list) and len(support) == 2:
+        names = ("support", "support ids")
+        arguments = arguments | dict(zip(names, support, strict=True))
     shard = arguments.get("weight", arguments.get("logits"))
     vocabulary = arguments.get("vocab_parallel_group")
     if vocabulary is None and is_dtensor(shard):
@@ -103,6 +108,9 @@ def _of_sequences(arguments):
     found = {}
     for name, value in arguments.items():
         if name in GROUPS:
+            continue
+        if name in OF_TOKENS and isinstance(value, torch.Tensor):
+            found["support"] = "given"
             continue
         if not isinstance(value, torch.Tensor):
             found[name] = repr(value)

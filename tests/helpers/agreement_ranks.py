@@ -11,6 +11,7 @@ from grpo_fused import (
     grpo_loss_from_logps,
     linear_grpo_loss,
     linear_selective_log_softmax,
+    sampling_support,
     selective_log_softmax,
 )
 
@@ -35,6 +36,7 @@ def cases(rank, right, wrong):
 def vocabularies(rank):
     batch, own = make_batch(V=V), V // rank.size
     start = own * rank.rank
+    support = sampling_support(batch.logits[:, :T].nan_to_num(), top_k=V)
     right = {
         "logits": batch.logits[..., start : start + own],
         "completion_ids": batch.ids,
@@ -43,6 +45,7 @@ def vocabularies(rank):
         "old_logps": batch.old_logps,
         "num_items_in_batch": 14,
         "beta": 0.0,
+        "support": support,
         "vocab_start": start,
         "vocab_parallel_group": rank.group,
     }
@@ -55,6 +58,8 @@ def vocabularies(rank):
         ("disagree on logits", short),
         ("disagree on logits", {"logits": right["logits"].bfloat16()}),
         ("disagree on old_logps", {"old_logps": None}),
+        ("disagree on support", {"support": None}),
+        ("disagree on support ids", {"support": (support[0], support[1] + 1)}),
         ("disagree on vocab_start", {"vocab_start": None}),
         ("columns start at", {"vocab_start": start + 1}),
         ("columns start at", {"vocab_start": start - 1}),
@@ -125,6 +130,14 @@ def sequences(rank):
     for text, arguments in cases(rank, right, wrong):
         raises(ValueError, text, lambda a=arguments: grpo_loss_from_logps(**a))
     grpo_loss_from_logps(**right)
+    # Supports are of the tokens of a rank; all must have one.
+    logits, tensors = batch.logits[:, places], (batch.ids, batch.mask)
+    support = sampling_support(logits.nan_to_num(), top_k=V)
+    inputs = (logits, *(t[:, places] for t in tensors), batch.advantages)
+    options = {"loss_type": "gspo", "sequence_group": rank.group, "support": support}
+    grpo_loss(*inputs, **options)
+    for text, more in cases(rank, options, [("disagree on support", {"support": None})]):
+        raises(ValueError, text, lambda a=more: grpo_loss(*inputs, **a))
     # Packed; the last rank has as many tokens as there are sequences, all values per sequence.
     tokens = [1, 1, 1, 1] if rank.rank == rank.size - 1 else [2, 0, 3, 1]
     logps = torch.linspace(-1.0, -0.1, sum(tokens))
