@@ -109,8 +109,8 @@ def grpo_loss(
         vocab_parallel_group: a torch.distributed group whose ranks each hold contiguous columns of
             every row, in the order of the ranks; all call with the same tokens and get the same
             results, to the bit, and the gradient of their columns. One exchange of 12 bytes a token
-            and rank, 16 with entropies, of each softmax; the logits are read twice. Logits that are a DTensor,
-            sharded over the vocabulary alone, bring their group.
+            and rank, 16 with entropies, of each softmax; the logits are read twice. Logits that
+            are a DTensor, sharded over the vocabulary alone, bring their group.
         vocab_start: the first column of this rank; None = found in one more exchange, which
             synchronises with the device.
         implementation: "triton", "torch", or "auto": triton where the device of the logits has a
