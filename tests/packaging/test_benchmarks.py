@@ -18,6 +18,7 @@ from benchmarks import (
     lines,
     measure,
     peers,
+    plot_losses,
     plots,
     predict,
     providers,
@@ -25,6 +26,7 @@ from benchmarks import (
     report,
 )
 from benchmarks.cases import Case
+from grpo_fused import LOSSES, ClipCov, KlCov
 
 SMALL = {
     "tokens": Case("", (5, 3, 4), 97, "float32"),
@@ -340,3 +342,34 @@ def test_exactness_of_every_implementation(monkeypatch, capsys):
 
 def strip(name):
     return name.replace("`", "")
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_curves_of_losses(sign, monkeypatch):
+    """Every objective has a panel; on policy the gradient is -A wherever the token counts."""
+    monkeypatch.setattr(plot_losses, "POINTS", 31)
+    panels = {type(panel.objective): panel for panel in plot_losses.PANELS}
+    assert panels.keys() == {type(row.objective) for row in LOSSES.values()}
+    for cls, panel in panels.items():
+        ratio = plot_losses.ratios(panel)
+        near = (ratio - 1).abs().argmin()
+        loss, gradient = plot_losses.curve(panel, sign)
+        assert loss.shape == gradient.shape == ratio.shape and gradient.isfinite().all()
+        if cls not in (ClipCov, KlCov):  # they select the token there
+            assert gradient[near] == pytest.approx(-sign, abs=0.05), cls
+
+
+def test_curves_of_the_clip():
+    panel = plot_losses.PANELS[0]
+    loss, gradient = plot_losses.curve(panel, 1.0)
+    ratio = plot_losses.ratios(panel)
+    torch.testing.assert_close(loss, -ratio.clamp(max=1.28))
+    torch.testing.assert_close(gradient, torch.where(ratio <= 1.28, -ratio, 0.0))
+
+
+@pytest.mark.slow
+def test_pictures_of_losses_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot_losses.main(tmp_path)
+    for name in ("losses.png", "loss-gradients.png"):
+        assert 10_000 < (tmp_path / name).stat().st_size < 250_000

@@ -13,6 +13,9 @@ import torch
 
 import grpo_fused
 from grpo_fused import LOSSES, functional
+from grpo_fused.losses.kl import KL_ESTIMATORS
+from grpo_fused.losses.objectives import LEVELS
+from grpo_fused.losses.weights import RULES
 from grpo_fused.ops import BACKENDS, LAUNCHERS
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +174,54 @@ def losses_table():
 
 def test_readme_table_is_the_table():
     assert losses_table() in (ROOT / "README.md").read_text()
+
+
+def sections(text):
+    """{heading: body} of a Markdown file, up to the next heading of any level."""
+    parts = re.split(r"^#+ (.*)\n", text, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+CORRECTIONS = {"grpo_fused.corrections", "grpo_fused.selections"}
+
+
+def defined_in(name):
+    return getattr(grpo_fused, name).__module__
+
+
+def test_page_of_losses_is_true():
+    """docs/losses.md has a section per objective, with the rows, defaults and links of LOSSES."""
+    text = (ROOT / "docs" / "losses.md").read_text()
+    found = sections(text)
+    head, lines = losses_table().splitlines()[:2], losses_table().splitlines()[2:]
+    tables = {}
+    for (_, row), line in zip(LOSSES.items(), lines, strict=True):
+        tables.setdefault(f"`{type(row.objective).__name__}`", []).append(line)
+    assert {heading for heading in found if heading.startswith("`")} == set(tables)
+    for heading, table in tables.items():
+        assert "\n".join([*head, *table]) + "\n\n" in found[heading], heading
+        assert "* Use: " in found[heading], heading
+    for heading, names in {
+        "Averages": RULES,
+        "Levels": LEVELS,
+        "KL penalty": {name.rstrip("+") for name in KL_ESTIMATORS},
+        "The sampler's support": ["policy_over", "kl_over", "entropy_over"],
+        "Masks and corrections": [name for name in PUBLIC if defined_in(name) in CORRECTIONS],
+    }.items():
+        _, body = found[heading].split("\n| --- ", 1)
+        rows = re.findall(r"^\| `([\w-]+)` \|", body, re.M)
+        assert sorted(rows) == sorted(names), heading
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/losses.md"])
+def test_links_lead_somewhere(path):
+    """Files, and headings of the page itself."""
+    text = (ROOT / path).read_text()
+    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in sections(text)}
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        assert ((ROOT / path).parent / file).exists(), target
+        assert file or anchor in anchors, target
 
 
 def test_readme_code_runs():
