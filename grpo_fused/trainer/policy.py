@@ -1,5 +1,6 @@
 """The policy: model preparation, optimizer, log-probabilities of completions, and the loss."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -34,11 +35,7 @@ def prepare_model(model: nn.Module, config: GRPOTrainerConfig) -> None:
         except ValueError as error:
             raise ValueError(f'{error}; loss_input "logits" works with any head') from error
     if config.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            elif isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+        disable_dropout(model)
     if config.gradient_checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", None)  # transformers 5.24
         enable = enable or base.gradient_checkpointing_enable
@@ -46,12 +43,54 @@ def prepare_model(model: nn.Module, config: GRPOTrainerConfig) -> None:
         enable({"use_reentrant": False})
 
 
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every probability of dropout to 0: of modules, of functions, and in configs.
+
+    Models call `F.dropout` with a number that they keep under a name such as attention_dropout,
+    attn_pdrop or layerdrop, or read it from the config that all modules share. Submodules get a
+    config of their own, so that the model saves the one that it was loaded with.
+    """
+    configs: dict[int, Any] = {}
+    top = base_model(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        _zero_dropout(vars(module), lambda name, module=module: setattr(module, name, 0.0))
+        config = vars(module).get("config")
+        if module is not top and hasattr(config, "to_dict"):
+            if id(config) not in configs:
+                configs[id(config)] = copy.deepcopy(config)
+                _zero_config(configs[id(config)])
+            module.config = configs[id(config)]
+
+
+def _zero_config(config):
+    _zero_dropout(vars(config), lambda name: setattr(config, name, 0.0))
+    for value in vars(config).values():
+        if hasattr(value, "to_dict"):
+            _zero_config(value)
+
+
+def _zero_dropout(values, set_to_zero):
+    for name, value in list(values.items()):
+        if "drop" in name.lower() and isinstance(value, float) and 0 < value <= 1:
+            set_to_zero(name)
+
+
 def make_optimizer(model: nn.Module, config: GRPOTrainerConfig) -> torch.optim.Optimizer:
     """Returns AdamW over the trainable parameters, without weight decay for norms and biases.
 
     With DTensors `foreach` is off, because torch cannot mix them with tensors in it.
+
+    Raises:
+        ValueError: nothing is trainable.
     """
     parameters = trainable_parameters(model)
+    if not parameters:
+        raise ValueError(
+            "model must have a parameter that requires a gradient, got none; an adapter is loaded "
+            "for training with PeftModel.from_pretrained(..., is_trainable=True)"
+        )
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},

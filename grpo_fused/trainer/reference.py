@@ -16,7 +16,9 @@ class Reference:
 
     It is a frozen copy of the model. Otherwise the policy itself serves, with other values in its
     parameters for a while: a model that transformers has distributed cannot be copied, and of one
-    with adapters these are switched off or, after a refresh, set to their values at that time.
+    with adapters these are switched off, as long as they are fresh, or set to earlier values: those
+    of the last refresh or, of adapters that may have been trained before, of the beginning, when
+    the trainer calls `refresh`.
 
     Args:
         model: the policy, before it is prepared or wrapped.

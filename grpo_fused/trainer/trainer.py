@@ -22,7 +22,7 @@ from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.experience import Experience
 from grpo_fused.trainer.policy import Policy, make_optimizer, prepare_model
 from grpo_fused.trainer.ranks import Ranks, clip_gradients, explain_lost_rank
-from grpo_fused.trainer.reference import Reference, trainable_parameters
+from grpo_fused.trainer.reference import Reference, is_peft_model, trainable_parameters
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rewards.weighted import RewardFunction, TrainerState
 from grpo_fused.trainer.rollouts.rollout_fn import RolloutFn
@@ -74,7 +74,7 @@ class GRPOTrainer:
         tokenizer: None = the tokenizer of `model`, which must then be a name.
         eval_data: held-out rows, or None.
         peft_config: PeftConfig of adapters to train; the reference is then the model without
-            adapters.
+            adapters. A PeftModel as `model` goes on with its adapters, and they are the reference.
         rollout_fn: `rollout_fn(prompts, trainer)`, called instead of `generate`. Each prompt is
             repeated num_generations times, over all ranks. It returns a dict of lists with one
             entry per prompt: "completion_ids"; optionally "prompt_ids", "logprobs" (log-probability
@@ -171,6 +171,8 @@ class GRPOTrainer:
         else:
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
+        if self.reference is not None and is_peft_model(model) and peft_config is None:
+            self.reference.refresh(self.unwrapped)  # its adapters may have been trained before
         if isinstance(self.unwrapped, FSDPModule):  # gathers the root's parameters for generate
             register_fsdp_forward_method(self.unwrapped, "generate")
         self.scheduler = get_scheduler(

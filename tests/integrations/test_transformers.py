@@ -100,6 +100,18 @@ def test_a_head_that_cannot_be_fused_raises(change, reason):
     assert model.training, "the check left the model in evaluation mode"
 
 
+def test_columns_that_a_bias_takes_out():
+    """-inf in the head's bias: what is left of the logits is compared, and the rest is equal."""
+    model = tiny("phi")
+    with torch.no_grad():
+        model.lm_head.bias[50:] = -torch.inf
+    assert why_not_fused(model) is None
+    fuse_lm_head(model)
+    loss = fused_loss(model).loss
+    loss.backward()
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradients(model).values())
+
+
 def test_an_exception_in_the_head_restores_the_model():
     model = tiny()
     fuse_lm_head(model)

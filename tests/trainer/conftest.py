@@ -3,6 +3,15 @@
 import signal
 
 import pytest
+from accelerate.state import AcceleratorState
+
+
+@pytest.fixture(autouse=True)
+def plain_accelerator():
+    """A run in half precision leaves a state behind that other tests of the process cannot have."""
+    yield
+    if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

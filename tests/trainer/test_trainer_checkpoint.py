@@ -116,6 +116,10 @@ def test_damage_to_any_file_is_detected(trainer):
                 resolve_checkpoint(str(last), trainer.config.output_dir)
         path.write_bytes(content)
     assert latest_checkpoint(trainer.config.output_dir) == last
+    for folder in list_checkpoints(trainer.config.output_dir):
+        (folder / "trainer.json").unlink()
+    with pytest.raises(ValueError, match="all checkpoints in .* damaged, the newest, checkpoint-2"):
+        resolve_checkpoint("latest", trainer.config.output_dir)
 
 
 @pytest.mark.parametrize("limit", [0, 1000, 20_000, 200_000, 400_000])

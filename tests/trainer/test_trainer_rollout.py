@@ -102,6 +102,8 @@ def test_prompts_as_text_and_as_messages():
     sampler, _ = sampler_of(tokenizer)
     message = [{"role": "user", "content": "1?"}, {"role": "user", "content": "2"}]
     assert sampler.encode([message]) == sampler.encode(["1?2="])
+    begun = [{"role": "user", "content": "1?2"}, {"role": "assistant", "content": "=1"}]
+    assert sampler.encode([begun]) == sampler.encode(["1?2=1"]), "goes on with its last turn"
 
     seen = {}
 

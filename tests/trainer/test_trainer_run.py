@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny_models import TINY
 from trainer_runs import HELD_OUT, ROWS, MemoryLog, RewardScores, trainer_of, weights_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_fused import (
     LOSSES,
@@ -19,6 +20,7 @@ from grpo_fused import (
 )
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.collect import collect
+from grpo_fused.trainer.policy import disable_dropout
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj"])
 
@@ -170,8 +172,15 @@ def test_completions_without_a_score_do_not_count(tmp_path, scale):
     assert (
         collect(trainer).metrics["frac_reward_zero_std"] == 0.5
     )  # one group is equal, one has no scores
+    metrics = collect(trainer).metrics
+    groups = [group[~group.isnan()] for group in totals.view(-1, 4)]
+    stds = [group.std() if len(group) > 1 else 0.0 for group in groups if len(group)]
+    assert metrics["reward_std"] == pytest.approx(float(sum(stds)) / len(stds))
+    assert metrics["frac_reward_none"] == sum(not len(group) for group in groups) / 4
     totals.fill_(float("nan"))
-    assert (collect(trainer).batch.advantages == 0).all()
+    experience = collect(trainer)
+    assert (experience.batch.advantages == 0).all()
+    assert experience.metrics["frac_reward_none"] == 1 and experience.metrics["reward_std"] == 0
 
 
 def test_activations_are_recomputed_in_the_backward_pass(tmp_path):
@@ -208,6 +217,101 @@ def test_dropout_is_off_by_default(tmp_path):
     assert model.dropout.p == 0.5 == model.model.layers[0].self_attn.attention_dropout
     trainer_of(tmp_path, model=model)
     assert model.dropout.p == 0 == model.model.layers[0].self_attn.attention_dropout
+
+
+DROPOUTS = {
+    "starcoder2": {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3},
+    "opt": {"dropout": 0.3, "attention_dropout": 0.3, "word_embed_proj_dim": 16, "ffn_dim": 32},
+    "bloom": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
+    "phi": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attention_dropout": 0.3},
+    "qwen3": {"attention_dropout": 0.3},
+}
+
+
+def two_logits(model):
+    return [model(torch.arange(3, 9)[None]).logits for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, "eager") for name in DROPOUTS] + [("starcoder2", "sdpa"), ("opt", "sdpa")],
+)
+def test_no_model_of_transformers_keeps_a_dropout(name, attention, tmp_path):
+    """Modules, functions with a number of the module, or of the config, which stays as it was."""
+    config = AutoConfig.for_model(name, **TINY | DROPOUTS[name])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+    first, second = two_logits(model)
+    assert not torch.equal(first, second)
+    disable_dropout(model)
+    first, second = two_logits(model)
+    assert torch.equal(first, second)
+    model.save_pretrained(tmp_path)
+    saved = AutoConfig.from_pretrained(tmp_path)
+    assert all(getattr(saved, k) == v for k, v in DROPOUTS[name].items())
+
+
+def test_a_dropout_that_only_the_config_knows():
+    class Layer(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+
+        def forward(self, x):
+            return torch.nn.functional.dropout(x, self.config.hidden_dropout, self.training)
+
+    config = AutoConfig.for_model("bloom", hidden_dropout=0.5)
+    model = torch.nn.Sequential(Layer(config), Layer(config))
+    disable_dropout(model)
+    assert model(torch.ones(100)).sum() == 100 and config.hidden_dropout == 0.5
+    assert model[0].config is model[1].config, "one copy for all"
+
+
+def with_adapters(names=("default",), seed=7):
+    """A model whose adapters were trained before."""
+    generator = torch.manual_seed(seed)
+    model = get_peft_model(make_model(make_tokenizer()), LORA, names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LORA)
+        model.set_adapter(name)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("names", [("default",), ("first", "second")])
+def test_adapters_that_were_trained_before_are_the_reference(names, tmp_path):
+    """Without them the KL would start at that of two models; a resumed run keeps them."""
+    options = {"beta": 0.1, "num_iterations": 2, "max_steps": 4, "save_steps": 2}
+    model = with_adapters(names)
+    trainer, records = trainer_of(tmp_path / "run", model=model, **options)
+    active = trainer.unwrapped.active_adapter
+    assert active == names[-1]
+    expected = trainer.policy.logps(trainer.model, batch := collect(trainer).batch)
+    assert torch.equal(batch.ref_logps, expected)
+    trainer, records = trainer_of(tmp_path / "run", model=with_adapters(names), **options)
+    trainer.train()
+    assert records[1]["kl"] == 0 < records[4]["kl"] < 1
+    again, resumed = trainer_of(
+        *(tmp_path / "run",), model=with_adapters(names), resume=f"{tmp_path}/run/checkpoint-2",
+        **options,
+    )  # fmt: skip
+    again.train()
+    assert resumed[3] == records[3] and resumed[4] == records[4]
+
+
+def test_an_adapter_loaded_for_training_is_the_reference(tmp_path):
+    with_adapters().save_pretrained(tmp_path / "adapter")
+    base, folder = make_model(make_tokenizer()), str(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    trainer, records = trainer_of(tmp_path / "run", model=model, beta=0.1, max_steps=1)
+    trainer.train()
+    assert records[1]["kl"] == 0
+    frozen = PeftModel.from_pretrained(make_model(make_tokenizer()), folder)
+    with pytest.raises(ValueError, match="requires a gradient, got none; .*is_trainable=True"):
+        trainer_of(tmp_path / "frozen", model=frozen)
 
 
 def test_a_model_by_name_and_trackers(tmp_path):

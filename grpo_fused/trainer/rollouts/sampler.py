@@ -68,8 +68,14 @@ class Sampler:
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         elif isinstance(prompt, list):
+            # A last turn of the assistant is continued, any other answered.
+            continues = bool(prompt) and prompt[-1].get("role") == "assistant"
             ids = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+                prompt,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                tokenize=True,
+                return_dict=True,
             )["input_ids"]
         else:
             raise ValueError(f"prompt must be a str or a list of messages, got {prompt!r}")

@@ -147,12 +147,25 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """Returns the newest complete checkpoint of a run; warns of newer ones that are damaged."""
+    """Returns the newest complete checkpoint of a run; warns of newer ones that are damaged.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    damaged = []
     for path in reversed(list_checkpoints(output_dir)):
         reason = find_damage(path)
         if reason is None:
+            for newer, why in damaged:
+                warnings.warn(f"{newer} is damaged ({why}); using an older one", stacklevel=2)
             return path
-        warnings.warn(f"{path} is damaged ({reason}); using an older one", stacklevel=2)
+        damaged.append((path, reason))
+    if damaged:
+        newest, why = damaged[0]
+        raise ValueError(
+            f"resume: all checkpoints in {output_dir} are damaged, the newest, {newest.name}, "
+            f"because {why}; move them away for a fresh start"
+        )
     return None
 
 

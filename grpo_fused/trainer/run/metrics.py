@@ -35,15 +35,18 @@ def rollout_metrics(
     each = columns[:, 4:]
 
     groups = rewards.view(-1, group_size)
-    stds = groups.std(1) if group_size > 1 else groups.new_zeros(len(groups))
     missing = groups.isnan()
+    given = (~missing).sum(1)
+    squares = (groups - groups.nanmean(1, keepdim=True)).square().nansum(1)
+    stds = (squares / (given - 1).clamp(min=1)).sqrt()
     lowest = groups.masked_fill(missing, float("inf")).amin(1)
     highest = groups.masked_fill(missing, -float("inf")).amax(1)
     combined = {
         "reward": rewards.nanmean(),
-        "reward_std": stds.nanmean(),
+        "reward_std": stds[given > 0].sum() / (given > 0).sum().clamp(min=1),
         # Groups with equal rewards, or without any, contribute no gradient.
         "frac_reward_zero_std": (highest <= lowest).float().mean(),
+        "frac_reward_none": (given == 0).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
