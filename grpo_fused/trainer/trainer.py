@@ -11,7 +11,6 @@ from accelerate.utils import set_seed
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +29,7 @@ from grpo_fused.trainer.rollouts.sampler import Sampler
 from grpo_fused.trainer.run.checkpoint import resolve_checkpoint
 from grpo_fused.trainer.run.config import GRPOTrainerConfig, tracker_config
 from grpo_fused.trainer.run.evaluation import evaluate
+from grpo_fused.trainer.run.loading import load_model
 from grpo_fused.trainer.run.log import RunLog
 from grpo_fused.trainer.run.metrics import progress_summary, step_metrics
 from grpo_fused.trainer.run.resume_checks import agreed_values, checksum_rows
@@ -143,7 +143,7 @@ class GRPOTrainer:
         set_seed(config.seed)  # initialises adapters alike on every rank
         if isinstance(model, str):
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            model = load_model(model, torch.float32)
         if tokenizer is None:
             raise ValueError("tokenizer is required unless model is a name, got None")
         check_model(model, config)

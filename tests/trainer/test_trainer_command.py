@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from peft import AutoPeftModelForCausalLM
 from trainer_runs import signal_after
 from transformers import AutoModelForCausalLM
 
@@ -125,6 +126,28 @@ def test_the_gsm8k_example(files, tmp_path, monkeypatch, no_plot):
     command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
     assert cli.main(command) == 0
     assert len(steps_of(tmp_path)) == 3
+
+
+def test_a_folder_with_an_adapter_is_trained_further(files, tmp_path, monkeypatch, capsys, no_plot):
+    """The model of a LoRA run is a model of the next, wherever that is started."""
+    monkeypatch.chdir(files)
+    options = {"model": "model", "beta": 0.1, "rewards": f"{files}/rewards.py:digits"}
+    lora = {"lora_rank": 2, "max_steps": 2}
+    assert cli.main(arguments_of(files, tmp_path / "a", **options | lora)) == 0
+    first = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
+    monkeypatch.chdir(tmp_path)
+    options |= {"model": tmp_path / "a" / "model"}
+    command = arguments_of(files, tmp_path / "b", **options, max_steps=1, learning_rate="0.0")
+    assert cli.main(command) == 0
+    lines = list(map(json.loads, (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()))
+    assert lines[0]["kl"] == 0 and lines[0]["grad_norm"] > 0
+    second = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "b" / "model")
+    weights = first.state_dict()
+    assert any("lora_B" in name and weight.any() for name, weight in weights.items())
+    for name, weight in second.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    assert cli.main(arguments_of(files, tmp_path / "c", **options | lora)) == 1
+    assert "holds an adapter, which is trained further: lora_rank" in capsys.readouterr().err
 
 
 def test_the_example_of_sums(files, tmp_path, monkeypatch, no_plot):

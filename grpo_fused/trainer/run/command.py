@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.run.config import TrainConfig
 from grpo_fused.trainer.run.data import load_rows
+from grpo_fused.trainer.run.loading import has_adapter, load_model
 from grpo_fused.trainer.run.log import RunLog
 from grpo_fused.trainer.trainer import GRPOTrainer, TrainResult
 
@@ -27,12 +28,18 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
     if config.eval_data is not None:
         eval_data = load_source(config, config.eval_data, EVAL_SEED)
     rewards = Rewards(config.rewards, config.reward_weights)
+    if has_adapter(config.model) and (config.lora_rank or distribution(config)):
+        raise ValueError(
+            f"model {config.model} holds an adapter, which is trained further: lora_rank must be 0 "
+            "and the model not be distributed; or merge it (peft's merge_and_unload) and train a "
+            "new one"
+        )
     transformers.set_seed(config.seed)
     distributed = distribution(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
         dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **distributed)
+        model = load_model(config.model, dtype, **distributed)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {config.model} cannot be loaded: {error}") from error
     run_log = RunLog(config.output_dir, f"{config.model}, {config.loss_type} loss")

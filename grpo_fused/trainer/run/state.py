@@ -22,6 +22,7 @@ from grpo_fused.trainer.run.checkpoint import (
     sync_folder,
 )
 from grpo_fused.trainer.run.errors import TrainingError, any_rank
+from grpo_fused.trainer.run.loading import absolute_base
 from grpo_fused.trainer.run.resume_checks import check_same_run, run_metadata
 
 METADATA, SHARDS = "trainer.json", "shards"
@@ -222,7 +223,8 @@ def save_pretrained(trainer) -> None:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         if main or distributed:  # of a distributed model, transformers gathers the weights
-            trainer.unwrapped.save_pretrained(partial, state_dict=weights, is_main_process=main)
+            with absolute_base(trainer.unwrapped):
+                trainer.unwrapped.save_pretrained(partial, state_dict=weights, is_main_process=main)
         if main:
             trainer.tokenizer.save_pretrained(partial)
             sync_folder(partial)

@@ -1,0 +1,57 @@
+"""Models from a folder or the Hub, with or without trained adapters."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from grpo_fused.trainer.reference import is_peft_model
+
+
+def load_model(name: str, dtype: torch.dtype | str, **options: Any) -> nn.Module:
+    """Loads a causal language model; of a folder that holds an adapter, its base and the adapter.
+
+    Args:
+        name: a folder or a name on the Hub.
+        dtype: of the weights, or "auto": that of the file.
+        options: of `from_pretrained`.
+
+    Returns:
+        a transformers model, or a PeftModel whose adapter is trained further.
+
+    Raises:
+        OSError, ValueError: it cannot be loaded.
+    """
+    if not has_adapter(name):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, dtype=dtype, **options)
+
+
+def has_adapter(name: str) -> bool:
+    """Returns whether a folder holds an adapter instead of a model."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+@contextlib.contextmanager
+def absolute_base(model: Any) -> Iterator[None]:
+    """Lets adapters name the folder of their base model by its absolute path for a while.
+
+    A relative one, as it was given, is found from the current folder of the run alone.
+    """
+    configs = list(model.peft_config.values()) if is_peft_model(model) else []
+    before = [config.base_model_name_or_path for config in configs]
+    for config in configs:
+        base = config.base_model_name_or_path or model.get_base_model().name_or_path
+        if base and Path(base).is_dir():
+            config.base_model_name_or_path = str(Path(base).resolve())
+    try:
+        yield
+    finally:
+        for config, path in zip(configs, before, strict=True):
+            config.base_model_name_or_path = path
