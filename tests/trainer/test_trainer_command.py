@@ -253,7 +253,7 @@ def test_sigterm_of_a_launcher_and_its_ranks(files, tmp_path):
         ({"rewards": "nowhere.py:f"}, 1, "there is no file nowhere.py"),
         ({"model": "{files}/none"}, 1, "/none cannot be loaded: "),
         ({"rewards": "{files}/rewards.py:wrong"}, 1, "reward wrong must return one value per com"),
-        ({"rewards": "{files}/rewards.py:fails"}, 1, "reward fails failed on example "),
+        ({"rewards": "{files}/rewards.py:fails"}, 1, "reward fails failed at rewards.py:"),
         ({"data_columns": "{prompt: question}"}, 1, "has no column question, only prompt, an"),
     ],
 )
@@ -270,12 +270,12 @@ def test_an_output_dir_that_is_a_file(files, capsys):
     assert "rows.jsonl" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_failing_reward_stops_the_run_with_its_example(files, tmp_path, capsys, no_plot):
+def test_a_failing_reward_stops_the_run_with_its_line(files, tmp_path, capsys, no_plot):
     options = {"rewards": f"{files}/rewards.py:broken", "max_steps": 99, "save_steps": "none"}
     command = arguments_of(files, tmp_path, **options)
     assert cli.main(command) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert re.search("broken failed on example .*ZeroDivision.*prompt: '9", said)
+    assert re.search("broken failed at rewards.py:[0-9]+ on a batch of .*ZeroDivision", said)
     lines = steps_of(tmp_path) if (tmp_path / "metrics.jsonl").exists() else {}
     assert list(lines) == list(range(1, len(lines) + 1))
 

@@ -181,8 +181,10 @@ def test_a_failing_reward_names_its_example(is_async):
     async def check_later(completions):
         return check(completions)
 
+    check.pure = check_later.pure = True
     message = (
-        r"reward check(_later)? failed on example 2 of 3 \(ZeroDivisionError: .*\); "
+        r"reward check(_later)? failed at test_trainer_rewards.py:\d+ on example 2 of 3 "
+        r"\(ZeroDivisionError: .*\); "
         "prompt: '5\\?6='; completion: '66'"
     )
     with pytest.raises(RuntimeError, match=message) as raised:
@@ -191,16 +193,35 @@ def test_a_failing_reward_names_its_example(is_async):
 
 
 def test_a_reward_that_fails_on_a_batch_only_says_so():
-    def check(completions):
-        raise KeyError("batch") if len(completions) > 1 else AssertionError
-
     def batches(completions):
         if len(completions) > 1:
             raise KeyError("two")
         return [1.0]
 
-    with pytest.raises(RuntimeError, match=r"batches failed on 3 .* none alone \(KeyError: 'two'"):
+    batches.pure = True
+    with pytest.raises(RuntimeError, match=r"on 3 examples .* none alone \(KeyError: 'two'"):
         score(batches)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_failing_reward_is_not_called_again(is_async):
+    """It may cost money, or count: only one that says it is pure is."""
+    calls = []
+
+    def paid(completions):
+        calls.append(len(completions))
+        raise TimeoutError("no answer")
+
+    async def paid_later(completions):
+        return paid(completions)
+
+    message = (
+        r"reward paid(_later)? failed at test_trainer_rewards.py:\d+ on a batch of 3 completions "
+        r"\(TimeoutError: no answer\); its first prompt: .*pure = True"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        score(paid_later if is_async else paid)
+    assert calls == [3]
 
 
 def test_a_missing_column_is_named():

@@ -4,7 +4,9 @@ import asyncio
 import functools
 import inspect
 import threading
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from grpo_fused.trainer.run.errors import TrainingError, shorten
@@ -25,7 +27,8 @@ def call_all(functions: dict[str, Callable], arguments: dict[str, Any]) -> dict[
 
     Raises:
         ValueError: a function requires an argument that does not exist.
-        TrainingError: a function raised; the message shows the example that caused it.
+        TrainingError: a function raised; the message says where and, of a function with the
+            attribute `pure`, on which example.
     """
     selected = {name: select_arguments(name, f, arguments) for name, f in functions.items()}
     results = {}
@@ -98,8 +101,19 @@ def _event_loop():
 
 
 def _locate(name, function, selected, error, arguments):
-    """Returns a TrainingError with the first example that also fails when scored alone."""
-    size = len(arguments["completions"])
+    """Returns a TrainingError that says where a function failed.
+
+    Of a function with the attribute `pure`, on which example: it is called again on each alone. Any
+    other may cost money or count its calls.
+    """
+    size, line = len(arguments["completions"]), _line(error)
+    reason = f"{type(error).__name__}: {error}"
+    if not getattr(function, "pure", False):
+        return TrainingError(
+            f"reward {name} failed {line} on a batch of {size} completions ({reason}); its first "
+            f"prompt: {shorten(arguments['prompts'][0])}; {name}.pure = True lets the trainer call "
+            "it on each alone to find the example"
+        )
     for i in range(size):
         alone = {
             key: values if key in NO_COLUMNS else values[i : i + 1]
@@ -115,10 +129,17 @@ def _locate(name, function, selected, error, arguments):
         except Exception as again:
             prompt, completion = arguments["prompts"][i], arguments["completions"][i]
             return TrainingError(
-                f"reward {name} failed on example {i} of {size} ({type(again).__name__}: {again}); "
-                f"prompt: {shorten(prompt)}; completion: {shorten(completion)}"
+                f"reward {name} failed {_line(again)} on example {i} of {size} "
+                f"({type(again).__name__}: {again}); prompt: {shorten(prompt)}; "
+                f"completion: {shorten(completion)}"
             )
     return TrainingError(
-        f"reward {name} failed on {size} examples together, but on none alone "
-        f"({type(error).__name__}: {error})"
+        f"reward {name} failed {line} on {size} examples together, but on none alone ({reason})"
     )
+
+
+def _line(error):
+    """Returns "at file:line" of the innermost frame of an error that no installed package has."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""

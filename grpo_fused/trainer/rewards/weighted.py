@@ -142,7 +142,8 @@ class Rewards:
         Raises:
             ValueError: a function requires a column that does not exist, or returned something
                 other than a number, None or a list of steps per completion.
-            TrainingError: a function raised; the message shows the example that caused it.
+            TrainingError: a function raised; the message says where and, of a function with the
+                attribute `pure`, on which example.
         """
         # Columns of the data come first: they must not replace the sampled completions.
         arguments = columns | {"prompts": prompts, "completions": completions}
