@@ -101,7 +101,9 @@ def outcome_advantages(
         advantages = centred * groups.counts / (groups.counts - 1).clamp(min=1)
     if scale == "mean":
         means = rewards - centred
-        advantages = torch.where(means <= 0, 0.0, advantages / means)
+        # Not above what rounding leaves of rewards of both signs.
+        nothing = means * groups.counts <= 1e-12 * groups.sum(rewards.abs())
+        advantages = torch.where(nothing, 0.0, advantages / means)
     elif scale == "group":
         advantages = advantages / (groups.std(centred) + EPSILON)
     elif scale != "none":

@@ -169,6 +169,8 @@ def make_over(options):
         value = getattr(options, name, "vocabulary")
         check_choice(name, value, SOFTMAXES)
         chosen[term] = value == "support" and options.support is not None
+    if getattr(options, "kl_over", None) == "support" and options.support is None:
+        raise ValueError('kl_over="support" requires a support, got None')
     return OverSupport(**chosen)
 
 

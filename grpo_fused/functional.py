@@ -61,7 +61,8 @@ def grpo_loss(
             the ratio is 1, and its gradient is not 0.
         ref_logps: (B, T) float, of the reference model; needed unless beta is 0.
         sampling_logps: (B, T) float, of the sampler (vLLM, SGLang), for objectives that compare the
-            policy with it, `Ipo` and `RolloutIs`; the others ignore it. None = old_logps.
+            policy with it, `Ipo` and `RolloutIs`; the others ignore it. None = old_logps; NaN = not
+            known: that of the policy.
         importance_sampling_ratio: (B,), (B, 1) or (B, T) float, rollout correction
             (`rollout_weights`): multiplies the policy term, never the KL.
         policy_mask: (B,), (B, 1) or (B, T), 0 switches the policy term off (`off_policy_mask`,
@@ -85,7 +86,9 @@ def grpo_loss(
         support: (offsets, ids), the tokens that the sampler kept (`sampling_support`): those of
             token n, counted over (B, T), are ids[offsets[n] : offsets[n + 1]], distinct, in any
             order, the target among them; both int32 or int64. Of masked tokens they are not read.
-            On a GPU a row whose target was not kept is NaN. The torch backend synchronises.
+            Of (B, T + 1, V) logits the last position has none. On a GPU a row whose target was not
+            kept is NaN, and a gradient takes four bytes of memory an id. The torch backend
+            synchronises. A "keep sampling mask" in DeepSeek-V3.2.
         policy_over, kl_over, entropy_over: "support" or "vocabulary": the softmax of the ratio and
             the objective, of the KL penalty, of entropies and their bonus. Without a support the
             vocabulary's. Gradients of terms over the support are 0 elsewhere; without a term over
@@ -178,8 +181,9 @@ def linear_grpo_loss(
         upcast: compute logits and gradients in float32, regardless of the dtypes of hidden and
             weight: float32 matmuls.
         logits_dtype: of the logits of a half-precision head: torch.float32, in which the products
-            of its matmul are exact, or that of the head, to which they are rounded. None = float32,
-            on AMD GPUs that of the head. Their gradient has the dtype of the head either way.
+            of its matmul are exact, or that of the head, to which they are rounded. None = float32
+            on CPUs and NVIDIA GPUs, elsewhere that of the head. Their gradient has the dtype of the
+            head either way.
         main_grad: (V, H) float32 that any backward adds the gradient of weight to, as Megatron
             keeps it; weight.grad stays as it is.
         reduce_hidden_grad: with a vocab_parallel_group, of which every rank holds rows of weight
@@ -271,6 +275,9 @@ def grpo_loss_from_logps(
         raise ValueError("entropies are needed unless entropy_coef is 0, got None")
     if kl_logps is not None:
         check_tensor("kl_logps", kl_logps, tuple(logps.shape), logps.device)
+        validation.check_floats("kl_logps", kl_logps)
+        if resolved.ref_logps is None:
+            raise ValueError("kl_logps requires ref_logps, got None")
     source = LogpsInput(logps, entropies, kl_logps)
     bounds = _check_bounds(log_ratio_bounds)
     return compute_loss(source, completion_mask, advantages, resolved, bounds)

@@ -156,8 +156,9 @@ def linear_selective_log_softmax(
         ids: (B, T) or (N,) integer.
         mask: of the shape of ids, nonzero = active; None = all active. Masked tokens are not
             computed.
-        save_logits: keep the logits of active tokens for backward, which writes their gradient
-            over them: three matmuls instead of four, for memory of the size of the logits.
+        save_logits: keep the logits of active tokens for backward: three matmuls instead of four,
+            for memory of the size of the logits. Backward writes their gradient over them where
+            logits_dtype is that of the head.
         Other keywords: as `selective_log_softmax`.
 
     Returns:

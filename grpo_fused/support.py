@@ -111,7 +111,8 @@ def check_support(source, layout, sequences, support):
     """Check (offsets, ids) of `grpo_loss`; return them. Values are read on the CPU only."""
     pair = isinstance(support, tuple | list) and len(support) == 2
     if not pair or not all(isinstance(t, Tensor) for t in support):
-        raise ValueError(f"support must be a pair of tensors (offsets, ids), got {support!r}")
+        got = [type(part).__name__ for part in support] if pair else type(support).__name__
+        raise ValueError(f"support must be a pair of tensors (offsets, ids), got {got}")
     offsets, ids = support
     tokens = sequences.local.tokens
     for name, tensor, shape in (("offsets", offsets, (tokens + 1,)), ("ids", ids, None)):
@@ -145,7 +146,8 @@ def _check_values(source, sequences, offsets, ids):
     outside = counts & ((ids < 0) | (ids >= (1 << 31 if V is None else V)))
     if outside.any():
         found = ids[outside][0].item()
-        raise ValueError(f"support ids must lie in [0, {V}) for active tokens, got {found}")
+        bound = "the vocabulary" if V is None else f"[0, {V})"
+        raise ValueError(f"support ids must lie in {bound} for active tokens, got {found}")
     has_target = torch.zeros(len(lengths), dtype=torch.bool)
     has_target[rows[ids == source.ids.flatten()[rows]]] = True
     missing = active & ~has_target

@@ -91,8 +91,9 @@ def token_loss(logp, kl_logp, entropy, known, constants, tokens, formula):
     advantage = constants.advantage
     if formula.uses_sampling:
         sampling_logp = logp
-        if tokens.sampling_logps is not None:
-            sampling_logp = constants.sampling_logp
+        if tokens.sampling_logps is not None:  # NaN: not known
+            given = constants.sampling_logp
+            sampling_logp = tl.where(given == given, given, logp)
         loss, dlogp, clipped = formula.objective(
             logp, log_ratio, advantage, sampling_logp, *formula.params
         )
@@ -112,7 +113,8 @@ def token_loss(logp, kl_logp, entropy, known, constants, tokens, formula):
         else:
             if formula.bias_correction:
                 dkl *= ratio
-                dlogp += weighted(constants.w_kl, kl * dratio)
+                dratio = tl.where(dratio == 0.0, 0.0, kl * dratio)  # not inf * 0
+                dlogp += weighted(constants.w_kl, dratio)
                 kl *= ratio
             dkl_logp = weighted(constants.w_kl, dkl) * constants.grad_scale
         loss += weighted(constants.w_kl, kl)

@@ -142,7 +142,7 @@ class LinearLogProb(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, *upstream):
-        if ctx.save_logits:
+        if ctx.save_logits and ctx.chunking.dtype == ctx.chunking.logits_dtype:
             spend(ctx, "log-probabilities with save_logits=True")
         (hidden, weight, bias, order, ids, *tensors), (temperature, *scales) = saved(ctx)
         support, logits, statistics = tensors[:3], tensors[3], Statistics(*tensors[4:])

@@ -63,6 +63,7 @@ class Objective:
         uses_sampling_logps: whether the log-probabilities of the sampler are read.
         couples: whose tokens the loss of a token depends on: its own, "token", all of its
             "sequence", or all of the "batch".
+        weighs_sampling: whether the loss contains the importance weight over the sampler.
         over_ranks: whether the tokens of a sequence may lie on several ranks.
         evaluate, per_token: see above.
     """
@@ -71,6 +72,7 @@ class Objective:
     levels: ClassVar[tuple[str, ...]] = ("token",)
     needs_advantage: ClassVar[bool] = True
     uses_sampling_logps: ClassVar[bool] = False
+    weighs_sampling: ClassVar[bool] = False
     couples: ClassVar[str] = "token"
     over_ranks: ClassVar[bool] = True
     evaluate: ClassVar[Callable[..., tuple[Tensor, ...]]]
@@ -105,7 +107,10 @@ class Objective:
         """`evaluate`, with what it takes; a sampling_logp of None is that of the policy itself."""
         if not self.uses_sampling_logps:
             return self.evaluate(logp, log_ratio, advantage)
-        sampling_logp = logp.detach() if sampling_logp is None else sampling_logp
+        own = logp.detach()
+        if sampling_logp is not None:  # NaN: not known, as in `rollout_weights`
+            own = torch.where(sampling_logp.isnan(), own, sampling_logp)
+        sampling_logp = own
         return self.evaluate(logp, log_ratio, advantage, sampling_logp)
 
 

@@ -255,7 +255,8 @@ class RolloutIs(Objective):
         -sg(rho_q 1[1 - epsilon_low <= rho_q <= 1 + epsilon_high]) A logp,   rho_q = p / q
 
     with the probability q of the token under the sampler. Tokens outside have no gradient,
-    whatever the sign of A, and count as clipped.
+    whatever the sign of A, and count as clipped. It takes no importance_sampling_ratio of
+    `rollout_weights`: the weight over the sampler is in it.
 
     Attributes:
         epsilon_low, epsilon_high: distances of the bounds from 1.
@@ -269,6 +270,7 @@ class RolloutIs(Objective):
     """
 
     uses_sampling_logps: ClassVar[bool] = True
+    weighs_sampling: ClassVar[bool] = True
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
 

@@ -98,7 +98,8 @@ def token_loss(statistics, known, tokens, formula):
         else:
             kl, dkl, _ = estimator(difference)
             if formula.bias_correction:
-                dlogps[over.policy] = dlogp + weighted(tokens.w_kl, kl * dratio)
+                slope = torch.where(dratio == 0, 0.0, kl * dratio)  # not inf * 0
+                dlogps[over.policy] = dlogp + weighted(tokens.w_kl, slope)
                 kl, dkl = kl * ratio, dkl * ratio
         loss, dkl = loss + weighted(tokens.w_kl, kl), weighted(tokens.w_kl, dkl)
         dlogps[over.kl] = dkl if dlogps[over.kl] is None else dlogps[over.kl] + dkl

@@ -33,6 +33,12 @@ def collect(trainer) -> Experience:
     ranks = trainer.ranks
     share_random_states(ranks, accelerator.device)
     rollout = ranks.broadcast(together(accelerator, lambda: sample(trainer)))
+    ranks.check_agreement(
+        {
+            f"whether a rollout has {name}": getattr(rollout, name) is not None
+            for name in ("logprobs", "support")
+        }
+    )
     scores = ranks.share(lambda: score(trainer, rollout))
     batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
 
@@ -96,7 +102,9 @@ def sample(trainer) -> Rollout:
         return rollout
     with trainer.accelerator.autocast():
         return trainer.sampler.rollout(
-            trainer.unwrapped, prompts, columns, temperature=config.temperature
+            *(trainer.unwrapped, prompts, columns),
+            temperature=config.temperature,
+            with_support=True,
         )
 
 

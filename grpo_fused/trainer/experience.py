@@ -318,8 +318,13 @@ def rollout_ratios(sums: torch.Tensor) -> dict[str, float]:
 
 
 def correction_weights(batch: Batch, config: GRPOTrainerConfig) -> torch.Tensor | None:
-    """Returns the weights that correct for a sampler other than the policy; None without one."""
+    """Returns the weights that correct for a sampler other than the policy.
+
+    None without one, or if the loss contains such a weight.
+    """
     if batch.sampling_logps is None or config.rollout_correction is None:
+        return None
+    if config.objective_or_default.weighs_sampling:
         return None
     return rollout_weights(
         batch.old_logps,

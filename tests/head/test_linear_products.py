@@ -146,3 +146,16 @@ def test_exact_products_cast_the_weight_in_blocks(monkeypatch):
     assert products.shapes == [(7, 20), (7, 20), (7, 13)]
     exact_logits = states.double() @ weight.double().t() + bias.double()
     assert relative_error(out, exact_logits) < 1e-6
+
+
+def test_kept_float32_logits_are_not_overwritten():
+    """Their gradient has memory of its own, so that backward may come twice."""
+    head = rounded_head(torch.bfloat16, "cpu")
+    leaves = head.leaves()
+    logps, _ = linear_selective_log_softmax(
+        *(*leaves[:2], head.batch.ids, head.batch.mask), bias=leaves[2], save_logits=True
+    )
+    loss = logps.sum()
+    (first,) = torch.autograd.grad(loss, leaves[1], retain_graph=True)
+    (second,) = torch.autograd.grad(loss, leaves[1])
+    assert torch.equal(first, second)

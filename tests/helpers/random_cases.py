@@ -107,6 +107,14 @@ def cases(draw):
         options["kept"] = kept.scatter(2, batch.ids.clamp(min=0)[..., None], True)
         softmaxes = st.sampled_from(["support", "vocabulary"])
         options |= {f"{term}_over": draw(softmaxes) for term in ("policy", "kl", "entropy")}
+        # What is compared with log-probabilities over the support is over it too, or ratios of
+        # thousands would cancel in the loss.
+        x = batch.logits[:, :T].double()
+        mass = x.logsumexp(2) - x.masked_fill(~options["kept"], -torch.inf).logsumexp(2)
+        over = {"old_logps": "policy", "sampling_logps": "policy", "ref_logps": "kl"}
+        for name, term in over.items():
+            if options.get(name) is not None and options[f"{term}_over"] == "support":
+                options[name] = (options[name] + mass).float()
     lengths = None
     if draw(st.booleans()):
         lengths = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in mask]

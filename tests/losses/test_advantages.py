@@ -304,3 +304,10 @@ BAD = {
 def test_invalid_arguments(call):
     with pytest.raises(ValueError, match=BAD[call][1]):
         BAD[call][0]()
+
+
+def test_a_mean_that_is_only_rounding_counts_as_0():
+    """Rewards of both signs that cancel: 7e-17 is no divisor."""
+    rewards = torch.tensor([1.1, -0.4, -0.7, 1.0, 0.0, 0.0], dtype=torch.float64)
+    found = outcome_advantages(rewards, 3, scale="mean")
+    assert found.tolist() == [0, 0, 0, 2, -1, -1]

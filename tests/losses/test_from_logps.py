@@ -65,6 +65,14 @@ def test_every_row_agrees_with_its_paper(loss_type, on_policy, per_token):
         assert out.metrics[name].item() == pytest.approx(value, rel=3e-6, abs=1e-7), name
 
 
+def test_log_probabilities_of_a_kl_that_is_not_there_raise():
+    logps = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="kl_logps requires ref_logps, got None"):
+        grpo_loss_from_logps(logps, None, torch.ones(2), kl_logps=logps)
+    with pytest.raises(ValueError, match="kl_logps must be float32, bfloat16 or float16"):
+        grpo_loss_from_logps(logps, None, torch.ones(2), kl_logps=logps.long(), ref_logps=logps)
+
+
 def test_arguments_are_those_of_grpo_loss():
     ours = inspect.signature(grpo_loss_from_logps).parameters
     theirs = inspect.signature(grpo_loss).parameters

@@ -24,6 +24,7 @@ from grpo_fused import (
     Sapo,
     Vespo,
     grpo_loss,
+    selective_log_softmax,
 )
 from grpo_fused.kernels.launch import kernel
 from grpo_fused.kernels.objective import KL_ESTIMATORS as KERNELS
@@ -275,3 +276,26 @@ def test_an_objective_without_per_token(implementation, device):
 def test_check_objective_requires_a_token_level_objective():
     with pytest.raises(ValueError, match="token-level"):
         check_objective(Vespo())
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "rollout_is"])
+def test_tokens_that_the_sampler_did_not_report(loss_type, implementation, device):
+    """NaN in sampling_logps is the policy's own log-probability, as in `rollout_weights`."""
+    batch = make_batch(device=device)
+    inputs = (batch.ids, batch.mask, batch.advantages)
+    logps, _ = selective_log_softmax(batch.logits, *inputs[:2], implementation=implementation)
+    sampling, results = batch.old_logps.clone(), []
+    for unknown in (logps[0, 1], torch.nan):
+        sampling[0, 1] = unknown
+        leaf = batch.leaf()
+        out = grpo_loss(
+            *(leaf * 1.0, *inputs),
+            loss_type=loss_type,
+            old_logps=batch.old_logps,
+            sampling_logps=sampling,
+            implementation=implementation,
+        )
+        out.loss.backward()
+        results.append((out.loss, leaf.grad))
+    assert results[0][0].isfinite()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)

@@ -146,7 +146,8 @@ def test_a_whole_support_is_no_support(implementation, device):
     batch = make_batch(device=device)
     kept = torch.ones(*batch.ids.shape, 97, dtype=torch.bool, device=device)
     for options in ({}, EVERYWHERE, {"loss_type": "gspo"}, {"use_bias_correction_kl": True}):
-        out, gradient = loss_of(batch, implementation, **options)
+        plain = {name: value for name, value in options.items() if name not in EVERYWHERE}
+        out, gradient = loss_of(batch, implementation, **plain)
         found, same = loss_of(batch, implementation, support=support_from_mask(kept), **options)
         assert relative_error(found.loss, out.loss) < 1e-6
         assert relative_error(same, gradient) < 1e-6
@@ -496,3 +497,29 @@ def test_samplers_that_make_no_sense_raise(arguments, message):
     rest = {k: v for k, v in arguments.items() if k != "logits"}
     with pytest.raises(ValueError, match=message):
         sampling_support(logits, **rest)
+
+
+def test_a_kl_over_a_support_that_is_not_given_raises():
+    batch = make_batch(B=2, T=3, V=11)
+    with pytest.raises(ValueError, match='kl_over="support" requires a support, got None'):
+        grpo_loss(batch.logits, batch.ids, batch.mask, batch.advantages, kl_over="support")
+
+
+def test_an_impossible_target_has_no_nan_in_its_gradient(implementation, device):
+    """Its KL is infinite, its ratio e^-80 with a derivative of 0: not inf * 0 in either path."""
+    batch = make_batch(B=2, T=3, V=20, mask=torch.ones(2, 3), per_token=True, device=device)
+    batch.logits[0, 1, batch.ids[0, 1]] = -torch.inf
+    support = support_from_mask(kept_mask(batch, 0.5).to(device))
+    options = {"support": support, "use_bias_correction_kl": True, "entropy_coef": 0.0}
+    for estimator in ("k1", "k3"):
+        out, gradient = loss_of(batch, implementation, kl_estimator=estimator, **options)
+        leaf = batch.leaf()
+        each = grpo_loss(
+            *(leaf * 1.0, batch.ids, batch.mask, batch.advantages),
+            **dict(loss_type="grpo", old_logps=batch.old_logps, ref_logps=batch.ref_logps),
+            **options | {"beta": 0.1, "kl_estimator": estimator, "reduction": "none"},
+            implementation=implementation,
+        )
+        each.loss.backward(torch.full_like(each.loss, 1 / 6))
+        assert not gradient[:, :-1].isnan().any() and not leaf.grad.isnan().any()
+        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-5, atol=1e-7)

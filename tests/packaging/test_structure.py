@@ -233,3 +233,9 @@ def test_readme_code_runs():
     namespace = {}
     for block in blocks:
         exec(block, namespace)
+
+
+def test_no_text_has_the_marks_of_a_merge():
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")):
+        lines = path.read_text().splitlines()
+        assert not [x for x in lines if x.startswith(("<<<<<<<", ">>>>>>>"))], path

@@ -399,3 +399,33 @@ def test_a_support_that_cannot_be_is_refused(support, message):
     trainer, _ = trainer_of("unused", rollout_fn=lambda prompts, trainer: output)
     with pytest.raises(ValueError, match=message):
         collect(trainer)
+
+
+@pytest.mark.parametrize(
+    "row", [[4, 4], [4, 99], [-1, 4]], ids=["twice", "past the vocabulary", "negative"]
+)
+def test_ids_of_a_support_are_checked(row):
+    output = {"completion_ids": [[4, EOS]] * 16, "support": [[row, [EOS]]] * 16}
+    trainer, _ = trainer_of("unused", rollout_fn=lambda prompts, trainer: output)
+    with pytest.raises(
+        ValueError, match=r"support of completion 0 must have distinct ids in \[0, "
+    ):
+        collect(trainer)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_evaluation_with_filters(temperature, tmp_path):
+    """Nothing is noted: it trains on none of it."""
+    options = {"top_p": 0.8, "eval_steps": 1, "eval_data": ROWS[:3], "max_steps": 1}
+    trainer, records = trainer_of(tmp_path, eval_temperature=temperature, **options)
+    trainer.train()
+    assert 0 <= records[1]["eval/reward"]
+    rollout = trainer.sampler.rollout(trainer.unwrapped, ["1?2="], {}, temperature=temperature)
+    assert rollout.support is None
+
+
+def test_a_loss_over_the_sampler_is_not_corrected_again():
+    options = {"rollout_fn": scored, "max_completion_length": 3}
+    trainer, _ = trainer_of("unused", loss_type="rollout_is", **options)
+    batch = collect(trainer).batch
+    assert batch.sampling_logps is not None and batch.importance_sampling_ratio is None

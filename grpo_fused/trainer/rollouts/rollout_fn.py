@@ -65,11 +65,11 @@ def convert_output(
         output.get("logprobs"),
         output.get("completion_mask"),
         columns | {name: list(v) for name, v in output.items() if name not in FIELDS},
-        _supports(output, completion_ids),
+        _supports(output, completion_ids, sampler.vocabulary),
     )
 
 
-def _supports(output, completion_ids):
+def _supports(output, completion_ids, vocabulary):
     """`Rollout.support` from the ids that were kept for every token of every completion."""
     if "support" not in output:
         return None
@@ -82,6 +82,13 @@ def _supports(output, completion_ids):
                 raise ValueError(
                     f"rollout_fn: support of completion {row} must have the token that was "
                     f"sampled, but that of token {place} lacks {chosen}"
+                )
+        for place, tokens in enumerate(kept):
+            distinct = len(np.unique(tokens)) == len(tokens)
+            if not distinct or (len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocabulary):
+                raise ValueError(
+                    f"rollout_fn: support of completion {row} must have distinct ids in "
+                    f"[0, {vocabulary}), got {tokens.tolist()} for token {place}"
                 )
         counts = np.array([len(tokens) for tokens in kept], np.int64)
         supports.append((counts, np.concatenate([np.zeros(0, np.int32), *kept])))

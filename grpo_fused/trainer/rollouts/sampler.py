@@ -41,6 +41,7 @@ class Sampler:
         self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, config: GRPOTrainerConfig
     ):
         self.tokenizer, self.config = tokenizer, config
+        self.vocabulary = model.config.get_text_config().vocab_size
         self.eos_ids = find_eos_ids(tokenizer, model)
         self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -113,7 +114,7 @@ class Sampler:
             for first in range(0, len(prompt_ids), batch_size):
                 ids, mask = pad(prompt_ids[first : first + batch_size], self.pad_id, "left")
                 ids, mask = ids.to(model.device), mask.to(model.device)
-                filters = Filters(self.config, temperature)
+                filters = Filters(self.config, temperature, supports is not None)
                 tokens = model.generate(
                     input_ids=ids,
                     attention_mask=mask.long(),
@@ -158,10 +159,20 @@ class Sampler:
         columns: dict[str, list],
         *,
         temperature: float,
+        with_support: bool = False,
     ) -> Rollout:
-        """Samples one completion per prompt; a group repeats its prompt num_generations times."""
+        """Samples one completion per prompt; a group repeats its prompt num_generations times.
+
+        Args:
+            model: to sample from.
+            prompts: B prompts.
+            columns: of the data, B values each.
+            temperature: of the sampler; 0 is greedy.
+            with_support: whether to note which tokens the filters kept, if there are any.
+        """
         prompt_ids = self.encode(prompts)
-        supports: list | None = [] if self.config.has_filters else None
+        notes = with_support and temperature and self.config.has_filters
+        supports: list | None = [] if notes else None
         completion_ids = self.generate(
             model,
             prompt_ids,
@@ -180,7 +191,7 @@ class Filters(LogitsProcessor):
     `generate` would apply its own behind any other processor, where nobody sees what is left.
     """
 
-    def __init__(self, config: GRPOTrainerConfig, temperature: float):
+    def __init__(self, config: GRPOTrainerConfig, temperature: float, records: bool = False):
         self.processors = LogitsProcessorList()
         if temperature not in (0, 1):
             self.processors.append(TemperatureLogitsWarper(float(temperature)))
@@ -190,7 +201,7 @@ class Filters(LogitsProcessor):
             self.processors.append(TopPLogitsWarper(config.top_p))
         if config.min_p:
             self.processors.append(MinPLogitsWarper(config.min_p))
-        self.records = config.has_filters
+        self.records = records
         self.steps: list[list[np.ndarray]] = []  # ids of every row
 
     def __call__(self, input_ids, scores):
