@@ -68,6 +68,9 @@ EQUIVALENT = {
     ],
     "what is selected away behind it is never read": [
         "ff05981c-3e20 sequence_objectives.Vespo.evaluate `0.0 -> 1.0` ...re(nothing, 0.0, -phi *",
+        "64dddb81-0089 support.kept_statistics `0.0 -> 1.0` ... column, known, 0.0).to(tl.float32)",
+        "64dddb81-6b1a support.keep_logits `0.0 -> 1.0` ...tr + column, known, 0.0).to(tl.float32)",
+        "0012970d-0bb4 support.add_kept_gradient `0.0 -> 1.0` ...oad(kept.logits + k, inside, 0.0)",
     ],
     "a check of ourselves, which never fails": [
         "ffdb1da4-5ef4 ppo.value_metrics `True -> False` ...ined)).float().unbind(), strict=True))",
@@ -200,5 +203,14 @@ EQUIVALENT = {
         "97fc6f2b-fd15 logprob._logprob_fwd_kernel `0.0 -> 1.0` kept_maximum = 0.0",
         "94ea49b1-4046 logprob._logprob_fwd_kernel `1.0 -> 0.0` total = 1.0",
         "94ea49b1-4848 logprob._logprob_fwd_kernel `1.0 -> 0.0` kept_total = 1.0",
+    ],
+    "no logit is below the least of all of them": [
+        "93e68e34-5dea support.sampling_support `Lt -> LtE` ...is not None and top_k < x.shape[1]:",
+    ],
+    "of equal logits any one may reach top_p, and a CPU sorts stably in any case": [
+        "9d126b13-2a98 support.sampling_support `True -> False #2` ...escending=True, stable=True)",
+    ],
+    "every number is a multiple of 1": [
+        "8d9604ee-0b90 logprob.gradient_pointer `Gt -> GtE` if blocks.PADDING > 1:",
     ],
 }

@@ -32,7 +32,8 @@ QUICK_TESTS = {
     "selections": "selections",
     "kept": "support -k 'torch and not compiled'",
     "kept_blocks": "support -k 'triton and not compiled'",
-    "samplers": "support -k 'samplers or half'",
+    "products": "linear_products -k 'triton and (bf16 or of_exact)'",
+    "samplers": "support -k 'samplers or a_change'",
     "advantages": "advantages multi_advantages",
     "ppo": "ppo value_loss",
     "memory": "memory",
@@ -49,7 +50,7 @@ LOSSES = (
 )
 SLOW_TESTS = {
     "torch": f"{LOSSES} -k 'not triton'",
-    "triton": f"layouts | family -k in_triton | {LOSSES} -k 'not torch'",
+    "triton": f"layouts linear_products | family -k in_triton | {LOSSES} -k 'not torch'",
     "memory": "memory",
     "whole": LOSSES,
     "advantages": "advantages multi_advantages ppo edges",
@@ -94,7 +95,7 @@ KILLERS = {
     "kernels/row_gradient.py": ("both columns kernel_bounds layouts kept_blocks", "triton"),
     "kernels/fused_loss.py": ("both kept_blocks kernel_bounds layouts", "triton"),
     "kernels/token_loss.py": ("both kept_blocks kernel_bounds", "triton"),
-    "kernels/logprob.py": ("both columns kept_blocks kernel_bounds shards layouts", "triton"),
+    "kernels/logprob.py": ("both columns kept_blocks products kernel_bounds shards layouts", "triton"),
     "kernels/token_weights.py": ("both kernel_bounds", "triton"),
     "kernels/reduce.py": ("sums both kernel_bounds upstream packing", "triton"),
 }
