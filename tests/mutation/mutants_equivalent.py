@@ -157,6 +157,10 @@ EQUIVALENT = {
         "97fc6f2b-cb6c token_loss.token_constants `0.0 -> 1.0` ref_logp = 0.0",
         "97fc6f2b-0279 token_loss.token_constants `0.0 -> 1.0` sampling_logp = 0.0",
         "97fc6f2b-24ee logprob._logprob_bwd_kernel `0.0 -> 1.0` entropy = 0.0",
+        "97fc6f2b-104e logprob._logprob_bwd_kernel `0.0 -> 1.0` maximum = 0.0",
+        "94ea49b1-ea23 logprob._logprob_bwd_kernel `1.0 -> 0.0` total = 1.0",
+        "97fc6f2b-4074 logprob._logprob_bwd_kernel `0.0 -> 1.0` logp = 0.0",
+        "97fc6f2b-0f73 logprob._logprob_bwd_kernel `0.0 -> 1.0` kept_entropy = 0.0",
     ],
     "only a hint for the caches depends on it": [
         "97fc6f2b-09c6 token_loss.token_constants `0.0 -> 1.0` w_kl = 0.0",
@@ -203,6 +207,8 @@ EQUIVALENT = {
         "97fc6f2b-fd15 logprob._logprob_fwd_kernel `0.0 -> 1.0` kept_maximum = 0.0",
         "94ea49b1-4046 logprob._logprob_fwd_kernel `1.0 -> 0.0` total = 1.0",
         "94ea49b1-4848 logprob._logprob_fwd_kernel `1.0 -> 0.0` kept_total = 1.0",
+        "97fc6f2b-5d95 fused_loss._fused_loss_kernel `0.0 -> 1.0` kept_maximum = 0.0",
+        "94ea49b1-7fd3 fused_loss._fused_loss_kernel `1.0 -> 0.0` kept_total = 1.0",
     ],
     "no logit is below the least of all of them": [
         "93e68e34-5dea support.sampling_support `Lt -> LtE` ...is not None and top_k < x.shape[1]:",
@@ -212,5 +218,11 @@ EQUIVALENT = {
     ],
     "every number is a multiple of 1": [
         "8d9604ee-0b90 logprob.gradient_pointer `Gt -> GtE` if blocks.PADDING > 1:",
+    ],
+    "a row is padded to a multiple of 1 or of 8": [
+        "6828cd22-0b90 logprob.gradient_pointer `1 -> 2` if blocks.PADDING > 1:",
+    ],
+    "of more than four none is read": [
+        "32213930-2e6c logprob._logprob_fwd_kernel `4 -> 5` ...statistics[:4], token, (logp, entro",
     ],
 }

@@ -23,7 +23,7 @@ QUICK_TESTS = {
     "weights": "weights_and_metrics -k 'weights and not triton'",
     "bounds": "edges rows selected_away -k 'not triton'",
     "kernel_bounds": "edges rows weights_and_metrics -k 'not torch and not any_cut'",
-    "both": "equalities -k '(two_imp or triton and tensors) and (dapo or gspo)'",
+    "both": "equalities -k '(two_imp or triton and tensors) and (dapo or gspo or ipo and not fipo)'",
     "upstream": "edges -k 'triton and upstream'",
     "layouts": "layouts -k '1031 and float32 or width or same_gradient or beside'",
     "packing": "packing -k triton",
