@@ -79,7 +79,8 @@ def loss_of(batch, implementation, upstream=1.0, **options):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_every_choice_of_softmaxes(V, dtype, inplace, implementation, device):
     """Against float64, the gradient within what rounding it costs."""
-    batch = make_batch(B=2, T=4, V=V, dtype=dtype, per_token=True, device=device)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]])
+    batch = make_batch(B=2, T=4, V=V, dtype=dtype, mask=mask, per_token=True, device=device)
     kept = kept_mask(batch)
     support = support_from_mask(kept.to(device))
     common = dict(loss_type="grpo", beta=0.1, entropy_coef=0.01, logit_softcap=9.0)
