@@ -88,7 +88,7 @@ def test_every_choice_of_softmaxes(V, dtype, inplace, implementation, device):
     cpu = [t.cpu() for t in (batch.logits, batch.ids, batch.mask, batch.advantages)]
     given = dict(old_logps=batch.old_logps.cpu(), ref_logps=batch.ref_logps.cpu())
     choices = list(product(["support", "vocabulary"], repeat=3))
-    for softmaxes in choices if implementation == "torch" else choices[:5:2]:
+    for softmaxes in choices if implementation == "torch" else choices[:1] + choices[2:5]:
         over = dict(zip(EVERYWHERE, softmaxes, strict=True))
         out, gradient = loss_of(
             batch,
