@@ -232,4 +232,21 @@ EQUIVALENT = {
         "0418a792-1a49 logprob._logprob_bwd_kernel `0.0 -> 1.0` tl.where(active, kept_dlogp, 0.0),",
         "5647b36b-1a49 logprob._logprob_bwd_kernel `0.0 -> 1.0` ...re(active, kept_dentropy, 0.0),",
     ],
+    "0 by a ratio, which is never 0, is 0 too": [
+        "c1e35aaa-2344 off_policy_objectives.ImportanceSampling.per_token `Mult -> Div #3` ... adv",
+    ],
+    "e^-100 is nothing beside the bound that it is compared with": [
+        "4bc1f08c-6137 off_policy_objectives.DppoTv.per_token `100.0 -> 200.0` ...ater(logp, -100.",
+        "c8297157-6137 off_policy_objectives.DppoTv.per_token `100.0 -> 200.0 #2` ...log_ratio, -1",
+        "c683ff91-9b71 off_policy_objectives.DppoKl.per_token `100.0 -> 200.0` ...ater(logp, -100.",
+        "458fa4ad-0549 off_policy_objectives.DppoKl.per_token `100.0 -> 200.0` ...log_ratio, -100.",
+        "92d5bd98-0bf0 off_policy_objectives.Ipo.per_token `100.0 -> 200.0` ...ater(logp, -100.0))",
+        "e927676e-0bf0 off_policy_objectives.Ipo.per_token `100.0 -> 200.0 #2` ...ling_logp, -100.",
+    ],
+    "what it changes is multiplied by 1 - p_old, which is no larger there": [
+        "9f762af1-4ad6 off_policy_objectives.DppoKl.per_token `1e-08 -> 2e-08` ...0 - p_old + 1e-8",
+    ],
+    "a token that has not moved is never outside": [
+        "f0dfbc19-9d7e off_policy_objectives.Ipo.per_token `Gt -> GtE` ... = tl.where(moved > 0.0,",
+    ],
 }
