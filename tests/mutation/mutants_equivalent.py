@@ -243,7 +243,7 @@ EQUIVALENT = {
         "92d5bd98-0bf0 off_policy_objectives.Ipo.per_token `100.0 -> 200.0` ...ater(logp, -100.0))",
         "e927676e-0bf0 off_policy_objectives.Ipo.per_token `100.0 -> 200.0 #2` ...ling_logp, -100.",
     ],
-    "what it changes is multiplied by 1 - p_old, which is no larger there": [
+    "the divergence changes by 1e-8 at most: it is multiplied by 1 - p_old": [
         "9f762af1-4ad6 off_policy_objectives.DppoKl.per_token `1e-08 -> 2e-08` ...0 - p_old + 1e-8",
     ],
     "a token that has not moved is never outside": [
