@@ -23,7 +23,8 @@ QUICK_TESTS = {
     "weights": "weights_and_metrics -k 'weights and not triton'",
     "bounds": "edges rows selected_away -k 'not triton'",
     "kernel_bounds": "edges rows weights_and_metrics -k 'not torch and not any_cut'",
-    "both": "equalities -k '(two_imp or triton and tensors) and (dapo or gspo or ipo and not fipo)'",
+    "both": "equalities -k '(two_imp or triton and tensors) and (dapo or gspo)"
+    " or two_imp and ipo and not fipo'",
     "upstream": "edges -k 'triton and upstream'",
     "layouts": "layouts -k '1031 and float32 or width or same_gradient or beside'",
     "packing": "packing -k triton",
@@ -39,6 +40,7 @@ QUICK_TESTS = {
     "memory": "memory",
     "sums": "reduce",
     "shards": "merge",
+    "graph": "autograd -k 'not triton'",
     "head": "linear linear_penalties -k 'torch and (every_loss or packed or upstream or another_way"
     " or an_advantage)'",
     "head_cost": "linear_cost linear_products -k 'not triton'",
@@ -89,13 +91,17 @@ KILLERS = {
     "grpo_fused/head/launchers.py": ("head head_cost", "head"),
     "grpo_fused/head/order.py": ("head head_cost", "head"),
     "grpo_fused/autograd/head_losses.py": ("head head_cost", "head"),
+    "grpo_fused/autograd/common.py": ("kept graph head family", "torch"),
     "kernels/objective.py": ("divergence kernel_bounds derivative", "triton"),
     "kernels/softmax.py": ("both columns kernel_bounds layouts", "triton"),
     "kernels/support.py": ("kept_blocks shards", "triton"),
     "kernels/row_gradient.py": ("both columns kernel_bounds layouts kept_blocks", "triton"),
     "kernels/fused_loss.py": ("both kept_blocks kernel_bounds layouts", "triton"),
     "kernels/token_loss.py": ("both kept_blocks kernel_bounds", "triton"),
-    "kernels/logprob.py": ("both columns kept_blocks products kernel_bounds shards layouts", "triton"),
+    "kernels/logprob.py": (
+        "both columns kept_blocks products kernel_bounds shards layouts",
+        "triton",
+    ),
     "kernels/token_weights.py": ("both kernel_bounds", "triton"),
     "kernels/reduce.py": ("sums both kernel_bounds upstream packing", "triton"),
 }
