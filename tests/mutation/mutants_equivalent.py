@@ -216,8 +216,9 @@ EQUIVALENT = {
     "no logit is below the least of all of them": [
         "93e68e34-5dea support.sampling_support `Lt -> LtE` ...is not None and top_k < x.shape[1]:",
     ],
-    "of equal logits any one may reach top_p, and a CPU sorts stably in any case": [
+    "a CPU sorts stably in any case": [
         "9d126b13-2a98 support.sampling_support `True -> False #2` ...escending=True, stable=True)",
+        "1101fef9-24d6 selections._ranks `True -> False` ...rt(descending=descending, stable=True)",
     ],
     "every number is a multiple of 1": [
         "8d9604ee-0b90 logprob.gradient_pointer `Gt -> GtE` if blocks.PADDING > 1:",
