@@ -11,6 +11,7 @@ from grpo_fused import (
     Clip,
     ClipCov,
     Fipo,
+    Gmpo,
     ImportanceSampling,
     KlCov,
     M2po,
@@ -213,6 +214,17 @@ def evaluate(objective, log_ratio, advantage):
     advantage = torch.tensor([advantage], dtype=torch.float64).expand_as(log_ratio)
     logp = torch.full_like(log_ratio, -0.5)
     return objective.evaluate(logp, log_ratio, advantage, None, Padded(logp.shape, None, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("advantage", "mean", "clipped"),
+    [(1.0, -0.2, [0, 1, 0]), (-1.0, 0.2, [-1, 0, 0]), (0.0, 0.2, [0, 0, 0])],
+)
+def test_gmpo_stops_tokens_on_one_side(advantage, mean, clipped):
+    """Those that the advantage pushes on, of (-1, 1, 0) with a bound of 0.4."""
+    loss, stopped = evaluate(Gmpo(), [-1.0, 1.0, 0.0], [advantage] * 3)
+    assert loss[0].tolist() == pytest.approx([-advantage * math.exp(mean)] * 3)
+    assert stopped[0].tolist() == clipped
 
 
 @pytest.mark.parametrize(
