@@ -36,6 +36,7 @@ EQUIVALENT = {
         "6d8a929c-d9b0 objectives.Sapo.evaluate `Gt -> GtE` t = by_sign(advantage > 0, self.temper",
         "de3e0db9-4e9a objectives.Sapo.per_token `Gt -> GtE` ... = tl.where(advantage > 0.0, tempe",
         "6c1cf863-3f1f sequence_objectives.Vespo.evaluate `GtE -> Gt` positive = advantage >= 0",
+        "c123363c-8c70 sequence_objectives.Topr.evaluate `Gt -> GtE` ...torch.where(advantage > 0,",
     ],
     "any name will do that no other class has": [
         "e82fa854-e16c objectives.Objective.__init_subclass__ `Add -> Sub` number += 1",
