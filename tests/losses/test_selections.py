@@ -283,6 +283,14 @@ def test_fipo_resets_factors_above_the_safety_threshold():
     assert loss[0].tolist() == pytest.approx(want)
 
 
+@pytest.mark.parametrize("bound", ["delta", "safety"])
+def test_fipo_at_its_bounds_scales(bound):
+    """A ratio that equals one is not above it."""
+    ratio = torch.full((1, 2), 0.25, dtype=torch.float64).exp()[0, 0].item()
+    loss, _ = evaluate(Fipo(half_life=1.0, **WIDE, **{bound: ratio}), [0.25] * 2, [-1.0] * 2)
+    assert loss[0].tolist() == pytest.approx([ratio * math.exp(0.375), ratio * math.exp(0.25)])
+
+
 BAD = [
     ("share must be", lambda: covariance_mask(torch.ones(2), torch.ones(2, 3), share=0.0)),
     ("share must be", lambda: ClipCov(share=1.5)),
