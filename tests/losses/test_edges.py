@@ -112,6 +112,34 @@ def test_a_ratio_at_its_bound_is_inside(objective, spelling, device):
     assert torch.equal(derivative, -advantage) and (clipped == 0).all()
 
 
+# (objective, logp, log-ratio, advantage, clipped): p and p_old are 0, 1/2 or 1.
+MOVED = [
+    (DppoTv(epsilon_high=1.0), 0.0, 200.0, 1.0, 0.0),
+    (DppoTv(epsilon_high=0.999), 0.0, 200.0, 1.0, 1.0),
+    (DppoTv(epsilon_low=1.0), -200.0, -200.0, -1.0, 0.0),
+    (DppoTv(epsilon_low=0.999), -200.0, -200.0, -1.0, -1.0),
+    (DppoKl(epsilon_high=math.log(2.0)), -math.log(2.0), 150.0, 1.0, 0.0),
+    (DppoKl(epsilon_high=0.693), -math.log(2.0), 150.0, 1.0, 1.0),
+    (DppoKl(epsilon_low=1.0), -1.0, -1.0, -1.0, 0.0),
+    (DppoKl(epsilon_low=0.999), -1.0, -1.0, -1.0, -1.0),
+    # A p_old above 1, by rounding, counts as 1: the probability is the same.
+    *((DppoKl(), 0.0, -1.0, advantage, 0.0) for advantage in (1.0, -1.0)),
+    # All others have had 0.63 and have nothing: 0.63 log(0.63 / 1e-8) - 0.37.
+    (DppoKl(epsilon_high=10.9), 0.0, 1.0, 1.0, 1.0),
+    (DppoKl(epsilon_high=11.1), 0.0, 1.0, 1.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("spelling", ["torch", "triton"])
+@pytest.mark.parametrize(("objective", "logp", "log_ratio", "advantage", "clipped"), MOVED)
+def test_a_divergence_at_its_bound_is_inside(
+    objective, logp, log_ratio, advantage, clipped, spelling, device
+):
+    inputs = [torch.tensor([value], device=device) for value in (logp, log_ratio, advantage)]
+    _, derivative, got = run(objective, spelling, *inputs)
+    assert got.item() == clipped and (derivative.item() == 0) == (clipped != 0)
+
+
 OF_LOGP = [Cispo(), PolicyGradient(), DppoTv(), DppoKl(), RolloutIs(), Dro()]
 
 

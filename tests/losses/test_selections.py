@@ -11,6 +11,7 @@ from grpo_fused import (
     Clip,
     ClipCov,
     Fipo,
+    Gmpo,
     ImportanceSampling,
     KlCov,
     M2po,
@@ -216,6 +217,17 @@ def evaluate(objective, log_ratio, advantage):
 
 
 @pytest.mark.parametrize(
+    ("advantage", "mean", "clipped"),
+    [(1.0, -0.2, [0, 1, 0]), (-1.0, 0.2, [-1, 0, 0]), (0.0, 0.2, [0, 0, 0])],
+)
+def test_gmpo_stops_tokens_on_one_side(advantage, mean, clipped):
+    """Those that the advantage pushes on, of (-1, 1, 0) with a bound of 0.4."""
+    loss, stopped = evaluate(Gmpo(), [-1.0, 1.0, 0.0], [advantage] * 3)
+    assert loss[0].tolist() == pytest.approx([-advantage * math.exp(mean)] * 3)
+    assert stopped[0].tolist() == clipped
+
+
+@pytest.mark.parametrize(
     ("log_ratio", "advantage", "weight"),
     [
         ([0.5, -1.0], [2.0, 2.0], 1.0),
@@ -269,6 +281,14 @@ def test_fipo_resets_factors_above_the_safety_threshold():
     first = math.exp(0.3 + 0.25 + 0.025)
     want = [math.exp(0.3) * first, math.exp(0.5), math.exp(0.1) * math.exp(0.1)]
     assert loss[0].tolist() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("bound", ["delta", "safety"])
+def test_fipo_at_its_bounds_scales(bound):
+    """A ratio that equals one is not above it."""
+    ratio = torch.full((1, 2), 0.25, dtype=torch.float64).exp()[0, 0].item()
+    loss, _ = evaluate(Fipo(half_life=1.0, **WIDE, **{bound: ratio}), [0.25] * 2, [-1.0] * 2)
+    assert loss[0].tolist() == pytest.approx([ratio * math.exp(0.375), ratio * math.exp(0.25)])
 
 
 BAD = [

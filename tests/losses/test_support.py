@@ -79,7 +79,8 @@ def loss_of(batch, implementation, upstream=1.0, **options):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_every_choice_of_softmaxes(V, dtype, inplace, implementation, device):
     """Against float64, the gradient within what rounding it costs."""
-    batch = make_batch(B=2, T=4, V=V, dtype=dtype, per_token=True, device=device)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]])
+    batch = make_batch(B=2, T=4, V=V, dtype=dtype, mask=mask, per_token=True, device=device)
     kept = kept_mask(batch)
     support = support_from_mask(kept.to(device))
     common = dict(loss_type="grpo", beta=0.1, entropy_coef=0.01, logit_softcap=9.0)
@@ -87,7 +88,7 @@ def test_every_choice_of_softmaxes(V, dtype, inplace, implementation, device):
     cpu = [t.cpu() for t in (batch.logits, batch.ids, batch.mask, batch.advantages)]
     given = dict(old_logps=batch.old_logps.cpu(), ref_logps=batch.ref_logps.cpu())
     choices = list(product(["support", "vocabulary"], repeat=3))
-    for softmaxes in choices if implementation == "torch" else choices[:5:2]:
+    for softmaxes in choices if implementation == "torch" else choices[:1] + choices[2:5]:
         over = dict(zip(EVERYWHERE, softmaxes, strict=True))
         out, gradient = loss_of(
             batch,
@@ -140,6 +141,31 @@ def test_a_kl_over_the_vocabulary_keeps_its_gradient(implementation, device):
     assert (kl[:, :-1][active] != 0).all()
     assert torch.equal(both[:, :-1][active], kl[:, :-1][active])
     assert relative_error(both, policy + kl) < 1e-6
+
+
+def test_kept_columns_without_a_probability_change_nothing(implementation, device):
+    """Logits of -inf in the support: the same loss as without them, and their gradient is 0."""
+    batch = make_batch(device=device)
+    kept = kept_mask(batch).to(device)
+    impossible = kept.clone().scatter_(2, batch.ids.clamp(min=0)[..., None], False)
+    impossible[..., ::2] = False
+    batch.logits[:, :-1] = batch.logits[:, :-1].masked_fill(impossible, -torch.inf)
+    for over in ({}, EVERYWHERE):
+        supports = [support_from_mask(k) for k in (kept & ~impossible, kept)]
+        (out, gradient), (found, same) = (
+            loss_of(batch, implementation, support=support, **over) for support in supports
+        )
+        assert relative_error(found.loss, out.loss) < 1e-6 and out.loss.isfinite()
+        assert relative_error(same, gradient) < 1e-6 and (same[:, :-1][impossible] == 0).all()
+
+
+def test_the_only_token_that_was_kept_is_certain(implementation, device):
+    """Even with a logit below all that count: rounding lifts no log-probability above 0."""
+    logits = torch.tensor([[[1.0, -1e30, 0.5]]], device=device)
+    ids = torch.ones(1, 1, dtype=torch.int64, device=device)
+    support = (torch.tensor([0, 1], device=device), ids.flatten())
+    logps, _ = selective_log_softmax(logits, ids, support=support, implementation=implementation)
+    assert logps.item() == 0.0
 
 
 def test_a_whole_support_is_no_support(implementation, device):
@@ -364,6 +390,12 @@ def test_samplers_of_transformers_keep_the_same(top_k, top_p, min_p):
     # Of equal logits any one may reach top_p.
     assert torch.equal(found[0], want[0])
     assert torch.equal(found[1][found[0][1] :], want[1][want[0][1] :])
+
+
+def test_samplers_stop_at_top_p():
+    """Where the most likely tokens add up to it exactly, none more is kept; of equal ones any."""
+    offsets, ids = sampling_support(torch.zeros(1, 2, 4), top_p=0.5)
+    assert offsets.tolist() == [0, 2, 4] and len(ids) == 4
 
 
 def direct(batch, support, implementation, over):

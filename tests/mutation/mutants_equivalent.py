@@ -10,12 +10,12 @@ EQUIVALENT = {
     ],
     "an assertion of our own: both are of one length": [
         "e6aff622-227d head_losses.LogpsLosses._chunks `True -> False` ...), groups, strict=True):",
-        "e07ae72f-1aba head_losses.LogpsLosses._finish `True -> False` ...found[:2], strict=True):",
         "db2a9eec-ea12 token_weights.token_weights `True -> False` ...alues, written, strict=True)",
         "106c8a6d-afc0 reduce._tables `True -> False` ...ators = zip(*MEANS.values(), strict=True)",
         "543c588a-d7cc chunks.ChunkedHead.unpack_outputs `True -> False` ... packed, strict=True):",
         "5c228046-5e41 metrics._means `True -> False` ...ct(zip(SUMS, sums.unbind(), strict=True))",
         "2b068389-3b84 metrics.means `True -> False` ...ict(zip(MEANS, _means(sums), strict=True))",
+        "543c588a-1aba head_losses.LogpsLosses._finish `True -> False` ...ed, found, strict=True):",
     ],
     "of equal returns only rounding is left, of 1e-16 of their squares": [
         "71cad55c-96d7 ppo.value_metrics `1e-12 -> 2e-12` ...variance <= 1e-12 * square, 0.0, expl",
@@ -36,6 +36,7 @@ EQUIVALENT = {
         "6d8a929c-d9b0 objectives.Sapo.evaluate `Gt -> GtE` t = by_sign(advantage > 0, self.temper",
         "de3e0db9-4e9a objectives.Sapo.per_token `Gt -> GtE` ... = tl.where(advantage > 0.0, tempe",
         "6c1cf863-3f1f sequence_objectives.Vespo.evaluate `GtE -> Gt` positive = advantage >= 0",
+        "c123363c-8c70 sequence_objectives.Topr.evaluate `Gt -> GtE` ...torch.where(advantage > 0,",
     ],
     "any name will do that no other class has": [
         "e82fa854-e16c objectives.Objective.__init_subclass__ `Add -> Sub` number += 1",
@@ -59,15 +60,18 @@ EQUIVALENT = {
         "4b435feb-86ea objectives.Sapo.per_token `Gt -> GtE` ... = tl.where(ratio > 1.0, large, sm",
         "f3871bba-2957 objective.k3 `Lt -> LtE` near = tl.abs(d) < 1.0",
         "10950f33-17a6 softmax.softcapped `Lt -> LtE` ... = tl.where(v < 0.0, e - 1.0, 1.0 - e) *",
-        "03271771-c624 softmax.log_probability `Gt -> GtE` return tl.where(logp > 0.0, 0.0, logp)",
-        "3577f335-3665 softmax.row_entropy `Lt -> LtE` ...rn tl.where(entropy < 0.0, 0.0, entropy)",
         "4f2d6e46-fe08 rows.write_gradient `LtE -> Lt` unlikely = row.logp <= FLOOR",
+        "236f782e-8389 softmax.softmax `Gt -> GtE` logp = tl.where(logp > 0.0, 0.0, logp)",
+        "a45185ab-f078 softmax.softmax `Lt -> LtE` entropy = tl.where(entropy < 0.0, 0.0, entropy)",
     ],
     "e^-200 is 0 already": [
         "e14b107c-f60c objectives.Sapo.per_token `200.0 -> 400.0` ...o - 1.0)), -200.0))  # underf",
     ],
     "what is selected away behind it is never read": [
         "ff05981c-3e20 sequence_objectives.Vespo.evaluate `0.0 -> 1.0` ...re(nothing, 0.0, -phi *",
+        "64dddb81-0089 support.kept_statistics `0.0 -> 1.0` ... column, known, 0.0).to(tl.float32)",
+        "64dddb81-6b1a support.keep_logits `0.0 -> 1.0` ...tr + column, known, 0.0).to(tl.float32)",
+        "0012970d-0bb4 support.add_kept_gradient `0.0 -> 1.0` ...oad(kept.logits + k, inside, 0.0)",
     ],
     "a check of ourselves, which never fails": [
         "ffdb1da4-5ef4 ppo.value_metrics `True -> False` ...ined)).float().unbind(), strict=True))",
@@ -113,8 +117,8 @@ EQUIVALENT = {
         "e1b7bf6b-5ce3 rows.active_rows `Eq -> NotEq` ...is None or (active.device.type == 'cpu' a",
     ],
     "only time depends on it: either way is right": [
-        "d1d2d8c7-6d20 head_losses.LogpsLosses._start `Gt -> GtE` ...lf.entropy, middle > start or",
-        "f5d5b87f-525f head_losses.LogpsLosses.run `False -> True` ..., self.entropy, False, like)",
+        "d1d2d8c7-6d20 head_losses.LogpsLosses._start `Gt -> GtE` ...elf.wanted, middle > start or",
+        "f5d5b87f-525f head_losses.LogpsLosses.run `False -> True` ...e, self.wanted, False, like)",
         "b7071e0c-66db softmax.tail_pointers `2 -> 3` if blocks.COLUMNS % 2 == 0:",
         "6980e393-16f8 chunks.ChunkedHead.slice `Or -> And` whole = self.single_chunk or stop - st",
         "da7c1060-3a03 softmax.line_pointers `Gt -> Lt` ... == tl.bfloat16) & (blocks.VECTOR > 1):",
@@ -124,6 +128,9 @@ EQUIVALENT = {
         "4afc3ee0-939c rows.Scratch.__call__ `Lt -> LtE` ....buffers or len(self.buffers[name]) <",
         "be8c0642-0737 launchers.rescale `NotEq -> Eq` if factor.device.type != 'cpu' or factor !=",
         "41703379-d11d rows.centered `Eq -> NotEq` if u.dtype == torch.float32:",
+        "b556d266-0379 launchers.fused_loss `And -> Or` ..._over_all = tokens.ref_logps is not Non",
+        "34ebc470-581a launchers.fused_loss `And -> Or` entropy = outputs.entropies is not None an",
+        "4a20b35e-478a launchers.fused_loss `And -> Or` ...t_entropy = outputs.entropies is not No",
     ],
     "either spelling of a number is right, and as precise": [
         "a8b112a3-13af objective.exp `floor -> ceil` whole = tl.floor(x * 1.4426950408889634 + 0.5",
@@ -142,30 +149,28 @@ EQUIVALENT = {
         "359e36fb-17b3 softmax.softcapped `2835 -> 2836` ...v2 * (-17 / 315 + v2 * (62 / 2835)))))",
         "cc985566-174b softmax.softcapped `Lt -> LtE` ... = tl.where(tl.abs(v) < 0.3, near, far)",
     ],
-    "of a masked token: nothing reads it": [
-        "97fc6f2b-dc8e fused_loss._fused_loss_kernel `0.0 -> 1.0` maximum = 0.0",
-        "94ea49b1-8134 fused_loss._fused_loss_kernel `1.0 -> 0.0` total = 1.0",
-        "97fc6f2b-9ad2 logprob._logprob_fwd_kernel `0.0 -> 1.0` maximum = 0.0",
-        "94ea49b1-591e logprob._logprob_fwd_kernel `1.0 -> 0.0` total = 1.0",
-    ],
     "the last block of columns is empty, its mask is too": [
         "44719791-01b6 row_gradient._write_columns `Gt -> GtE` if remaining > 0:",
-        "44719791-9398 softmax.row_statistics `Gt -> GtE` if remaining > 0:",
+        "44719791-cfbc softmax.row_statistics `Gt -> GtE` if remaining > 0:",
         "44719791-7337 reduce._rescale_kernel `Gt -> GtE` if remaining > 0:",
         "44719791-dd5c row_gradient._write_zeros `Gt -> GtE` if remaining > 0:",
     ],
     "without them nothing reads it": [
-        "97fc6f2b-ae2d row_gradient.row_gradient `0.0 -> 1.0` dx_last = 0.0",
-        "97fc6f2b-fab2 logprob._logprob_bwd_kernel `0.0 -> 1.0` entropy = 0.0",
+        "97fc6f2b-fcda row_gradient.row_gradient `0.0 -> 1.0` dx_last = 0.0",
         "97fc6f2b-e611 token_loss.token_constants `0.0 -> 1.0` old_logp = 0.0",
         "97fc6f2b-cb6c token_loss.token_constants `0.0 -> 1.0` ref_logp = 0.0",
         "97fc6f2b-0279 token_loss.token_constants `0.0 -> 1.0` sampling_logp = 0.0",
+        "97fc6f2b-24ee logprob._logprob_bwd_kernel `0.0 -> 1.0` entropy = 0.0",
+        "97fc6f2b-104e logprob._logprob_bwd_kernel `0.0 -> 1.0` maximum = 0.0",
+        "94ea49b1-ea23 logprob._logprob_bwd_kernel `1.0 -> 0.0` total = 1.0",
+        "97fc6f2b-4074 logprob._logprob_bwd_kernel `0.0 -> 1.0` logp = 0.0",
+        "97fc6f2b-0f73 logprob._logprob_bwd_kernel `0.0 -> 1.0` kept_entropy = 0.0",
     ],
     "only a hint for the caches depends on it": [
         "97fc6f2b-09c6 token_loss.token_constants `0.0 -> 1.0` w_kl = 0.0",
         "97fc6f2b-33ae token_loss.token_constants `0.0 -> 1.0` w_entropy = 0.0",
-        "7f76cade-3c07 fused_loss._fused_loss_kernel `BitAnd -> BitOr` if (outputs.dlogits is not",
-        "fb070009-3c07 fused_loss._fused_loss_kernel `IsNot -> Is` if (outputs.dlogits is not None",
+        "7f76cade-6c59 fused_loss._fused_loss_kernel `BitAnd -> BitOr` if (outputs.dlogits is not",
+        "fb070009-6c59 fused_loss._fused_loss_kernel `IsNot -> Is` if (outputs.dlogits is not None",
     ],
     "values per token have two dimensions": [
         "d9a995b2-843a token_weights.token_weights `USub dropped` ... like.shape[-1], num_tokens,",
@@ -194,9 +199,56 @@ EQUIVALENT = {
         "19737bdb-7367 on_logps.loss_on_logps `IsNot -> Is` if units is not active and sequences.g",
         "823f50a7-98d4 metrics.without_ratios `Sub -> Add` ...(sums[:kept], (0, len(SUMS) - kept))",
         "7942def9-5592 sequences.OverRanks.counts `Not dropped` if not isinstance(counts, torch.Te",
-        "1afdb9dd-a7c1 head_losses.LogpsLosses.run `IsNot -> Is #2` ...ot None and gradients.hidde",
+        "1afdb9dd-1f5c head_losses.LogpsLosses.run `IsNot -> Is #2` ...ot None and gradients.hidde",
     ],
     "token-level losses do not ask how many tokens a chunk has": [
         "c5cba3ba-090d head_losses.LogpsLosses._part `Sub -> Add` n = stop - start",
+    ],
+    "of a masked token: nothing reads it": [
+        "97fc6f2b-c96f fused_loss._fused_loss_kernel `0.0 -> 1.0` maximum = 0.0",
+        "94ea49b1-7c2d fused_loss._fused_loss_kernel `1.0 -> 0.0` total = 1.0",
+        "97fc6f2b-fd15 logprob._logprob_fwd_kernel `0.0 -> 1.0` maximum = 0.0",
+        "97fc6f2b-fd15 logprob._logprob_fwd_kernel `0.0 -> 1.0` kept_maximum = 0.0",
+        "94ea49b1-4046 logprob._logprob_fwd_kernel `1.0 -> 0.0` total = 1.0",
+        "94ea49b1-4848 logprob._logprob_fwd_kernel `1.0 -> 0.0` kept_total = 1.0",
+        "97fc6f2b-5d95 fused_loss._fused_loss_kernel `0.0 -> 1.0` kept_maximum = 0.0",
+        "94ea49b1-7fd3 fused_loss._fused_loss_kernel `1.0 -> 0.0` kept_total = 1.0",
+    ],
+    "no logit is below the least of all of them": [
+        "93e68e34-5dea support.sampling_support `Lt -> LtE` ...is not None and top_k < x.shape[1]:",
+    ],
+    "a CPU sorts stably in any case": [
+        "9d126b13-2a98 support.sampling_support `True -> False #2` ...escending=True, stable=True)",
+        "1101fef9-24d6 selections._ranks `True -> False` ...rt(descending=descending, stable=True)",
+    ],
+    "every number is a multiple of 1": [
+        "8d9604ee-0b90 logprob.gradient_pointer `Gt -> GtE` if blocks.PADDING > 1:",
+    ],
+    "a row is padded to a multiple of 1 or of 8": [
+        "6828cd22-0b90 logprob.gradient_pointer `1 -> 2` if blocks.PADDING > 1:",
+    ],
+    "of more than four none is read": [
+        "32213930-2e6c logprob._logprob_fwd_kernel `4 -> 5` ...statistics[:4], token, (logp, entro",
+    ],
+    "a masked token has no kept columns": [
+        "0418a792-1a49 logprob._logprob_bwd_kernel `0.0 -> 1.0` tl.where(active, kept_dlogp, 0.0),",
+        "5647b36b-1a49 logprob._logprob_bwd_kernel `0.0 -> 1.0` ...re(active, kept_dentropy, 0.0),",
+    ],
+    "0 by a ratio, which is never 0, is 0 too": [
+        "c1e35aaa-2344 off_policy_objectives.ImportanceSampling.per_token `Mult -> Div #3` ... adv",
+    ],
+    "e^-100 is nothing beside the bound that it is compared with": [
+        "4bc1f08c-6137 off_policy_objectives.DppoTv.per_token `100.0 -> 200.0` ...ater(logp, -100.",
+        "c8297157-6137 off_policy_objectives.DppoTv.per_token `100.0 -> 200.0 #2` ...log_ratio, -1",
+        "c683ff91-9b71 off_policy_objectives.DppoKl.per_token `100.0 -> 200.0` ...ater(logp, -100.",
+        "458fa4ad-0549 off_policy_objectives.DppoKl.per_token `100.0 -> 200.0` ...log_ratio, -100.",
+        "92d5bd98-0bf0 off_policy_objectives.Ipo.per_token `100.0 -> 200.0` ...ater(logp, -100.0))",
+        "e927676e-0bf0 off_policy_objectives.Ipo.per_token `100.0 -> 200.0 #2` ...ling_logp, -100.",
+    ],
+    "the divergence changes by 1e-8 at most: it is multiplied by 1 - p_old": [
+        "9f762af1-4ad6 off_policy_objectives.DppoKl.per_token `1e-08 -> 2e-08` ...0 - p_old + 1e-8",
+    ],
+    "a token that has not moved is never outside": [
+        "f0dfbc19-9d7e off_policy_objectives.Ipo.per_token `Gt -> GtE` ... = tl.where(moved > 0.0,",
     ],
 }
