@@ -251,4 +251,8 @@ EQUIVALENT = {
     "a token that has not moved is never outside": [
         "f0dfbc19-9d7e off_policy_objectives.Ipo.per_token `Gt -> GtE` ... = tl.where(moved > 0.0,",
     ],
+    "only a GPU takes this branch: test_linear_products.py on one": [
+        "a0a92581-d6fa chunks.project_exactly `IsNot -> Is` if bias is not None:",
+        "37f0cce3-d7d2 chunks.project_exactly `Add -> Sub` out += bias",
+    ],
 }
