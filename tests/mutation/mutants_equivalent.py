@@ -255,4 +255,7 @@ EQUIVALENT = {
         "a0a92581-d6fa chunks.project_exactly `IsNot -> Is` if bias is not None:",
         "37f0cce3-d7d2 chunks.project_exactly `Add -> Sub` out += bias",
     ],
+    "rows behind those of the chunk are not used": [
+        "f1d07d72-79fa launchers.linear_loss `Sub -> Add` ...unked.batch(gradient[: last - start])",
+    ],
 }
