@@ -200,6 +200,7 @@ EQUIVALENT = {
         "823f50a7-98d4 metrics.without_ratios `Sub -> Add` ...(sums[:kept], (0, len(SUMS) - kept))",
         "7942def9-5592 sequences.OverRanks.counts `Not dropped` if not isinstance(counts, torch.Te",
         "1afdb9dd-1f5c head_losses.LogpsLosses.run `IsNot -> Is #2` ...ot None and gradients.hidde",
+        "817da730-3976 arguments.local_logits `USub dropped` ...logits', logits, -1, group, start)",
     ],
     "token-level losses do not ask how many tokens a chunk has": [
         "c5cba3ba-090d head_losses.LogpsLosses._part `Sub -> Add` n = stop - start",
