@@ -99,7 +99,8 @@ def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
         level_log_ratio = torch.where(on | ~level_log_ratio.isnan(), level_log_ratio, 0.0)
         log_ratio = torch.where(on | ~log_ratio.isnan(), log_ratio, 0.0)
         if sampling_logps is not None:
-            sampling_logps = torch.where(on | ~sampling_logps.isnan(), sampling_logps, 0.0)
+            known = on | ~sampling_logps.isnan()
+            sampling_logps = torch.where(known, sampling_logps, logps.detach())
     if objective.couples == "sequence":
         arguments = (logps, log_ratio, advantages, tokens.correction, sequences)
         loss, clipped = objective.evaluate(*arguments)

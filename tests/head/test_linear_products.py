@@ -60,6 +60,13 @@ def test_more_rows_are_not_transposed(has_mkl, monkeypatch):
         assert products.shapes == [(3, rows) if transposed else (rows, 3)]
 
 
+def test_a_chunk_counts_a_gradient_of_another_dtype():
+    """Beside the logits; of theirs it overwrites them. Rows are padded to 8 columns."""
+    half, single = torch.bfloat16, torch.float32
+    assert linear.logits_bytes(3, 13, half, half) == 3 * 16 * 2
+    assert linear.logits_bytes(3, 13, half, single) == 3 * 16 * (4 + 2)
+
+
 def test_columns_from_the_middle():
     matrix = torch.zeros(2, 6)
     assert linear.of_columns(matrix, slice(2, 4)).shape == (2, 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import make_batch, relative_error
 
-from grpo_fused import LOSSES, grpo_loss
+from grpo_fused import LOSSES, Ipo, RolloutIs, grpo_loss, grpo_loss_from_logps
 from grpo_fused.losses.kl import KL_ESTIMATORS
 
 FAMILY = pytest.mark.parametrize("loss_type", LOSSES)
@@ -97,6 +97,25 @@ def test_an_unknown_ratio_that_is_off_is_not_clipped(reduction, implementation, 
     old[0, 1], on[0, 1] = torch.nan, 0.0
     out = grpo_loss(*inputs, old_logps=old, policy_mask=on, **options)
     assert out.loss.isfinite().all() and out.sums[5] == out.sums[6] == 0
+
+
+@pytest.mark.parametrize("objective", [RolloutIs(), Ipo()], ids=repr)
+@pytest.mark.parametrize("from_logps", [False, True])
+def test_a_sampler_of_tokens_that_are_off(objective, from_logps, implementation, device):
+    """One that is unknown is not clipped, as an unknown ratio; one that is far off is."""
+    batch = make_batch(B=2, T=3, V=17, extra=0, mask=torch.ones(2, 3), device=device)
+    inputs = (batch.logits, batch.ids, batch.mask, batch.advantages.abs() + 1)
+    logps = grpo_loss(*inputs, implementation=implementation).logps.clone()
+    sampler, on = logps.clone(), torch.ones_like(logps)
+    sampler[0, 1], sampler[1, 2] = torch.nan, 3.0
+    on[0, 1] = on[1, 2] = 0.0
+    options = {"old_logps": logps, "sampling_logps": sampler, "policy_mask": on}
+    options |= {"objective": objective}
+    if from_logps:
+        out = grpo_loss_from_logps(logps, *inputs[2:], **options)
+    else:
+        out = grpo_loss(*inputs, implementation=implementation, **options)
+    assert out.loss.isfinite() and out.sums[5] + out.sums[6] == 1
 
 
 def test_half_and_double_precision_weights(implementation, device):

@@ -9,7 +9,7 @@ from batches import make_batch
 
 import grpo_fused.kernels.launch as launch
 import grpo_fused.validation as validation
-from grpo_fused import grpo_loss, selective_log_softmax
+from grpo_fused import grpo_loss, linear_selective_log_softmax, selective_log_softmax
 
 
 def arguments(device="cpu", **changes):
@@ -220,6 +220,16 @@ def test_invalid_arguments_of_log_probabilities():
     ):
         with pytest.raises(ValueError, match=message):
             selective_log_softmax(**({"logits": logits, "ids": ids} | bad))
+
+
+def test_a_first_column_requires_a_group():
+    """Of logits and of a head: without other ranks there are no other columns."""
+    batch = make_batch(V=11)
+    with pytest.raises(ValueError, match="vocab_start requires vocab_parallel_group, got None"):
+        selective_log_softmax(batch.logits, batch.ids, batch.mask, vocab_start=0)
+    weight = torch.randn(5, 11)
+    with pytest.raises(ValueError, match="vocab_start requires vocab_parallel_group, got None"):
+        linear_selective_log_softmax(batch.logits, weight, batch.ids, batch.mask, vocab_start=0)
 
 
 def test_invalid_arguments_leave_logits_unchanged():

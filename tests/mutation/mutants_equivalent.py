@@ -200,6 +200,7 @@ EQUIVALENT = {
         "823f50a7-98d4 metrics.without_ratios `Sub -> Add` ...(sums[:kept], (0, len(SUMS) - kept))",
         "7942def9-5592 sequences.OverRanks.counts `Not dropped` if not isinstance(counts, torch.Te",
         "1afdb9dd-1f5c head_losses.LogpsLosses.run `IsNot -> Is #2` ...ot None and gradients.hidde",
+        "817da730-3976 arguments.local_logits `USub dropped` ...logits', logits, -1, group, start)",
     ],
     "token-level losses do not ask how many tokens a chunk has": [
         "c5cba3ba-090d head_losses.LogpsLosses._part `Sub -> Add` n = stop - start",
@@ -250,5 +251,12 @@ EQUIVALENT = {
     ],
     "a token that has not moved is never outside": [
         "f0dfbc19-9d7e off_policy_objectives.Ipo.per_token `Gt -> GtE` ... = tl.where(moved > 0.0,",
+    ],
+    "only a GPU takes this branch: test_linear_products.py on one": [
+        "a0a92581-d6fa chunks.project_exactly `IsNot -> Is` if bias is not None:",
+        "37f0cce3-d7d2 chunks.project_exactly `Add -> Sub` out += bias",
+    ],
+    "rows behind those of the chunk are not used": [
+        "f1d07d72-79fa launchers.linear_loss `Sub -> Add` ...unked.batch(gradient[: last - start])",
     ],
 }
