@@ -90,7 +90,6 @@ def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
     """(weighted loss, clipped) of the policy term, (B, T)."""
     advantages = sequences.select(sequences.spread(tokens.advantages).expand_as(logps))
     weight, objective, on = tokens.w_policy, formula.objective, None
-    sampling_logps = tokens.sampling_logps
     if isinstance(weight, torch.Tensor) and weight.dim():
         # A NaN that is selected away only after the objective would come back in backward. Signs
         # stay, because they decide which bound counts as reached.
@@ -98,9 +97,6 @@ def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
         advantages = torch.where(on, advantages, advantages.sign().nan_to_num())
         level_log_ratio = torch.where(on | ~level_log_ratio.isnan(), level_log_ratio, 0.0)
         log_ratio = torch.where(on | ~log_ratio.isnan(), log_ratio, 0.0)
-        if sampling_logps is not None:
-            known = on | ~sampling_logps.isnan()
-            sampling_logps = torch.where(known, sampling_logps, logps.detach())
     if objective.couples == "sequence":
         arguments = (logps, log_ratio, advantages, tokens.correction, sequences)
         loss, clipped = objective.evaluate(*arguments)
@@ -108,7 +104,7 @@ def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
         counted = sequences.active if on is None else sequences.select(on).bool()
         loss, clipped = objective.evaluate(logps, level_log_ratio, advantages, counted)
     else:
-        arguments = (logps, level_log_ratio, advantages, sampling_logps)
+        arguments = (logps, level_log_ratio, advantages, tokens.sampling_logps)
         loss, _, clipped = objective.of_tokens(*arguments)
     return weighted(weight, loss), clipped
 
