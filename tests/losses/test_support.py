@@ -458,7 +458,11 @@ def test_offsets_past_the_ids_read_nothing(dtype, implementation, device):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "is_readable", lambda device: False)
         out, _ = loss_of(batch, implementation, support=(far, ids))
-    assert out.loss.isnan()
+        assert out.loss.isnan()
+        right, _ = loss_of(batch, implementation, support=(offsets, ids))
+        offsets[0] = -64
+        out, _ = loss_of(batch, implementation, support=(offsets.to(dtype), ids))
+        assert torch.equal(out.loss, right.loss)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", pytest.param("gspo", marks=pytest.mark.slow)])

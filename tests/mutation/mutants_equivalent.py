@@ -16,6 +16,7 @@ EQUIVALENT = {
         "5c228046-5e41 metrics._means `True -> False` ...ct(zip(SUMS, sums.unbind(), strict=True))",
         "2b068389-3b84 metrics.means `True -> False` ...ict(zip(MEANS, _means(sums), strict=True))",
         "543c588a-1aba head_losses.LogpsLosses._finish `True -> False` ...ed, found, strict=True):",
+        "2e1bffdd-b999 common.saved `True -> False` ...ip(ctx.numbers, saved[count:], strict=True)",
     ],
     "of equal returns only rounding is left, of 1e-16 of their squares": [
         "71cad55c-96d7 ppo.value_metrics `1e-12 -> 2e-12` ...variance <= 1e-12 * square, 0.0, expl",
