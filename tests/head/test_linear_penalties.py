@@ -114,7 +114,7 @@ def test_other_objectives_ignore_the_sampler(implementation, device):
 
 @pytest.mark.parametrize("objective", [Ipo(), RolloutIs()], ids=repr)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_an_unknown_sampler_is_nan_unless_it_is_off(objective, reduction, implementation, device):
+def test_an_unknown_sampler_is_the_policy(objective, reduction, implementation, device):
     batch = make_batch(extra=0, mask=torch.ones(4, 6), device=device)
     batch.advantages.fill_(0.5)
     on = torch.ones_like(batch.old_logps)
@@ -131,6 +131,4 @@ def test_an_unknown_sampler_is_nan_unless_it_is_off(objective, reduction, implem
             implementation=implementation,
         ).loss.sum()
         loss.backward()
-        off = policy_mask is not None
-        assert loss.isfinite() == off and logits.grad[:2].isfinite().all()
-        assert logits.grad[2, 3].isfinite().all() == off
+        assert loss.isfinite() and logits.grad.isfinite().all()

@@ -97,7 +97,8 @@ def test_bfloat16_agrees_with_trl(device):
     case = case._replace(hidden=hidden, weight=weight)
     truth = exact(case, upstream, logits_dtype=torch.bfloat16)
     for columns, chunk_bytes in ((257, None), (16, 1)):
-        got = ours(case, upstream, chunk_bytes=chunk_bytes)
+        rounded = {"logits_dtype": torch.bfloat16}
+        got = ours(case, upstream, chunk_bytes=chunk_bytes, **rounded)
         peer = theirs(case, upstream, chunk_size=columns)
         for results in (got, peer):
             assert_logps_agree(results, truth, case.batch.ids, gradient=5e-3)
@@ -110,7 +111,8 @@ def test_bfloat16_bias_is_rounded_twice(device):
     """
     case, upstream = make_tokens(257, dtype=torch.bfloat16, device=device)
     truth = exact(case, upstream, logits_dtype=torch.bfloat16)
-    assert_logps_agree(ours(case, upstream), truth, case.batch.ids, gradient=8e-3)
+    got = ours(case, upstream, logits_dtype=torch.bfloat16)
+    assert_logps_agree(got, truth, case.batch.ids, gradient=8e-3)
     peer = theirs(case, upstream)
     assert relative_error(peer[0], truth[0]) > 1e-3
     assert errors(peer[2], truth[2], case.batch.ids)["weight, others"] > 1e-2
