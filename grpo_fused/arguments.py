@@ -179,8 +179,8 @@ def make_support(source, layout, sequences, support):
     if support is None:
         return None
     offsets, ids = check_support(source, layout, sequences, support)
-    # Within the ids, whatever a device has that is not read: kernels follow them.
-    offsets, shape = offsets.long().clamp(0, len(ids)), sequences.shape
+    # Rising within the ids, whatever a device has that is not read: kernels follow them.
+    offsets, shape = offsets.long().clamp(0, len(ids)).cummax(0).values, sequences.shape
     return Support(offsets[:-1].view(shape), offsets[1:].clone().view(shape), ids)
 
 

@@ -463,6 +463,9 @@ def test_offsets_past_the_ids_read_nothing(dtype, implementation, device):
         offsets[0] = -64
         out, _ = loss_of(batch, implementation, support=(offsets.to(dtype), ids))
         assert torch.equal(out.loss, right.loss)
+        offsets[3] = 0  # falling: the row is empty
+        out, _ = loss_of(batch, implementation, support=(offsets.to(dtype), ids))
+        assert out.loss.isnan()
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", pytest.param("gspo", marks=pytest.mark.slow)])
