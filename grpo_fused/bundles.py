@@ -59,6 +59,26 @@ def per_token(function, bundle):
     )
 
 
+class Scales(NamedTuple):
+    """Logit scale and softcap, applied before the temperature."""
+
+    logit_scale: Number = 1.0
+    logit_softcap: Number | None = None
+
+
+class LogProbs(NamedTuple):
+    """Log-probabilities and entropies (B, T); or, as flags, which of them are wanted."""
+
+    logps: Tensor | None
+    entropies: Tensor | None
+    kept_logps: Tensor | None = None  # over the support
+    kept_entropies: Tensor | None = None
+
+    def over(self, support: bool):
+        """(log-probabilities, entropies) over the support or over the vocabulary."""
+        return self[2:] if support else self[:2]
+
+
 class OverSupport(NamedTuple):
     """Which terms of a loss are over the support; the others are over the vocabulary."""
 
@@ -66,12 +86,14 @@ class OverSupport(NamedTuple):
     kl: bool = False
     entropy: bool = False
 
-
-class Scales(NamedTuple):
-    """Logit scale and softcap, applied before the temperature."""
-
-    logit_scale: Number = 1.0
-    logit_softcap: Number | None = None
+    def wanted(self, tokens, entropy):
+        """`LogProbs` of flags: what a loss on these tokens needs, with entropies of one softmax."""
+        if tokens.support is None:
+            return LogProbs(True, entropy)
+        kl_over_all = tokens.ref_logps is not None and not self.kl
+        entropy_over_all = entropy and not self.entropy
+        logps = not self.policy or kl_over_all or entropy_over_all
+        return LogProbs(logps, entropy_over_all, True, entropy and self.entropy)
 
 
 class Formula(NamedTuple):
@@ -96,19 +118,6 @@ class Outputs(NamedTuple):
     logps: Tensor
     entropies: Tensor | None
     dlogits: Tensor | None = None  # (B, L, V)
-
-
-class LogProbs(NamedTuple):
-    """Log-probabilities and entropies (B, T); or, as flags, which of them are wanted."""
-
-    logps: Tensor | None
-    entropies: Tensor | None
-    kept_logps: Tensor | None = None  # over the support
-    kept_entropies: Tensor | None = None
-
-    def over(self, support: bool):
-        """(log-probabilities, entropies) over the support or over the vocabulary."""
-        return self[2:] if support else self[:2]
 
 
 class Statistics(NamedTuple):

@@ -38,16 +38,6 @@ def default_chunk_bytes(device, V, dtype, logits_dtype):
     return max(CPU_CHUNK_BYTES, CPU_CHUNK_ROWS * logits_bytes(1, V, dtype, logits_dtype))
 
 
-def which_logprobs(tokens, over, entropy):
-    """`LogProbs` of flags: what a loss needs, with entropies of the one softmax if any."""
-    if tokens.support is None:
-        return LogProbs(True, entropy)
-    kl_over_all = tokens.ref_logps is not None and not over.kl
-    entropy_over_all = entropy and not over.entropy
-    logps = not over.policy or kl_over_all or entropy_over_all
-    return LogProbs(logps, entropy_over_all, True, entropy and over.entropy)
-
-
 @dataclass(frozen=True)
 class LogitsInput:
     """Logits (B, L, V) or, before `with_rows`, (N, V).
@@ -108,7 +98,7 @@ class LogitsInput:
 
     def logps_loss(self, tokens, scales, formula, entropy, backend, sequences, grad_scale):
         """LossResults of a loss on log-probabilities."""
-        wanted = which_logprobs(tokens, formula.over, entropy)
+        wanted = formula.over.wanted(tokens, entropy)
         found = self.log_probabilities(tokens, scales, wanted, backend, sequences)
         return loss_on_logps(found, tokens, formula, sequences)
 
@@ -206,7 +196,7 @@ class HeadInput:
         if not over_ranks:
             needs_advantage = formula.objective.needs_advantage
             first = tokens_with_gradient(tokens, local, couples, needs_advantage)
-        wanted = which_logprobs(tokens, formula.over, entropy)
+        wanted = formula.over.wanted(tokens, entropy)
         known = formula.reduction == "sum" and grad_scale is not None and not over_ranks
         known = known and formula.objective.couples != "batch"
         losses = None

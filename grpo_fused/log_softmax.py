@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from grpo_fused import arguments, validation
-from grpo_fused.inputs import HeadInput, LogitsInput, which_logprobs
+from grpo_fused.inputs import HeadInput, LogitsInput
 from grpo_fused.options import ResolvedSoftmaxOptions, SoftmaxOptions, resolve, with_options
 
 Pair = tuple[Tensor, Tensor | None]
@@ -192,7 +192,7 @@ def _log_probabilities(source, mask, options, over_vocabulary):
     backend = validation.choose_implementation(options.implementation, source.tensor.device)
     over, supported = arguments.make_over(options), options.support is not None
     over = over._replace(policy=supported)
-    wanted = which_logprobs(tokens, over, bool(options.compute_entropy))
+    wanted = over.wanted(tokens, bool(options.compute_entropy))
     if over_vocabulary:
         wanted = wanted._replace(logps=True)
     found = source.log_probabilities(tokens, scales, wanted, backend, sequences)

@@ -36,22 +36,19 @@ def fused_loss(logits, tokens, scales, formula, outputs):
     tokens = spread(tokens, positions)
     *per_token, dlogits = outputs
     rows = Outputs(*output_rows(per_token, positions, active))
-    over, buffers = formula.over, Scratch(logits.device)
-    entropy = outputs.entropies is not None and not over.entropy
-    kept_entropy = outputs.entropies is not None and over.entropy
-    kl_over_all = tokens.ref_logps is not None and not over.kl
-    reads = not over.policy or kl_over_all or entropy
+    wanted = formula.over.wanted(tokens, outputs.entropies is not None)
+    buffers = Scratch(logits.device)
     for block, x, dx, masked in blocks(logits, dlogits, active):
         part = at(tokens, block)
         target, known = targets(part.ids, V)
         factor = sharpness(part.temperature, scales)
         kept, statistics = gather_kept(x, masked, part, scales, factor), Statistics(None, None)
         if kept is not None:
-            statistics = Statistics(*statistics[:4], *kept_statistics(kept, kept_entropy))
+            statistics = Statistics(*statistics[:4], *kept_statistics(kept, wanted.kept_entropies))
             known = ~statistics.kept_logps.isnan()
-        if reads:
+        if wanted.logps:
             out = buffers("out", x.shape)
-            exponents = buffers("exponents", x.shape) if entropy else None
+            exponents = buffers("exponents", x.shape) if wanted.entropies else None
             product = exponents if part.w_entropy is None else buffers("product", x.shape)
             u, slope = softcapped(x, scales, out)
             row = softmax_statistics(u, target, known, factor, out, exponents, product)

@@ -294,8 +294,9 @@ def rollout_sums(batch: Batch, config: GRPOTrainerConfig) -> torch.Tensor:
     mask, inputs = batch.completion_mask, (batch.old_logps, batch.sampling_logps)
     weights = rollout_weights(*inputs, mask, cap=None)[mask].double()
     level = config.rollout_correction_level
-    of_level = rollout_weights(*inputs, mask, level=level, cap=None).double()
-    of_level = of_level[mask if level == "token" else mask.any(1)]
+    of_level = weights
+    if level == "sequence":
+        of_level = rollout_weights(*inputs, mask, level=level, cap=None)[mask.any(1)].double()
     low, high = config.rollout_correction_floor or 0.0, config.rollout_correction_cap
     cut = (of_level < low) | (of_level > high)
     if config.rollout_correction is None:

@@ -129,9 +129,6 @@ EQUIVALENT = {
         "4afc3ee0-939c rows.Scratch.__call__ `Lt -> LtE` ....buffers or len(self.buffers[name]) <",
         "be8c0642-0737 launchers.rescale `NotEq -> Eq` if factor.device.type != 'cpu' or factor !=",
         "41703379-d11d rows.centered `Eq -> NotEq` if u.dtype == torch.float32:",
-        "b556d266-0379 launchers.fused_loss `And -> Or` ..._over_all = tokens.ref_logps is not Non",
-        "34ebc470-581a launchers.fused_loss `And -> Or` entropy = outputs.entropies is not None an",
-        "4a20b35e-478a launchers.fused_loss `And -> Or` ...t_entropy = outputs.entropies is not No",
     ],
     "either spelling of a number is right, and as precise": [
         "a8b112a3-13af objective.exp `floor -> ceil` whole = tl.floor(x * 1.4426950408889634 + 0.5",

@@ -70,6 +70,7 @@ KILLERS = {
     "grpo_fused/losses/off_policy_objectives.py": ("derivative family objective", "whole"),
     "grpo_fused/losses/sequence_objectives.py": ("selections family bounds", "torch"),
     "grpo_fused/losses/batch_objectives.py": ("selections family bounds", "torch"),
+    "grpo_fused/bundles.py": ("kept family", "torch"),
     "grpo_fused/support.py": ("samplers kept", "torch"),
     "grpo_fused/selections.py": ("selections family", "torch"),
     "grpo_fused/losses/kl.py": ("divergence family bounds", "torch"),
