@@ -126,6 +126,33 @@ def test_outside_of_the_support_nothing_is_read_and_the_gradient_is_0(implementa
     assert torch.equal(wrong[1:], gradient[1:]) and torch.equal(wrong[0, 1:], gradient[0, 1:])
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo"])
+def test_only_a_term_over_the_vocabulary_reads_the_row(loss_type, implementation, monkeypatch):
+    """A NaN that is read and dropped would leave the numbers as they are; reading is what costs."""
+    batch = make_batch(V=300)
+    support = support_from_mask(kept_mask(batch))
+    modules = {"torch": ["torch_backend.launchers"], "triton": ["kernels.fused_loss"]}
+    modules["triton"].append("kernels.logprob")
+    name = {"torch": "softmax_statistics", "triton": "row_statistics"}[implementation]
+
+    def refuse(*arguments):
+        raise AssertionError("the row is read")
+
+    for module in modules[implementation]:
+        monkeypatch.setattr(f"grpo_fused.{module}.{name}", refuse)
+    options = {"loss_type": loss_type, "support": support}
+    none = {"beta": 0.0, "ref_logps": None}
+    for quiet in (EVERYWHERE, none, none | {"entropy_coef": 0.0, "compute_entropy": False}):
+        loss_of(batch, implementation, **options | quiet)
+    plain = {"entropy_coef": 0.0, "compute_entropy": False, **none, "entropy_over": "vocabulary"}
+    assert loss_of(batch, implementation, **options | plain)[0].entropies is None
+    quiet = plain | {"entropy_over": "support"}
+    assert loss_of(batch, implementation, **options | quiet)[0].entropies is None
+    for reads in ({}, EVERYWHERE | {"entropy_over": "vocabulary"}, {"policy_over": "vocabulary"}):
+        with pytest.raises(Exception, match="the row is read"):
+            loss_of(batch, implementation, **options | reads)
+
+
 def test_a_kl_over_the_vocabulary_keeps_its_gradient(implementation, device):
     """The sum of the gradients of the two: of the policy in the support, of the KL all over."""
     batch = make_batch(device=device)
