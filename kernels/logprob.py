@@ -183,14 +183,10 @@ def _logprob_bwd_kernel(
         if derivatives.kept_dentropies is not None:
             kept_entropy = tl.load(statistics.kept_entropies + token, inside)
             kept_dentropy = tl.load(derivatives.kept_dentropies + token, inside)
+        # Whatever it is for masked tokens: they have no kept columns.
         kept_dlogp = tl.where(kept_logp == kept_logp, kept_dlogp, float("nan"))
         over_kept = Softmax(kept_maximum, kept_total, kept_logp, kept_entropy)
-        to_kept = derivative(
-            row,
-            over_kept,
-            tl.where(active, kept_dlogp, 0.0),
-            tl.where(active, kept_dentropy, 0.0),
-        )
+        to_kept = derivative(row, over_kept, kept_dlogp, kept_dentropy)
         add_kept_gradient(
             row,
             dx_ptr,
