@@ -45,6 +45,9 @@ class MemoryLog:
         self.closed += 1
 
 
+EOS = 1  # of `make_tokenizer`
+
+
 def partial_credit(prompts, completions, completion_ids, columns):
     """Partial credit, so that a model of random weights has groups that differ."""
     exact = [
@@ -53,6 +56,15 @@ def partial_credit(prompts, completions, completion_ids, columns):
     digits = [float(text[:1].isdigit()) + 0.1 * len(text) for text in completions]
     exact, digits = torch.tensor(exact), torch.tensor(digits)
     return RewardScores(exact + digits, {"exact": exact, "digits": digits})
+
+
+def scored(prompts, trainer):
+    """A rollout_fn with the log-probabilities of a sampler, of which one is not known."""
+    draw = torch.Generator().manual_seed(0)
+    ids = [[4, 5, EOS], [6, EOS], [7, 8, 9], [EOS]] * (len(prompts) // 4)
+    logprobs = [(-3 * torch.rand(len(row), generator=draw)).tolist() for row in ids]
+    logprobs[0][1] = float("nan")  # a token that the sampler could not score
+    return {"completion_ids": ids, "logprobs": logprobs, "spent": [1.5] * len(ids)}
 
 
 def trainer_of(

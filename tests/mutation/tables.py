@@ -31,10 +31,10 @@ QUICK_TESTS = {
     "validation": "validation",
     "corrections": "corrections -k 'not ranks'",
     "selections": "selections",
-    "kept": "support -k 'torch and not compiled'",
-    "kept_blocks": "support -k 'triton and not compiled'",
+    "kept": "support support_inputs -k 'torch and not compiled'",
+    "kept_blocks": "support support_inputs -k 'triton and not compiled'",
     "products": "linear_products -k 'triton and (bf16 or of_exact)'",
-    "samplers": "support -k 'samplers or a_change'",
+    "samplers": "support_inputs -k 'samplers or a_change'",
     "advantages": "advantages multi_advantages",
     "ppo": "ppo value_loss",
     "memory": "memory",
@@ -48,7 +48,7 @@ QUICK_TESTS = {
 LOSSES = (
     "equalities edges family autograd selected_away masks loss selective_log_softmax extremes "
     "weights_and_metrics invariants far memory objectives launches corrections selections rows "
-    "layouts ppo support packing reduce merge"
+    "layouts ppo support support_inputs packing reduce merge"
 )
 SLOW_TESTS = {
     "torch": f"{LOSSES} -k 'not triton'",
