@@ -13,7 +13,7 @@ import offline
 import pytest
 import torch
 
-from benchmarks import aot
+from benchmarks import aot, aot_cases
 from grpo_fused import LOSSES, Clip
 from grpo_fused.bundles import (
     Chunking,
@@ -81,8 +81,8 @@ def test_kernels_compile_well(target, dtype):
     """No spills, 128-bit loads and stores, no exchanges between threads; few instructions."""
     names = HEAVY + (OF_TOKENS if dtype == "bf16" else ())
     if (target, dtype) == ("sm_90", "bf16"):
-        names = aot.CASES
-    for row in aot.measure(target, dtype, cases={name: aot.CASES[name] for name in names}):
+        names = aot_cases.CASES
+    for row in aot.measure(target, dtype, cases={name: aot_cases.CASES[name] for name in names}):
         assert row.spills <= SPILLS, row
         if row.case in OF_TOKENS:
             continue
@@ -107,7 +107,10 @@ def test_every_objective_and_kl_estimator_compiles():
     number = max(len(objectives), len(KL_ESTIMATORS))
     for objective, kl_estimator in itertools.islice(pairs, number):
         launch = functools.partial(
-            aot.launch_fused_loss, objective=objective, kl_estimator=kl_estimator, gradient=False
+            aot_cases.launch_fused_loss,
+            objective=objective,
+            kl_estimator=kl_estimator,
+            gradient=False,
         )
         (row,) = aot.measure("sm_90", "bf16", cases={f"{objective}, {kl_estimator}": launch})
         assert row.spills == 0 and row.statistics <= STATISTICS, row
@@ -118,7 +121,7 @@ def test_hints_and_sums():
     """Rows that are read once leave the caches first; no product enters a sum over threads."""
 
     def ptx(case):
-        launch = functools.partial(aot.CASES[case], torch.bfloat16, 151_936)
+        launch = functools.partial(aot_cases.CASES[case], torch.bfloat16, 151_936)
         ((_, compiled),) = aot.compile_launches("sm_90", launch)
         return compiled.asm["ptx"]
 
@@ -135,12 +138,12 @@ def test_what_changes_from_batch_to_batch_compiles_once():
     def run():
         for V in (32_000, 32_768, 50_304, 64_000):
             for B, T in ((1, 1), (2, 3), (16, 16), (1, 99)):
-                aot.launch_logprob(torch.bfloat16, V, B, T)
-                aot.launch_logprob(torch.bfloat16, V, B, T, gradient=True)
-                aot.launch_fused_loss(torch.bfloat16, V, B, T)
+                aot_cases.launch_logprob(torch.bfloat16, V, B, T)
+                aot_cases.launch_logprob(torch.bfloat16, V, B, T, gradient=True)
+                aot_cases.launch_fused_loss(torch.bfloat16, V, B, T)
         for k in range(1, 5):
             factors = {"scale": 0.5 * k, "temperature": 0.3 * k}
-            aot.launch_fused_loss(torch.bfloat16, 32_000, **factors)
+            aot_cases.launch_fused_loss(torch.bfloat16, 32_000, **factors)
 
     variants = aot.variants("sm_90", run)
     counts = {name: len(keys) for name, keys in variants.items()}
@@ -176,21 +179,21 @@ def launch_everything(make, B=2, T=17, V=64):
         values = [make(B, T) for _ in range(3)]
         tokens = Tokens(ids, mask, temperature, *values, w_policy, w_kl, w_entropy=make())
         scales = Scales(make(), make())
-        aot.launchers.fused_loss(logits, tokens, scales, formula, Outputs(*outputs, logits))
+        aot_cases.launchers.fused_loss(logits, tokens, scales, formula, Outputs(*outputs, logits))
         softmax = tokens.of_softmax()
-        aot.launchers.logprob_fwd(logits, softmax, scales, Statistics(*outputs[:4]), False)
+        aot_cases.launchers.logprob_fwd(logits, softmax, scales, Statistics(*outputs[:4]), False)
         statistics = Statistics(*(make(B, T) for _ in range(4)))
         derivatives = Derivatives(make(B, T), make(B, T), logits)
-        aot.launchers.logprob_bwd(logits, softmax, scales, statistics, derivatives)
+        aot_cases.launchers.logprob_bwd(logits, softmax, scales, statistics, derivatives)
     weights = Weight(make(B, T), make(B), make()), Weight(make(), make(), 1.0)
     token_values = TokenValues(make(B), make(B, T, dtype=torch.bool), *weights, weights[1])
     index = make(B * T, dtype=torch.int64)
-    aot.launchers.token_weights(token_values, index, TokenWeights(*outputs[:4]))
+    aot_cases.launchers.token_weights(token_values, index, TokenWeights(*outputs[:4]))
     ends = make(B + 1, dtype=torch.int32)
-    aot.launchers.locate(ends, mask, torch.zeros(B * T, dtype=torch.int64), torch.zeros(B))
+    aot_cases.launchers.locate(ends, mask, torch.zeros(B * T, dtype=torch.int64), torch.zeros(B))
     sums = torch.zeros(()), torch.zeros(8), torch.zeros(7)
-    aot.launchers.reduce(Outputs(*outputs), mask, *sums)
-    aot.launchers.rescale(logits, make(), make())
+    aot_cases.launchers.reduce(Outputs(*outputs), mask, *sums)
+    aot_cases.launchers.rescale(logits, make(), make())
 
 
 @offline.offline
@@ -219,14 +222,16 @@ def launch_head(make, tokens_with_gradient, rows_per_chunk, N=50, H=8, V=64):
     objective = Clip()
     formula = Formula(objective.name(), objective.params(), "k3", True, 1.0)
     outputs = [torch.zeros(1, N) for _ in range(6)]
-    aot.launchers.linear_loss(
+    aot_cases.launchers.linear_loss(
         head, chunking, tokens, Scales(), formula, Outputs(*outputs), gradients
     )
     softmax, statistics = tokens.of_softmax(), Statistics(*outputs[:4])
-    aot.launchers.linear_logprob_fwd(head, chunking, softmax, Scales(), statistics, None, False)
+    aot_cases.launchers.linear_logprob_fwd(
+        head, chunking, softmax, Scales(), statistics, None, False
+    )
     statistics = Statistics(*(make(1, N) for _ in range(4)))
     derivatives = Derivatives(make(1, N), make(1, N))
-    aot.launchers.linear_logprob_bwd(
+    aot_cases.launchers.linear_logprob_bwd(
         *(head, chunking, softmax, Scales(), statistics, derivatives, None, False, gradients)
     )
 
@@ -259,10 +264,10 @@ def test_gradients_in_place_make_no_variants():
             logits = memory[:, start : start + 16]
             tokens = Tokens(values.long(), None, 1.0, *(values for _ in range(3)), values, 0.1)
             outputs = Outputs(*(values for _ in range(6)), logits)
-            aot.launchers.fused_loss(logits, tokens, Scales(), formula, outputs)
+            aot_cases.launchers.fused_loss(logits, tokens, Scales(), formula, outputs)
             derivatives = Derivatives(values, values, logits)
             softmax, statistics = tokens.of_softmax(), Statistics(*(values for _ in range(4)))
-            aot.launchers.logprob_bwd(logits, softmax, Scales(), statistics, derivatives)
+            aot_cases.launchers.logprob_bwd(logits, softmax, Scales(), statistics, derivatives)
 
     assert {(1001 * start * 2) % 16 == 0 for start in range(4)} == {True, False}
     found = new_variants(functools.partial(launch, 0), functools.partial(launch, 1, 2, 3))

@@ -11,11 +11,11 @@ import re
 import offline
 import torch
 
-from benchmarks import aot
+from benchmarks import aot, aot_cases
 
 V = 151_936
-CASES = aot.CASES | {
-    "gradient, softcap": functools.partial(aot.launch_logprob, gradient=True, softcap=30.0)
+CASES = aot_cases.CASES | {
+    "gradient, softcap": functools.partial(aot_cases.launch_logprob, gradient=True, softcap=30.0)
 }
 
 
