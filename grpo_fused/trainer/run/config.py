@@ -9,7 +9,7 @@ from grpo_fused.checks import nearest
 from grpo_fused.corrections import LEVELS, MODES
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.objectives import LEVELS as RATIO_LEVELS
-from grpo_fused.trainer.run.options import check_field, option
+from grpo_fused.trainer.run.options import check_options, option
 from grpo_fused.validation import check_objective
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -135,7 +135,7 @@ class GRPOTrainerConfig:
 
     # The optimizer
     learning_rate: float = option(1e-6, "peak learning rate of AdamW", low=0)
-    adam_betas: list[float] = option([0.9, 0.999], "decay rates of AdamW's two moments", low=0)
+    adam_betas: list[float] = option([0.9, 0.999], "decay rates of AdamW's two moments")
     weight_decay: float = option(0.0, "weight decay of AdamW", low=0)
     max_grad_norm: float = option(1.0, "gradient norm to clip at; 0: no clipping", low=0)
     lr_scheduler_type: str = option("constant", "learning rate schedule", choices=SCHEDULES)
@@ -192,13 +192,12 @@ class GRPOTrainerConfig:
     def __post_init__(self):
         if self.report_to in ("none", ["none"]):  # as transformers accepts
             self.report_to = []
-        for field in fields(self):
-            check_field(field, getattr(self, field.name))
+        check_options(self)
         check_objective_parameters(self.loss_type, self.objective)
         level = self.importance_sampling_level or LOSSES[self.loss_type].level
         check_objective(self.objective_or_default, level)
-        if len(self.adam_betas) != 2 or max(self.adam_betas) >= 1:
-            raise ValueError(f"adam_betas must be two numbers below 1, got {self.adam_betas}")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas}")
         rows = self.prompts_per_rollout * self.num_generations
         if rows % self.minibatches:
             raise ValueError(
