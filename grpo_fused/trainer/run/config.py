@@ -137,6 +137,11 @@ class GRPOTrainerConfig:
     learning_rate: float = option(1e-6, "peak learning rate of AdamW", low=0)
     adam_betas: list[float] = option([0.9, 0.999], "decay rates of AdamW's two moments")
     weight_decay: float = option(0.0, "weight decay of AdamW", low=0)
+    master_weights: bool = option(
+        True,
+        "keep float32 copies of bfloat16 or float16 weights in the optimizer; without them small "
+        "steps are rounded away",
+    )
     max_grad_norm: float = option(1.0, "gradient norm to clip at; 0: no clipping", low=0)
     lr_scheduler_type: str = option("constant", "learning rate schedule", choices=SCHEDULES)
     warmup_steps: int = option(0, "optimizer steps of linear warmup from 0", low=0)
