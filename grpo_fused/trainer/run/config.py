@@ -16,6 +16,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 BASELINES = ("group", "leave_one_out", "length", "batch")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+ROUNDING = "gradients are the same up to rounding"  # after a change in a resumed run
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -45,9 +46,14 @@ class GRPOTrainerConfig:
     num_generations: int = option(8, "completions per prompt: the group size", low=1)
     minibatches: int = option(1, "optimizer steps per pass over a rollout", low=1)
     num_iterations: int = option(1, "passes over each rollout (mu in the GRPO paper)", low=1)
-    micro_batch_size: int = option(8, "sequences per rank in one forward and backward pass", low=1)
+    micro_batch_size: int = option(
+        8, "sequences per rank in one forward and backward pass", low=1, mutable_on_resume=ROUNDING
+    )
     generation_batch_size: int | None = option(
-        None, "sequences per rank sampled at once; none: the whole rollout", low=1
+        None,
+        "sequences per rank sampled at once; none: the whole rollout",
+        low=1,
+        mutable_on_resume="later samples are others than without the change",
     )
 
     # Sampling
@@ -108,6 +114,7 @@ class GRPOTrainerConfig:
         "hidden: the LM head is fused into the loss and the full logits never exist; logits: for "
         "heads that cannot be fused",
         choices=("hidden", "logits"),
+        mutable_on_resume=ROUNDING,
     )
 
     # Rollout correction, for a rollout_fn that returns the sampler's log-probabilities
@@ -148,7 +155,9 @@ class GRPOTrainerConfig:
 
     # Memory and precision
     mixed_precision: str = option("no", "autocast precision of forward passes", choices=PRECISIONS)
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass", mutable_on_resume=ROUNDING
+    )
     disable_dropout: bool = option(
         True, "turn dropout off, so that an unchanged policy has ratio 1 to itself"
     )
@@ -280,7 +289,9 @@ class TrainConfig(GRPOTrainerConfig):
         ValueError: as for GRPOTrainerConfig; the model, the data or the rewards are missing.
     """
 
-    model: str = option("", "folder or Hub name of a causal language model for transformers")
+    model: str = option(
+        "", "folder or Hub name of a causal language model for transformers", mutable_on_resume=True
+    )
     dtype: str = option("float32", "dtype of the model's weights", choices=DTYPES)
     tensor_parallel_size: int = option(
         1, "neighbouring ranks that share the model's layers and vocabulary, and a batch", low=1
@@ -290,7 +301,9 @@ class TrainConfig(GRPOTrainerConfig):
     )
     tokenizer: str | None = option(None, "folder or Hub name; none: the model's tokenizer")
     data: str = option(
-        "", "training rows: a .jsonl, .parquet or .csv file, a saved data set, reasoning_gym:TASK"
+        "",
+        "training rows: a .jsonl, .parquet or .csv file, a saved data set, reasoning_gym:TASK",
+        mutable_on_resume=True,
     )
     eval_data: str | None = option(None, "held-out rows, as data", mutable_on_resume=True)
     data_columns: dict[str, str] = option({}, "names of columns in the data, as {prompt: question}")

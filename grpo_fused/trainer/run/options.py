@@ -34,7 +34,7 @@ def option(
     above: float | None = None,
     high: float | None = None,
     choices: Sequence[str] | None = None,
-    mutable_on_resume: bool = False,
+    mutable_on_resume: bool | str = False,
 ) -> Any:
     """Declares a dataclass field with a description and the values it accepts.
 
@@ -44,7 +44,8 @@ def option(
         low, high: smallest and largest number, inclusive.
         above: exclusive lower bound.
         choices: the strings it accepts.
-        mutable_on_resume: whether a resumed run may change it, because no result depends on it.
+        mutable_on_resume: whether a resumed run may change it, because no result depends on it; or
+            what then differs, in words.
     """
     bounds = {name: x for name, x in (("ge", low), ("gt", above), ("le", high)) if x is not None}
     metadata = dict(help=help, bounds=bounds, choices=choices, mutable_on_resume=mutable_on_resume)
