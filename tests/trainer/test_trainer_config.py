@@ -77,6 +77,13 @@ def test_held_out_rows_require_eval_steps():
         TrainConfig(**GIVEN, eval_data="rows.jsonl")
 
 
+def test_a_quantized_model_is_not_sharded():
+    with pytest.raises(ValueError, match="quantization must be none with tensor_.*, got '8bit'"):
+        TrainConfig(**GIVEN, quantization="8bit", fully_shard=True)
+    with pytest.raises(ValueError, match="quantization must be one of 4bit, 8bit, got '2bit'"):
+        TrainConfig(**GIVEN, quantization="2bit")
+
+
 def test_one_weight_per_reward():
     with pytest.raises(ValueError, match="reward_weights must be one per reward, 1, got 2"):
         TrainConfig(**GIVEN, reward_weights=[1.0, 2.0])

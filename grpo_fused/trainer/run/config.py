@@ -16,6 +16,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 BASELINES = ("group", "leave_one_out", "length", "batch")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+QUANTIZATIONS = ("4bit", "8bit")
 ROUNDING = "gradients are the same up to rounding"  # after a change in a resumed run
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -293,6 +294,12 @@ class TrainConfig(GRPOTrainerConfig):
         "", "folder or Hub name of a causal language model for transformers", mutable_on_resume=True
     )
     dtype: str = option("float32", "dtype of the model's weights", choices=DTYPES)
+    quantization: str | None = option(
+        None,
+        "bits of the frozen base model of adapters, by bitsandbytes: 4bit (NF4 with nested "
+        "quantization: QLoRA) or 8bit; none: dtype",
+        choices=QUANTIZATIONS,
+    )
     tensor_parallel_size: int = option(
         1, "neighbouring ranks that share the model's layers and vocabulary, and a batch", low=1
     )
@@ -333,6 +340,11 @@ class TrainConfig(GRPOTrainerConfig):
             raise ValueError(
                 "lora_rank must be 0 with tensor_parallel_size or fully_shard, "
                 f"got {self.lora_rank}: shard adapters by FSDP2 in a config of accelerate launch"
+            )
+        if self.quantization and (self.tensor_parallel_size > 1 or self.fully_shard):
+            raise ValueError(
+                "quantization must be none with tensor_parallel_size or fully_shard, "
+                f"got {self.quantization!r}"
             )
         if self.eval_data and not self.eval_steps:
             raise ValueError(f"eval_data requires eval_steps, got {self.eval_data!r} without it")
