@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from batches import relative_error
-from parallel_trainer import by_tokens, load_start, result, sgd, trainer_on
+from parallel_trainer import PPO, by_tokens, load_start, result, sgd, trainer_on
 from ranks import raises
 from trainer_runs import HELD_OUT, partial_credit
 from transformers import AutoModelForCausalLM
@@ -117,6 +117,21 @@ def check_mixed_precision(rank):
     call = functools.partial(trainer_on, folder, load_start(start, kind), **options)
     raises(ValueError, "mixed_precision must be no or bf16", call)
     AcceleratorState._reset_state()
+
+
+def check_ppo(rank):
+    """Advantages are whitened over all ranks; the critic's gradients are averaged, too."""
+    expected = torch.load(f"{rank.folder}/expected_ppo.pt")
+    if rank.size > 2:
+        return
+    model = load_start(f"{rank.folder}/start", "ddp")
+    trainer, records = trainer_on(f"{rank.folder}/ppo", model, **PPO)
+    trainer.train()
+    compare(result(trainer, records), expected, range(1, 5), "ppo")
+    for step, metrics in records.items():
+        for name in ("value/loss", "value/grad_norm", "value/explained_variance"):
+            wanted = expected["records"][step][name]
+            assert metrics[name] == pytest.approx(wanted, rel=1e-4, abs=1e-5), (step, name)
 
 
 def check_masters(rank):

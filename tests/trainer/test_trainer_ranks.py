@@ -3,7 +3,7 @@
 import pytest
 import ranks
 import torch
-from parallel_trainer import load_start, result, save_start, sgd, trainer_on
+from parallel_trainer import PPO, load_start, result, save_start, sgd, trainer_on
 
 MODULES = ("trainer_parallel_ranks",)
 
@@ -21,6 +21,11 @@ def folder(tmp_path_factory):
         )
         trainer.train()
         torch.save(result(trainer, records), folder / "expected.pt")
+        trainer, records = trainer_on(
+            folder / "ppo-one", load_start(folder / "start", "one"), **PPO
+        )
+        trainer.train()
+        torch.save(result(trainer, records), folder / "expected_ppo.pt")
     return folder
 
 
