@@ -1,0 +1,63 @@
+"""Signatures with the keywords of `**options: Unpack[...]`, as `help()` shows them.
+
+`grpo_fused.options` declares each as `name: Annotated[type, default]` of a TypedDict.
+"""
+
+import ast
+
+import griffe
+
+NAMES = ("Unpack", "typing_extensions.Unpack", "typing.Unpack")
+
+
+def declared(module: griffe.Module) -> dict[str, dict[str, tuple[str, str]]]:
+    """Returns {class: {keyword: (type, default)}} of the TypedDicts of `grpo_fused.options`."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for name, cls in module.classes.items():
+        keywords: dict[str, tuple[str, str]] = {}
+        for base in cls.bases:
+            keywords |= found.get(str(base).rpartition(".")[2], {})
+        for attribute in cls.attributes.values():
+            annotation = ast.parse(str(attribute.annotation), mode="eval").body
+            if isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
+                kind, default = annotation.slice.elts
+                text = kind.value if isinstance(kind, ast.Constant) else ast.unparse(kind)
+                keywords[attribute.name] = text, ast.unparse(default)
+        if keywords:
+            found[name] = keywords
+    return found
+
+
+class OptionsExtension(griffe.Extension):
+    """Expands the keywords of public functions once the package is loaded."""
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs) -> None:
+        if pkg.name != "grpo_fused":
+            return
+        options = declared(pkg["options"])
+        for module in pkg.modules.values():
+            if module.is_alias:
+                continue
+            for function in module.functions.values():
+                if not function.is_alias:
+                    expand(function, options)
+
+
+def expand(function: griffe.Function, options: dict[str, dict[str, tuple[str, str]]]) -> None:
+    """Replaces `**options: Unpack[X]` by the keywords of X."""
+    last = function.parameters[len(function.parameters) - 1] if len(function.parameters) else None
+    if last is None or last.kind is not griffe.ParameterKind.var_keyword:
+        return
+    outer, _, inner = str(last.annotation).rstrip("]").partition("[")
+    if outer not in NAMES or inner not in options:
+        return
+    del function.parameters[last.name]
+    for name, (kind, default) in options[inner].items():
+        function.parameters.add(
+            griffe.Parameter(
+                name,
+                annotation=kind,
+                kind=griffe.ParameterKind.keyword_only,
+                default=default,
+            )
+        )
