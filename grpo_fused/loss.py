@@ -15,7 +15,7 @@ from grpo_fused.losses.table import LOSSES
 
 
 class LossOutput(NamedTuple):
-    """Result of a loss; all but `loss` detached.
+    """Result of a loss; all but `loss` detached. What is (B, T) is (N,) for a packed batch.
 
     Attributes:
         loss: () float32, or (B, T) for reduction="none"; differentiable.
@@ -28,7 +28,6 @@ class LossOutput(NamedTuple):
             micro-batches. The first rank of a sequence_group counts ratios of sequences.
         logps: (B, T) float32, 0 where masked.
         entropies: (B, T) float32, 0 where masked; None if they were not computed.
-        Tokens of a packed batch are (N,) instead of (B, T).
     """
 
     loss: Tensor

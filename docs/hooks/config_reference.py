@@ -57,7 +57,7 @@ def definition(this: Field, hint: object) -> str:
     facts += [" and ".join(f"{BOUNDS[rule]} {bound}" for rule, bound in bounds)] if bounds else []
     if choices := this.metadata.get("choices"):
         facts.append("one of " + ", ".join(f"`{choice}`" for choice in choices))
-    facts.append(on_resume(this))
+    facts.append(resume_rule(this))
     text = this.metadata["help"]
     text = text[0].upper() + text[1:]
     # Underscores and brackets of help texts are no Markdown.
@@ -65,7 +65,7 @@ def definition(this: Field, hint: object) -> str:
     return f"`{this.name}`{{ #{this.name} }}\n:   {text}.\n\n    {'; '.join(facts)}."
 
 
-def on_resume(this: Field) -> str:
+def resume_rule(this: Field) -> str:
     """Returns whether a resumed run may change a field, in words."""
     mutable = this.metadata.get("mutable_on_resume", False)
     if mutable is True:

@@ -41,7 +41,8 @@ def token_weights(
 
     with m the mask, n_b = sum_t m[b, t], L = max_completion_length and N = num_items_in_batch.
     Given the divisors of the full batch, losses and gradients of micro-batches add up to those of
-    the full batch, for every rule except token-mean-local.
+    the full batch, for every rule except token-mean-local. Divisors that the rule does not use are
+    ignored.
 
     Args:
         mask: (B, T) bool, integer or float, nonzero = active.
@@ -52,7 +53,6 @@ def token_weights(
             masked sequences.
         max_completion_length: L, number or 0-d tensor; None = T, but needed with sequence_group.
         sequence_group: the ranks that hold the tokens of the same sequences, as in `grpo_loss`.
-        Divisors that the rule does not use are ignored.
 
     Returns:
         (B, T) float32, exactly 0 where the mask is 0.

@@ -1,20 +1,17 @@
-"""Load the adapters of docs/integrations.md; stand-ins for frameworks; the formula in torch."""
+"""Load the adapters of docs/integrations; stand-ins for frameworks; the formula in torch."""
 
 import enum
-import re
 import sys
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from batches import relative_error
+from pages import PAGES, blocks
 from tiny_models import V
 
-ROOT = Path(__file__).parents[2]
-DOCUMENT = (ROOT / "docs" / "integrations.md").read_text()
-BLOCKS = re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", DOCUMENT, re.S)
+BLOCKS = [(b.value, b.code) for path in PAGES for b in blocks(path) if b.mark == "runs"]
 LOW, HIGH, BETA = 0.2, 0.28, 0.1
 
 

@@ -1,4 +1,4 @@
-"""Adapters of docs/integrations.md that take logits or a model, against plain torch."""
+"""Adapters of docs/integrations that take logits or a model, against plain torch."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Adapters of docs/integrations.md that take log-probabilities, against plain torch."""
+"""Adapters of docs/integrations that take log-probabilities, against plain torch."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
