@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo demo-lm test test-all zero3 mutate bench aot trl-matrix lint clean
+.PHONY: demo demo-lm test test-all zero3 mutate bench aot trl-matrix lint docs clean
 
 demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
@@ -56,8 +56,13 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into site/; a warning is an error.
+docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv .venv-trl build dist *.egg-info runs
+	rm -rf .venv .venv-trl build dist *.egg-info runs site
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -228,7 +228,7 @@ def main(argv=None):
     parser.add_argument("results", nargs="*", type=Path, help="files of `benchmarks.lines`")
     parser.add_argument("--plots", type=Path, help="a folder for pictures")
     parser.add_argument("--json", type=Path, help="write the one run to this file, to be committed")
-    parser.add_argument("--gpus", action="store_true", help="print README's table of GPUs alone")
+    parser.add_argument("--gpus", action="store_true", help="print the table of GPUs alone")
     options = parser.parse_args(argv)
     if not (options.results or options.gpus):
         parser.error("no files of results")

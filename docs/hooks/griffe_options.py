@@ -10,21 +10,24 @@ import griffe
 NAMES = ("Unpack", "typing_extensions.Unpack", "typing.Unpack")
 
 
-def declared(module: griffe.Module) -> dict[str, dict[str, tuple[str, str]]]:
-    """Returns {class: {keyword: (type, default)}} of the TypedDicts of `grpo_fused.options`."""
+def declared(source: str) -> dict[str, dict[str, tuple[str, str]]]:
+    """Returns {class: {keyword: (type, default)}} of the TypedDicts of a module.
+
+    From its source, because griffe takes strings in an annotation for names.
+    """
     found: dict[str, dict[str, tuple[str, str]]] = {}
-    for name, cls in module.classes.items():
+    for cls in ast.parse(source).body:
+        if not isinstance(cls, ast.ClassDef):
+            continue
         keywords: dict[str, tuple[str, str]] = {}
         for base in cls.bases:
-            keywords |= found.get(str(base).rpartition(".")[2], {})
-        for attribute in cls.attributes.values():
-            annotation = ast.parse(str(attribute.annotation), mode="eval").body
-            if isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
-                kind, default = annotation.slice.elts
+            keywords |= found.get(ast.unparse(base), {})
+        for line in cls.body:
+            if isinstance(line, ast.AnnAssign) and isinstance(line.annotation, ast.Subscript):
+                kind, default = line.annotation.slice.elts
                 text = kind.value if isinstance(kind, ast.Constant) else ast.unparse(kind)
-                keywords[attribute.name] = text, ast.unparse(default)
-        if keywords:
-            found[name] = keywords
+                keywords[line.target.id] = text, ast.unparse(default)
+        found[cls.name] = keywords
     return found
 
 
@@ -34,7 +37,7 @@ class OptionsExtension(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **kwargs) -> None:
         if pkg.name != "grpo_fused":
             return
-        options = declared(pkg["options"])
+        options = declared(pkg["options"].filepath.read_text())
         for module in pkg.modules.values():
             if module.is_alias:
                 continue
@@ -58,6 +61,6 @@ def expand(function: griffe.Function, options: dict[str, dict[str, tuple[str, st
                 name,
                 annotation=kind,
                 kind=griffe.ParameterKind.keyword_only,
-                default=default,
+                default=griffe.ExprConstant(default),
             )
         )

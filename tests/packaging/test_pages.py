@@ -1,6 +1,8 @@
 """README and docs: every Python block runs, links and tables are true, the reference is whole."""
 
+import ast
 import importlib.util
+import inspect
 import re
 import sys
 from dataclasses import fields
@@ -149,12 +151,11 @@ def source_of(module):
 def hooks():
     """The hooks of the site that need no package of it."""
     sys.path.insert(0, str(DOCS / "hooks"))
-    try:
-        import config_reference
-        import repository_links
-    finally:
-        sys.path.remove(str(DOCS / "hooks"))
-    return config_reference, repository_links
+    import config_reference
+    import repository_links
+
+    yield config_reference, repository_links
+    sys.path.remove(str(DOCS / "hooks"))
 
 
 def test_reference_of_the_config(hooks):
@@ -207,3 +208,31 @@ def test_links_out_of_the_site(hooks):
     assert f"[notes]({url}/blob/main/benchmarks/NOTES.md#a)" in replace(text, "faq.md", url)
     inside = "[page](../losses.md)"
     assert replace(inside, "trainer/index.md", url) == inside
+
+
+def test_signatures_of_the_reference(hooks):
+    """Static ones have the keywords of `**options`, with the defaults that `help()` shows."""
+    griffe = pytest.importorskip("griffe", reason="griffe is not installed: make docs installs it")
+    import griffe_options
+
+    package = griffe.load("grpo_fused", search_paths=[ROOT])
+    griffe_options.OptionsExtension().on_package(pkg=package)
+    names = {"linear_grpo_loss": "functional", "selective_log_softmax": "log_softmax"}
+    for name, module in names.items():
+        found = {p.name: p.default for p in package[module][name].parameters}
+        wanted = inspect.signature(getattr(grpo_fused, name)).parameters
+        assert list(found) == list(wanted)
+        for parameter, this in wanted.items():
+            if this.default is not this.empty:
+                assert ast.literal_eval(str(found[parameter])) == this.default, parameter
+
+
+def test_formulas_become_mathml(hooks):
+    pytest.importorskip("latex2mathml", reason="not installed: make docs installs it")
+    import mathml
+
+    inline = r'<span class="arithmatex">\(\rho \lt 1\)</span>'
+    text = mathml.to_mathml(inline + r'<div class="arithmatex">\[\frac{a}{b}\]</div>')
+    assert "arithmatex" not in text and 'display="block"><mrow><mfrac>' in text
+    for formula in re.findall(r"\$\$(.+?)\$\$", (DOCS / "losses.md").read_text(), re.S):
+        assert "\\" not in mathml.to_mathml(rf'<div class="arithmatex">\[{formula}\]</div>')
