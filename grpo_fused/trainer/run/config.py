@@ -74,7 +74,20 @@ class GRPOTrainerConfig:
         False, "exclude completions that reach max_completion_length from the loss (DAPO)"
     )
 
+    dynamic_sampling_rounds: int = option(
+        1,
+        "rounds of prompts_per_rollout prompts to draw at most until as many groups have rewards "
+        "that differ (dynamic sampling, DAPO); 1: every group is trained on",
+        low=1,
+    )
+
     # Rewards and advantages
+    soft_punish_cache: int | None = option(
+        None,
+        "tokens before max_completion_length in which the reward falls linearly by 1 (soft "
+        "overlong punishment, DAPO); none: no punishment",
+        low=1,
+    )
     scale_rewards: str = option(
         "group",
         "divide centred rewards by the standard deviation of the group or batch, by that of the "
@@ -218,6 +231,17 @@ class GRPOTrainerConfig:
             raise ValueError(
                 f"minibatches must divide prompts_per_rollout x num_generations = {rows}, "
                 f"got {self.minibatches}"
+            )
+        if self.dynamic_sampling_rounds > 1 and self.num_generations == 1:
+            raise ValueError(
+                "dynamic_sampling_rounds must be 1 with num_generations 1, because no reward of a "
+                f"group differs from another, got {self.dynamic_sampling_rounds}"
+            )
+        cache = self.soft_punish_cache
+        if cache is not None and cache > self.max_completion_length:
+            raise ValueError(
+                "soft_punish_cache must be at most max_completion_length = "
+                f"{self.max_completion_length}, got {cache}"
             )
         self._check_advantages()
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
