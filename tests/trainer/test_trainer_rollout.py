@@ -64,6 +64,9 @@ def test_a_completion_ends_at_its_first_end_token():
     for ids in sampler.generate(model, sampler.encode(["1?2="] * 64), temperature=1.0):
         assert not {EOS, 3} & set(ids[:-1]) and 1 <= len(ids) <= 5
         assert len(ids) == 5 or ids[-1] in (EOS, 3)
+    ids = sampler.encode(["1?2="] * 64)
+    shorter = sampler.generate(model, ids, temperature=1.0, max_new_tokens=2)
+    assert max(map(len, shorter)) == 2, "max_completion_length is 5"
 
 
 def test_the_batch_size_of_sampling_changes_no_greedy_completion():
