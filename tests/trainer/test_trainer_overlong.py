@@ -111,3 +111,5 @@ def test_the_cache_must_fit_the_limit():
     with pytest.raises(ValueError, match="soft_punish_cache must be at most .* = 8, got 9"):
         GRPOTrainerConfig(soft_punish_cache=9, max_completion_length=8)
     GRPOTrainerConfig(soft_punish_cache=8, max_completion_length=8)
+    with pytest.raises(ValueError, match="soft_punish_cache must be none with pass_at_k, .* got 4"):
+        GRPOTrainerConfig(soft_punish_cache=4, pass_at_k=2)

@@ -273,6 +273,11 @@ class GRPOTrainerConfig:
                 f"pass_at_k must be at most num_generations = {self.num_generations}, "
                 f"got {self.pass_at_k}"
             )
+        if self.pass_at_k is not None and self.soft_punish_cache is not None:
+            raise ValueError(
+                "soft_punish_cache must be none with pass_at_k, whose rewards are 0 or 1, "
+                f"got {self.soft_punish_cache}"
+            )
         other = None if self.pass_at_k is None else "pass_at_k"
         if self.multi_objective_aggregation == "normalize_then_sum":
             if other:
