@@ -4,13 +4,16 @@ import functools
 import random
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from grpo_fused.trainer.critic import judge, token_rewards
 from grpo_fused.trainer.dynamic_sampling import Round, draw_rounds, take_rows
 from grpo_fused.trainer.experience import (
+    Batch,
     Experience,
     collate,
     correction_weights,
@@ -46,7 +49,10 @@ def collect(trainer) -> Experience:
     batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
 
     mine = slice(ranks.index * trainer.rows_per_rank, (ranks.index + 1) * trainer.rows_per_rank)
-    if not any_rank(accelerator, scores.steps is not None):
+    has_steps = any_rank(accelerator, scores.steps is not None)
+    if config.algorithm == "ppo":  # advantages need values, below
+        batch.completion_mask = batch.completion_mask & ~scores.total.cpu().isnan()[:, None]
+    elif not has_steps:
         lengths = None
         if config.baseline == "length":
             counts = batch.completion_mask.sum(1).float()
@@ -68,15 +74,22 @@ def collect(trainer) -> Experience:
         ranks.sum(counts.to(accelerator.device)).tolist(),
         metrics,
     )
+    batch = experience.batch
     if config.is_off_policy or batch.sampling_logps is not None:
-        batch = experience.batch
         batch.old_logps = logps(trainer, trainer.model, experience, over_support=True)
         batch.importance_sampling_ratio = correction_weights(batch, config)
         if batch.sampling_logps is not None:
             metrics |= rollout_ratios(ranks.gather(rollout_sums(batch, config)[None]))
     if trainer.reference is not None:
         with trainer.reference.activate(trainer.model, trainer.unwrapped) as reference:
-            experience.batch.ref_logps = logps(trainer, reference, experience, over_support=False)
+            batch.ref_logps = logps(trainer, reference, experience, over_support=False)
+    if config.algorithm == "ppo":
+        of_policy = batch.old_logps if batch.support is None else None
+        if trainer.reference is not None and of_policy is None:
+            of_policy = logps(trainer, trainer.model, experience, over_support=False)
+        batch.values = values(trainer, experience)
+        rewards = token_rewards(scores, rollout.completion_ids, batch.values.shape[1], has_steps)
+        metrics |= judge(experience, rewards.to(accelerator.device), of_policy, config, ranks)
     trainer.rollouts += 1
     every = config.completions_steps
     if every and trainer.rollouts % every == 0 and accelerator.is_main_process:
@@ -175,12 +188,32 @@ def logps(trainer, model: nn.Module, experience: Experience, *, over_support: bo
     The micro-batches are those of the updates. An unchanged policy then gives bitwise the same
     values in its first update, and ratios of exactly 1.
     """
+    return over_micro_batches(
+        trainer,
+        experience,
+        lambda batch: trainer.policy.logps(model, batch, over_support=over_support),
+    )
+
+
+@torch.no_grad()
+def values(trainer, experience: Experience) -> torch.Tensor:
+    """Returns the critic's values before all completion tokens, (B, T) float32."""
+    if trainer.critic is not None:
+        return over_micro_batches(trainer, experience, trainer.critic.values)
+    function = functools.partial(trainer.policy.values, trainer.model)
+    return over_micro_batches(trainer, experience, function)
+
+
+def over_micro_batches(
+    trainer, experience: Experience, function: Callable[[Batch], torch.Tensor]
+) -> torch.Tensor:
+    """Joins what a function returns for each micro-batch of the updates, (B, T)."""
     size, minibatches = trainer.config.micro_batch_size, trainer.config.minibatches
     parts = []
     width = experience.batch.completion_ids.shape[1]
     for minibatch in range(minibatches):
         for batch in experience.micro_batches(minibatch, minibatches, size):
             with trainer.accelerator.autocast():  # Accelerate does not wrap the reference
-                part = trainer.policy.logps(model, batch, over_support=over_support)
+                part = function(batch)
             parts.append(F.pad(part, (0, width - part.shape[1])))
     return torch.cat(parts)

@@ -33,6 +33,7 @@ class Batch:
         support_counts: (B, T) int64, how many tokens the sampler kept.
         support_ids: (B, S) int32, those of all positions one after the other, padded on the right.
         sampling_logps, old_logps, ref_logps: (B, T) float32; the first two over what was kept.
+        values, returns: (B, T) float32, PPO's: predictions of the critic, and what they should be.
         importance_sampling_ratio: (B, T) or (B, 1) float32.
     """
 
@@ -47,6 +48,8 @@ class Batch:
     sampling_logps: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
     importance_sampling_ratio: torch.Tensor | None = None
 
     @property

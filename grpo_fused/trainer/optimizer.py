@@ -12,10 +12,17 @@ from grpo_fused.trainer.reference import local_tensor, trainable_parameters
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
 
-def make_optimizer(model: nn.Module, config: GRPOTrainerConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: GRPOTrainerConfig, learning_rate: float | None = None
+) -> torch.optim.Optimizer:
     """Returns AdamW over the trainable parameters, without weight decay for norms and biases.
 
     With DTensors `foreach` is off, because torch cannot mix them with tensors in it.
+
+    Args:
+        model: with the parameters.
+        config: of the run.
+        learning_rate: None = that of the config.
 
     Raises:
         ValueError: nothing is trainable.
@@ -30,15 +37,16 @@ def make_optimizer(model: nn.Module, config: GRPOTrainerConfig) -> torch.optim.O
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    learning_rate = config.learning_rate if learning_rate is None else learning_rate
     kind = torch.optim.AdamW
     if any(map(is_half, parameters)):
         if config.master_weights:
             kind = MasterAdamW
         else:
-            warn_of_lost_updates(parameters, config.learning_rate)
+            warn_of_lost_updates(parameters, learning_rate)
     return kind(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        lr=learning_rate,
         betas=tuple(config.adam_betas),
         foreach=False if any(isinstance(p, DTensor) for p in parameters) else None,
     )

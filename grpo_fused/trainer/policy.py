@@ -36,10 +36,15 @@ def prepare_model(model: nn.Module, config: GRPOTrainerConfig) -> None:
     if config.disable_dropout:
         disable_dropout(model)
     if config.gradient_checkpointing:
-        enable = getattr(base, "activation_checkpointing_enable", None)  # transformers 5.24
-        enable = enable or base.gradient_checkpointing_enable
-        # Reentrant checkpointing needs an input with a gradient, which frozen embeddings lack.
-        enable({"use_reentrant": False})
+        checkpoint_activations(base)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Lets a transformers model recompute activations in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.24
+    enable = enable or model.gradient_checkpointing_enable
+    # Reentrant checkpointing needs an input with a gradient, which frozen embeddings lack.
+    enable({"use_reentrant": False})
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -81,20 +86,27 @@ def base_model(model: nn.Module) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """Returns the keywords of a model's forward over the prompts and completions of a batch."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if "position_ids" in inspect.signature(base_model(model).forward).parameters:
+        # Counted from the first unpadded token, as in `generate`.
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return inputs
+
+
 class Policy:
     """Log-probabilities and losses of completions, for the policy and its reference alike.
 
     Args:
         config: GRPOTrainerConfig.
-        model: unwrapped model, read only for its signature.
+        model: unwrapped model, read for its signature and its value head.
     """
 
     def __init__(self, config: GRPOTrainerConfig, model: nn.Module):
-        self.config = config
+        self.config, self.unwrapped = config, model
         self.objective = config.objective_or_default
-        self.takes_positions = (
-            "position_ids" in inspect.signature(base_model(model).forward).parameters
-        )
+        self.value_head = getattr(base_model(model), "value_head", None)
         # A mean over the tokens of a micro-batch would depend on the size of micro-batches.
         self.normalizer = LOSSES[config.loss_type].normalizer
         if self.normalizer == "token-mean-local":
@@ -114,9 +126,15 @@ class Policy:
         support = batch.support if over_support else None
         return self._through_head(model, batch, functions, arguments, support=support)[0]
 
+    @torch.no_grad()
+    def values(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Returns the values of the value head before each completion token, (B, T) float32."""
+        inputs = self._inputs(batch)
+        return model(**inputs, head=lambda hidden, weight, **head: self._values(hidden))
+
     def loss(
         self, model: nn.Module, batch: Batch, num_items: float, num_sequences: float
-    ) -> LossOutput:
+    ) -> tuple[LossOutput, torch.Tensor | None]:
         """Returns the contribution of a micro-batch to the loss of its optimizer step.
 
         Args:
@@ -124,6 +142,9 @@ class Policy:
             batch: the micro-batch.
             num_items: active tokens of the optimizer step over all ranks.
             num_sequences: sequences of the optimizer step over all ranks.
+
+        Returns:
+            (output, values): the values of the value head (B, T), differentiable; None without one.
         """
         config = self.config
         options = {
@@ -136,7 +157,7 @@ class Policy:
             "objective": self.objective,
             "importance_sampling_level": config.importance_sampling_level,
             "normalizer": self.normalizer,
-            "beta": config.beta,
+            "beta": config.beta if config.algorithm == "grpo" else 0.0,  # PPO: in the rewards
             "kl_estimator": config.kl_estimator,
             "use_bias_correction_kl": config.use_bias_correction_kl,
             "entropy_coef": config.entropy_coef,
@@ -147,18 +168,20 @@ class Policy:
             "max_completion_length": config.max_completion_length,
         }
         arguments = (batch.completion_ids, batch.completion_mask, batch.advantages)
-        functions = linear_grpo_loss, grpo_loss
-        return self._through_head(model, batch, functions, arguments, **options)
+        if self.value_head is None:
+            functions = linear_grpo_loss, grpo_loss
+            return self._through_head(model, batch, functions, arguments, **options), None
+
+        def loss_and_values(hidden, *given, **options):
+            return linear_grpo_loss(hidden, *given, **options), self._values(hidden)
+
+        return self._through_head(model, batch, (loss_and_values, None), arguments, **options)
 
     def _through_head(self, model, batch, functions, arguments, **options):
         """Calls `functions` = (of hidden states and head, of logits), as loss_input says."""
         of_hidden, of_logits = functions
         options["temperature"] = self.config.temperature
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if self.takes_positions:  # counted from the first unpadded token, as in `generate`
-            positions = inputs["attention_mask"].cumsum(1) - 1
-            inputs["position_ids"] = positions.clamp(min=0)
-        inputs["logits_to_keep"] = batch.completion_ids.shape[1] + 1  # the last is ignored
+        inputs = self._inputs(batch)
         if self.config.loss_input == "logits":
             logits = model(**inputs, use_cache=False).logits
             return of_logits(logits, *arguments, **options)
@@ -168,3 +191,10 @@ class Policy:
                 hidden, weight, *arguments, **head, **options
             ),
         )
+
+    def _inputs(self, batch):
+        keep = batch.completion_ids.shape[1] + 1  # the last is ignored
+        return model_inputs(self.unwrapped, batch) | {"logits_to_keep": keep}
+
+    def _values(self, hidden):
+        return self.value_head(hidden[:, :-1].float())[..., 0]

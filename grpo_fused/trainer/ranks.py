@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -76,6 +76,11 @@ class Ranks:
             raise ValueError(
                 "peft_config must be None for a model that transformers has distributed: shard a "
                 "model with adapters by FSDP2 through Accelerate"
+            )
+        sharded = self.distributed or self.accelerator.distributed_type == DistributedType.FSDP
+        if sharded and config.algorithm == "ppo":
+            raise ValueError(
+                "algorithm must be grpo for sharded models, got 'ppo': PPO runs on DDP"
             )
         if self.distributed and config.mixed_precision == "fp16":
             raise ValueError(

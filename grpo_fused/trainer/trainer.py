@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from grpo_fused.trainer.collect import collect
+from grpo_fused.trainer.critic import Critic, add_value_head, load_critic, loss_of_values
 from grpo_fused.trainer.experience import Experience
 from grpo_fused.trainer.optimizer import make_optimizer
 from grpo_fused.trainer.policy import Policy, prepare_model
@@ -153,6 +154,7 @@ class GRPOTrainer:
         self.ranks.check_options(config, peft_config)
         self.rows_per_rank = count_rows_per_rank(config, self.ranks.size)
         self.tokenizer, self.sampler = tokenizer, Sampler(tokenizer, model, config)
+        critic = load_critic(model, config) if config.has_own_critic else None
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -163,6 +165,8 @@ class GRPOTrainer:
             if self.reference.model is not None:
                 prepare_model(self.reference.model, config)
                 self.reference.model.to(self.accelerator.device)
+        if config.algorithm == "ppo" and config.critic == "shared":
+            add_value_head(model)
         prepare_model(model, config)
         model.train()  # gradient checkpointing is active in training mode only
         self.policy = Policy(config, model)
@@ -172,6 +176,7 @@ class GRPOTrainer:
         else:
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
+        self.critic = None if critic is None else Critic(critic, config, self.accelerator)
         if self.reference is not None and is_peft_model(model) and peft_config is None:
             self.reference.refresh(self.unwrapped)  # its adapters may have been trained before
         if isinstance(self.unwrapped, FSDPModule):  # gathers the root's parameters for generate
@@ -278,14 +283,25 @@ class GRPOTrainer:
         batches = list(
             experience.micro_batches(minibatch, config.minibatches, config.micro_batch_size)
         )
-        sums, max_ratio = 0.0, torch.zeros((), device=accelerator.device)
+        sums, value_sums, max_ratio = 0.0, 0.0, torch.zeros((), device=accelerator.device)
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
             with self.ranks.accumulation(self.model, is_last), self.ranks.autocast():
-                output = self.policy.loss(self.model, batch, num_items, num_sequences)
+                output, values = self.policy.loss(self.model, batch, num_items, num_sequences)
+                loss = output.loss
+                if values is not None:  # of a value head on the policy's trunk
+                    of_values = loss_of_values(values, batch, config, num_items)
+                    loss = loss + config.value_coef * of_values.loss
                 # Gradients are averaged over data-parallel ranks, but losses are shares of a sum.
-                accelerator.backward(output.loss * self.ranks.size)
+                accelerator.backward(loss * self.ranks.size)
+            if self.critic is not None:
+                with self.ranks.accumulation(self.critic.model, is_last):
+                    values = self.critic.values(batch)
+                    of_values = loss_of_values(values, batch, config, num_items)
+                    accelerator.backward(of_values.loss * self.ranks.size)
             sums = sums + output.sums
+            if values is not None:
+                value_sums = value_sums + of_values.sums
             max_ratio = torch.maximum(max_ratio, output.metrics["ratio/max"])
         limit = config.max_grad_norm or float("inf")
         if self.ranks.distributed:
@@ -293,20 +309,25 @@ class GRPOTrainer:
         else:
             grad_norm = accelerator.clip_grad_norm_(trainable_parameters(self.model), limit)
         metrics, signal = step_metrics(
-            self.ranks, sums, max_ratio, grad_norm, signals.received, self.reference is not None
+            *(self.ranks, sums, max_ratio, grad_norm, signals.received),
+            has_kl=self.reference is not None and config.algorithm == "grpo",
+            value_sums=value_sums,
+            critic_norm=0.0 if self.critic is None else self.critic.clip_gradients(),
         )
         has_scaler = accelerator.scaler is not None  # it skips steps that overflowed
-        if not has_scaler and not math.isfinite(metrics["grad_norm"]):
-            raise FloatingPointError(
-                f"grad_norm is {metrics['grad_norm']} in step {self.step + 1}; the step is not "
-                "applied"
-            )
+        for name in ("grad_norm", "value/grad_norm"):
+            if not has_scaler and not math.isfinite(metrics.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"{name} is {metrics[name]} in step {self.step + 1}; the step is not applied"
+                )
         metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
         metrics["epoch"] = self.data_position / len(self.data)
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad()
+        if self.critic is not None:
+            self.critic.step()
         experience.position += 1
         metrics["seconds/update"] = time.perf_counter() - started
         return experience.metrics | metrics, signal

@@ -21,11 +21,15 @@ RUN = {"prompts_per_rollout": 3, "num_generations": 4, "num_iterations": 2, "max
 RUN |= {"max_completion_length": T, "beta": 0.3, "entropy_coef": 0.02, "micro_batch_size": 4}
 RUN |= {"reference_refresh_rollouts": 2, "reference_mix": 0.5, "max_grad_norm": 0.05}
 RUN |= {"learning_rate": 0.3}
+PPO = {"algorithm": "ppo", "loss_type": "ppo", "num_generations": 1, "prompts_per_rollout": 12}
+PPO |= {"max_steps": 4, "reference_refresh_rollouts": None, "reference_mix": 1.0}
+PPO |= {"critic_learning_rate": 0.03}
 
 
-def sgd(model, config):
+def sgd(model, config, learning_rate=None):
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=0.9, foreach=False)
+    rate = learning_rate or config.learning_rate
+    return torch.optim.SGD(parameters, lr=rate, momentum=0.9, foreach=False)
 
 
 def fixed(prompts, trainer):

@@ -1,7 +1,7 @@
 """The trainer on several ranks: checks for `ranks`, which test_trainer_ranks.py starts.
 
 The folder has "start", the model, "one", the run of one process with its checkpoints, and
-"expected.pt", its results.
+"expected-one.pt", its results.
 """
 
 import functools
@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from batches import relative_error
-from parallel_trainer import DYNAMIC, by_tokens, load_start, result, sgd, trainer_on
+from parallel_trainer import DYNAMIC, PPO, by_tokens, load_start, result, sgd, trainer_on
 from ranks import raises
 from trainer_runs import HELD_OUT, partial_credit
 from transformers import AutoModelForCausalLM
@@ -43,7 +43,7 @@ def compare(found, expected, steps, where):
 
 def check_runs(rank):
     """Equal to one process; resumed on as many ranks bit by bit; one checkpoint of the whole."""
-    expected = torch.load(f"{rank.folder}/expected.pt")
+    expected = torch.load(f"{rank.folder}/expected-one.pt")
     for kind in KINDS[rank.size]:
         folder = f"{rank.folder}/{kind}{rank.size}"
         if Path(folder, "model").exists():
@@ -68,7 +68,7 @@ def check_runs(rank):
 
 def check_another_number_of_ranks(rank):
     """What one process, or four, has saved, in the middle of a rollout and behind one."""
-    expected = torch.load(f"{rank.folder}/expected.pt")
+    expected = torch.load(f"{rank.folder}/expected-one.pt")
     sources = {"ddp": "one", "tp": "2x24"} if rank.size == 2 else {"2x2": "tp2"}
     for kind, source in sources.items():
         for path in list_checkpoints(f"{rank.folder}/{source}")[2:4]:
@@ -144,6 +144,21 @@ def check_mixed_precision(rank):
     call = functools.partial(trainer_on, folder, load_start(start, kind), **options)
     raises(ValueError, "mixed_precision must be no or bf16", call)
     AcceleratorState._reset_state()
+
+
+def check_ppo(rank):
+    """Advantages are whitened over all ranks; the critic's gradients are averaged, too."""
+    expected = torch.load(f"{rank.folder}/expected-ppo-one.pt")
+    if rank.size > 2:
+        return
+    model = load_start(f"{rank.folder}/start", "ddp")
+    trainer, records = trainer_on(f"{rank.folder}/ppo", model, **PPO)
+    trainer.train()
+    compare(result(trainer, records), expected, range(1, 5), "ppo")
+    for step, metrics in records.items():
+        for name in ("value/loss", "value/grad_norm", "value/explained_variance"):
+            wanted = expected["records"][step][name]
+            assert metrics[name] == pytest.approx(wanted, rel=1e-4, abs=1e-5), (step, name)
 
 
 def check_masters(rank):

@@ -16,9 +16,16 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 BASELINES = ("group", "leave_one_out", "length", "batch")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+ALGORITHMS = ("grpo", "ppo")
+CRITICS = ("copy", "shared")
+REWARD_KL_ESTIMATORS = tuple(name for name in KL_ESTIMATORS if not name.endswith("+"))
 QUANTIZATIONS = ("4bit", "8bit")
 ROUNDING = "gradients are the same up to rounding"  # after a change in a resumed run
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CRITIC_OPTIONS = (
+    *("critic", "critic_model", "critic_learning_rate", "value_coef", "value_cliprange"),
+    *("gae_gamma", "gae_lambda", "reward_kl_estimator"),
+)
 
 
 @dataclass(kw_only=True)
@@ -73,12 +80,39 @@ class GRPOTrainerConfig:
     mask_truncated_completions: bool = option(
         False, "exclude completions that reach max_completion_length from the loss (DAPO)"
     )
-
     dynamic_sampling_rounds: int = option(
         1,
         "rounds of prompts_per_rollout prompts to draw at most until as many groups have rewards "
         "that differ (dynamic sampling, DAPO); 1: every group is trained on",
         low=1,
+    )
+
+    # The algorithm, and the critic of PPO
+    algorithm: str = option(
+        "grpo",
+        "grpo: advantages from groups; ppo: from a critic, with the KL penalty in the rewards",
+        choices=ALGORITHMS,
+    )
+    critic: str = option(
+        "copy",
+        "copy: a model of its own, which starts as a copy of the policy; shared: a value head on "
+        "the policy's trunk",
+        choices=CRITICS,
+    )
+    critic_model: str | None = option(
+        None, "token classifier with one label to start the critic from; none: the policy"
+    )
+    critic_learning_rate: float | None = option(
+        None, "peak learning rate of a critic of its own; none: learning_rate", low=0
+    )
+    value_coef: float = option(0.1, "weight of the value loss of a shared critic", low=0)
+    value_cliprange: float = option(
+        0.2, "how far values move from those of the rollout before they are clipped", above=0
+    )
+    gae_gamma: float = option(1.0, "discount factor of PPO's rewards", low=0, high=1)
+    gae_lambda: float = option(0.95, "lambda of generalised advantage estimation", low=0, high=1)
+    reward_kl_estimator: str = option(
+        "k1", "estimator of the KL penalty in PPO's rewards", choices=REWARD_KL_ESTIMATORS
     )
 
     # Rewards and advantages
@@ -244,6 +278,7 @@ class GRPOTrainerConfig:
                 f"{self.max_completion_length}, got {cache}"
             )
         self._check_advantages()
+        self._check_critic()
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
         if floor is not None and floor >= cap:
             raise ValueError(
@@ -290,10 +325,46 @@ class GRPOTrainerConfig:
             if other and getattr(self, name) != "group":
                 raise ValueError(f"{name} must be group with {other}, got {getattr(self, name)!r}")
 
+    def _check_critic(self):
+        """Checks the settings of PPO, and that none of them is set without it."""
+        if self.algorithm == "grpo":
+            defaults = {this.name: this.default for this in fields(GRPOTrainerConfig)}
+            for name in CRITIC_OPTIONS:
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(f"{name} requires algorithm ppo, got {getattr(self, name)!r}")
+            return
+        only = {"scale_rewards": "group", "baseline": "group", "pass_at_k": None}
+        only |= {"multi_objective_aggregation": "sum_then_normalize", "dynamic_sampling_rounds": 1}
+        only |= {"kl_estimator": "k3", "use_bias_correction_kl": False}
+        for name, value in only.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} must be {value} with algorithm ppo, whose advantages come from a "
+                    f"critic and whose KL penalty is in the rewards, got {getattr(self, name)!r}"
+                )
+        shared = self.critic == "shared"
+        if shared and self.loss_input == "logits":
+            raise ValueError('critic shared requires loss_input "hidden", got "logits"')
+        for name in ("critic_model", "critic_learning_rate"):
+            if shared and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} must be none with critic shared, got {getattr(self, name)!r}"
+                )
+        if self.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision must be no or bf16 with algorithm ppo: one loss scale cannot "
+                "serve two optimizers"
+            )
+
     @property
     def objective_or_default(self) -> Any:
         """The objective of the loss, with the parameters in `objective`."""
         return replace(LOSSES[self.loss_type].objective, **self.objective)
+
+    @property
+    def has_own_critic(self) -> bool:
+        """Whether PPO trains a critic that is not a part of the policy."""
+        return self.algorithm == "ppo" and self.critic == "copy"
 
     @property
     def steps_per_rollout(self) -> int:

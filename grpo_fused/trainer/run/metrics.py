@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from grpo_fused.losses import metrics
+from grpo_fused.ppo import VALUE_SUMS, value_metrics
 from grpo_fused.trainer.ranks import Ranks
 from grpo_fused.trainer.reference import full_tensor
 from grpo_fused.trainer.rewards import RewardScores
@@ -86,7 +87,10 @@ def step_metrics(
     max_ratio: torch.Tensor,
     grad_norm: torch.Tensor | float,
     signal: int,
-    has_reference: bool,
+    *,
+    has_kl: bool,
+    value_sums: torch.Tensor | float = 0.0,
+    critic_norm: torch.Tensor | float = 0.0,
 ) -> tuple[dict[str, float], int | None]:
     """Combines the metrics of an optimizer step over all ranks, in one exchange and one wait.
 
@@ -96,20 +100,28 @@ def step_metrics(
         max_ratio: () largest importance ratio.
         grad_norm: gradient norm; a DTensor for sharded models.
         signal: number of the signal that this rank received, or 0.
-        has_reference: whether there is a KL to report.
+        has_kl: whether the loss has a KL to report.
+        value_sums: (8,) `ValueLossOutput.sums`, added up over micro-batches; 0 without a critic.
+        critic_norm: gradient norm of a critic of its own.
 
     Returns:
         (metrics, signal): dict of floats; the signal of any rank, or None.
     """
-    grad_norm = full_tensor(torch.as_tensor(grad_norm)).to(max_ratio)
-    own = torch.stack([max_ratio, max_ratio.new_tensor(signal), grad_norm])
-    every_rank = ranks.accelerator.gather(torch.cat([sums, own])[None]).cpu()
-    sums = every_rank[:: ranks.tensor_size, : len(metrics.SUMS)].sum(0)
-    max_ratios, signals, grad_norms = every_rank[:, len(metrics.SUMS) :].unbind(1)
+    has_values = isinstance(value_sums, torch.Tensor)
+    values = value_sums if has_values else sums.new_zeros(len(VALUE_SUMS))
+    norms = [full_tensor(torch.as_tensor(norm)).to(max_ratio) for norm in (grad_norm, critic_norm)]
+    own = torch.stack([max_ratio, max_ratio.new_tensor(signal), *norms])
+    every_rank = ranks.accelerator.gather(torch.cat([sums, values, own])[None]).cpu()
+    parts = every_rank.split([len(metrics.SUMS), len(VALUE_SUMS), len(own)], dim=1)
+    sums, values = (part[:: ranks.tensor_size].sum(0) for part in parts[:2])
+    max_ratios, signals, grad_norms, critic_norms = parts[2].unbind(1)
     combined = {"loss": float(sums[0]), "grad_norm": float(grad_norms[0])}
     combined |= {name: float(value) for name, value in metrics.means(sums).items()}
     combined |= {"ratio/max": float(max_ratios.max()), "num_tokens": float(sums[1])}
-    if not has_reference:
+    if has_values:
+        combined |= {"value/loss": float(values[0]), "value/grad_norm": float(critic_norms[0])}
+        combined |= {name: float(value) for name, value in value_metrics(values).items()}
+    if not has_kl:
         del combined["kl"]
     return combined, int(signals.max()) or None
 

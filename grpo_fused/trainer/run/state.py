@@ -3,12 +3,14 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
+from accelerate import Accelerator
 from accelerate.utils import SAFE_WEIGHTS_NAME, set_seed
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -36,6 +38,7 @@ def save_state(trainer) -> None:
         experience = trainer.experience
         own = {
             "scheduler": trainer.scheduler.state_dict(),
+            "critic": None if trainer.critic is None else trainer.critic.scheduler.state_dict(),
             "experience": None if experience is None else experience.state_dict(),
             "random": random_states(trainer.accelerator.device),
         }
@@ -78,6 +81,8 @@ def load_state(trainer, folder: str | Path) -> None:
         for number in numbers
     ]
     trainer.scheduler.load_state_dict(parts[0]["scheduler"])
+    if trainer.critic is not None:
+        trainer.critic.scheduler.load_state_dict(parts[0]["critic"])
     trainer.experience = None
     if parts[0]["experience"] is not None:
         cpu = torch.device("cpu")
@@ -194,15 +199,18 @@ def exclude_frozen_weights(trainer) -> str | None:
     ).keys()
 
     def drop_frozen(models, states, folder):
-        for state in states:  # empty for sharded models, which Accelerate saves itself
-            for name in state.keys() - kept:
-                del state[name]
+        policy = states[0]  # empty for sharded models, which Accelerate saves itself
+        for name in policy.keys() - kept:
+            del policy[name]
 
     def load_trained(models, folder):
-        while models:
-            state = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
-            missing, unexpected = models.pop().load_state_dict(state, strict=False)
-            assert kept.isdisjoint(missing) and not unexpected
+        folder = Path(folder)
+        while models:  # the policy is the first; a critic has all of its weights
+            model, file = models.pop(), Path(SAFE_WEIGHTS_NAME)
+            if models:
+                file = file.with_stem(f"{file.stem}_{len(models)}")
+            missing, unexpected = model.load_state_dict(load_file(folder / file), strict=False)
+            assert not unexpected and (kept.isdisjoint(missing) if not models else not missing)
 
     trainer.accelerator.register_save_state_pre_hook(drop_frozen)
     trainer.accelerator.register_load_state_pre_hook(load_trained)
@@ -212,29 +220,53 @@ def exclude_frozen_weights(trainer) -> str | None:
 
 
 def save_pretrained(trainer) -> None:
-    """Writes `model/` for `from_pretrained`, replacing an older one only when complete.
+    """Writes `model/` and, of a critic of its own, `critic/` for `from_pretrained`.
 
-    A process killed between the two renames leaves the old model as `model.old.partial` and the
-    new one as `model.partial`. Every rank must call it.
-
-    Raises:
-        TrainingError: the model could not be written; the unfinished folder is deleted.
+    Every rank must call it; see `write_folder`.
     """
-    accelerator, error = trainer.accelerator, None
-    distributed, main = trainer.ranks.distributed, accelerator.is_main_process
-    weights = None
+    accelerator, main = trainer.accelerator, trainer.accelerator.is_main_process
+    distributed, weights = trainer.ranks.distributed, None
     if not distributed:
         weights = accelerator.get_state_dict(trainer.model)  # gathers sharded weights
-    final = Path(trainer.config.output_dir) / "model"
-    partial = final.with_name(f"model{PARTIAL}")
+        weights = {k: v for k, v in weights.items() if "value_head" not in k.split(".")}
+
+    def write(folder):
+        if main or distributed:  # of a distributed model, transformers gathers the weights
+            with absolute_base(trainer.unwrapped):
+                trainer.unwrapped.save_pretrained(folder, state_dict=weights, is_main_process=main)
+        if main:
+            trainer.tokenizer.save_pretrained(folder)
+
+    folder = Path(trainer.config.output_dir)
+    write_folder(accelerator, folder / "model", write)
+    if trainer.critic is not None:
+        critic = trainer.critic.unwrapped
+        write_folder(
+            accelerator, folder / "critic", lambda path: critic.save_pretrained(path) if main else 0
+        )
+
+
+def write_folder(accelerator: Accelerator, final: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a folder, replacing an older one only when complete.
+
+    A process killed between the two renames leaves the old folder as `NAME.old.partial` and the new
+    one as `NAME.partial`. Every rank must call it.
+
+    Args:
+        accelerator: of the run.
+        final: the folder.
+        write: called with another path on every rank; writes what the folder has.
+
+    Raises:
+        TrainingError: the folder could not be written; the unfinished one is deleted.
+    """
+    main, error = accelerator.is_main_process, None
+    partial = final.with_name(f"{final.name}{PARTIAL}")
     try:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
-        if main or distributed:  # of a distributed model, transformers gathers the weights
-            with absolute_base(trainer.unwrapped):
-                trainer.unwrapped.save_pretrained(partial, state_dict=weights, is_main_process=main)
+        write(partial)
         if main:
-            trainer.tokenizer.save_pretrained(partial)
             sync_folder(partial)
             replace_folder(partial, final)
     except Exception as raised:  # safetensors raises exceptions of its own

@@ -112,7 +112,7 @@ def count_rows_per_rank(config, num_ranks: int) -> int:
             f"minibatches must divide the {rows} sequences of each of {num_ranks} ranks, "
             f"got {config.minibatches}"
         )
-    if config.num_generations == 1:
+    if config.num_generations == 1 and config.algorithm == "grpo":
         warnings.warn(
             "num_generations is 1: the advantage of an outcome reward in a group of one is 0, so "
             "only process rewards train the model",
