@@ -44,9 +44,9 @@ def reward_of(text: str, answer: str) -> float:
     return float(text.partition("<eos>")[:2] == (answer, "<eos>"))
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with one token per character, 14 in total."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789?="])}
+def make_tokenizer(characters: str = "0123456789?=") -> PreTrainedTokenizerFast:
+    """Returns a tokenizer with one token per character, after a padding and an end token."""
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
     characters = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     characters.decoder = decoders.Fuse()

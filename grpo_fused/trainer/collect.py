@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from grpo_fused.trainer.critic import judge, token_rewards
+from grpo_fused.trainer.dynamic_sampling import Round, draw_rounds, take_rows
 from grpo_fused.trainer.experience import (
     Batch,
     Experience,
@@ -22,6 +23,7 @@ from grpo_fused.trainer.experience import (
     step_advantages,
 )
 from grpo_fused.trainer.rewards import RewardScores
+from grpo_fused.trainer.rewards.overlong import punish_overlong
 from grpo_fused.trainer.rollouts.rollout import Rollout
 from grpo_fused.trainer.rollouts.rollout_fn import convert_output
 from grpo_fused.trainer.run.data import split_columns
@@ -33,19 +35,19 @@ from grpo_fused.trainer.run.state import share_random_states
 def collect(trainer) -> Experience:
     """Samples a rollout, scores it, and computes everything that the loss needs besides logits."""
     config, accelerator, started = trainer.config, trainer.accelerator, time.perf_counter()
-    ranks = trainer.ranks
-    share_random_states(ranks, accelerator.device)
-    rollout = ranks.broadcast(together(accelerator, lambda: sample(trainer)))
-    ranks.check_agreement(
-        {
-            f"whether a rollout has {name}": getattr(rollout, name) is not None
-            for name in ("logprobs", "support")
-        }
-    )
-    scores = ranks.share(lambda: score(trainer, rollout))
+    ranks, size = trainer.ranks, config.num_generations
+    rounds, groups, drawing = draw_rounds(trainer, draw)
+    punishment = config.max_completion_length, config.soft_punish_cache
+    rounds = [Round(r, punish_overlong(s, r.completion_ids, *punishment)) for r, s in rounds]
+    metrics, rewards, each = rollout_metrics(ranks, rounds, size)
+    rollout, scores = rounds[0]
+    if drawing:
+        rows = [row for group in groups for row in range(group * size, (group + 1) * size)]
+        rollout, scores = take_rows(ranks, rounds, rows)
+        rewards, each = rewards[rows], each[rows]
+        metrics |= drawing | {"dynamic_sampling/reward": float(rewards.nanmean())}
     batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
 
-    metrics, rewards, each = rollout_metrics(ranks, rollout, scores, config.num_generations)
     mine = slice(ranks.index * trainer.rows_per_rank, (ranks.index + 1) * trainer.rows_per_rank)
     has_steps = any_rank(accelerator, scores.steps is not None)
     if config.algorithm == "ppo":  # advantages need values, below
@@ -97,6 +99,22 @@ def collect(trainer) -> Experience:
     return experience
 
 
+def draw(trainer) -> Round:
+    """Samples and scores the next prompts_per_rollout prompts, this rank's share of them."""
+    accelerator, ranks = trainer.accelerator, trainer.ranks
+    share_random_states(ranks, accelerator.device)
+    rollout = ranks.broadcast(together(accelerator, lambda: sample(trainer)))
+    ranks.check_agreement(
+        {
+            f"whether a rollout has {name}": getattr(rollout, name) is not None
+            for name in ("logprobs", "support")
+        }
+    )
+    scores = ranks.share(lambda: score(trainer, rollout))
+    trainer.data_position += trainer.config.prompts_per_rollout
+    return Round(rollout, scores)
+
+
 def sample(trainer) -> Rollout:
     """Samples the next rollout of this rank, with the rollout_fn or with `generate`."""
     config = trainer.config
@@ -130,7 +148,7 @@ def next_rows(trainer) -> list[int]:
     first = trainer.ranks.index * trainer.rows_per_rank
     rows = range(first, first + trainer.rows_per_rank)
     prompts = [row // config.num_generations for row in rows]
-    places = [trainer.rollouts * config.prompts_per_rollout + prompt for prompt in prompts]
+    places = [trainer.data_position + prompt for prompt in prompts]
     return [epoch_order(config.seed, place // size, size)[place % size] for place in places]
 
 

@@ -189,6 +189,7 @@ class GRPOTrainer:
         )
         self.frozen_checksum, self.data_checksum = exclude_frozen_weights(self), checksum_rows(data)
         self.step = self.rollouts = 0
+        self.data_position = 0  # prompts of all epochs that were trained on or left out
         self.experience: Experience | None = None
 
     def train(self) -> TrainResult:
@@ -320,7 +321,7 @@ class GRPOTrainer:
                     f"{name} is {metrics[name]} in step {self.step + 1}; the step is not applied"
                 )
         metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
-        metrics["epoch"] = self.rollouts * config.prompts_per_rollout / len(self.data)
+        metrics["epoch"] = self.data_position / len(self.data)
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()

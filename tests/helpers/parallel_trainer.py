@@ -48,6 +48,16 @@ def by_tokens(prompts, completions, completion_ids, columns):
     return RewardScores(totals, {"mod": totals})
 
 
+def by_parity(prompts, completions, completion_ids, columns):
+    """Rewards of which some groups are equal, by the prompt."""
+    pairs = zip(prompts, completion_ids, strict=True)
+    totals = torch.tensor([float(len(ids) % 2) * (p[0] > "3") for p, ids in pairs])
+    return RewardScores(totals, {"parity": totals})
+
+
+DYNAMIC = {"rewards": by_parity, "dynamic_sampling_rounds": 4}
+
+
 def trainer_on(folder, model=None, **options):
     """(trainer, records) of a run; the caller has put `sgd` in the place of AdamW."""
     given = {"rewards": by_tokens, "rollout_fn": fixed, "loss_type": "gspo"} | RUN | options

@@ -1,7 +1,7 @@
 """The trainer on several ranks: checks for `ranks`, which test_trainer_ranks.py starts.
 
 The folder has "start", the model, "one", the run of one process with its checkpoints, and
-"expected.pt", its results.
+"expected-one.pt", its results.
 """
 
 import functools
@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from batches import relative_error
-from parallel_trainer import PPO, by_tokens, load_start, result, sgd, trainer_on
+from parallel_trainer import DYNAMIC, PPO, by_tokens, load_start, result, sgd, trainer_on
 from ranks import raises
 from trainer_runs import HELD_OUT, partial_credit
 from transformers import AutoModelForCausalLM
@@ -43,7 +43,7 @@ def compare(found, expected, steps, where):
 
 def check_runs(rank):
     """Equal to one process; resumed on as many ranks bit by bit; one checkpoint of the whole."""
-    expected = torch.load(f"{rank.folder}/expected.pt")
+    expected = torch.load(f"{rank.folder}/expected-one.pt")
     for kind in KINDS[rank.size]:
         folder = f"{rank.folder}/{kind}{rank.size}"
         if Path(folder, "model").exists():
@@ -68,7 +68,7 @@ def check_runs(rank):
 
 def check_another_number_of_ranks(rank):
     """What one process, or four, has saved, in the middle of a rollout and behind one."""
-    expected = torch.load(f"{rank.folder}/expected.pt")
+    expected = torch.load(f"{rank.folder}/expected-one.pt")
     sources = {"ddp": "one", "tp": "2x24"} if rank.size == 2 else {"2x2": "tp2"}
     for kind, source in sources.items():
         for path in list_checkpoints(f"{rank.folder}/{source}")[2:4]:
@@ -77,6 +77,33 @@ def check_another_number_of_ranks(rank):
             resumed, records = trainer_on(folder, model, resume=str(path))
             resumed.train()
             compare(result(resumed, records), expected, records, (kind, source, path.name))
+
+
+def check_dynamic_sampling(rank):
+    """Groups that straddle ranks: the batches of one process, whose checkpoint is resumed, too."""
+    expected = torch.load(f"{rank.folder}/expected-dynamic.pt")
+    for kind in KINDS[rank.size]:
+        start = functools.partial(load_start, f"{rank.folder}/start", kind)
+        folder = f"{rank.folder}/dynamic-{kind}{rank.size}"
+        if Path(folder, "model").exists():
+            continue  # of an earlier start
+        options = DYNAMIC | {"save_steps": 1, "save_total_limit": None}
+        trainer, records = trainer_on(folder, start(), **options)
+        trainer.train()
+        compare(result(trainer, records), expected, range(1, 7), kind)
+        names = [name for name in records[1] if name.startswith("dynamic_sampling/")]
+        for step in range(1, 7):
+            want = expected["records"][step]
+            assert [records[step][n] for n in names] == [want[n] for n in names], (kind, step)
+        assert len({records[step]["dynamic_sampling/rounds"] for step in (1, 3, 5)}) > 1
+        path = list_checkpoints(folder)[2]  # in the middle of a rollout
+        resumed, later = trainer_on(f"{folder}-again", start(), resume=str(path), **options)
+        resumed.train()
+        assert later == {step: records[step] for step in (4, 5, 6)}, kind
+        path = list_checkpoints(f"{rank.folder}/dynamic")[1]  # behind a rollout
+        resumed, later = trainer_on(f"{folder}-one", start(), resume=str(path), **DYNAMIC)
+        resumed.train()
+        compare(result(resumed, later), expected, later, (kind, path.name))
 
 
 def check_sampling(rank):
@@ -121,7 +148,7 @@ def check_mixed_precision(rank):
 
 def check_ppo(rank):
     """Advantages are whitened over all ranks; the critic's gradients are averaged, too."""
-    expected = torch.load(f"{rank.folder}/expected_ppo.pt")
+    expected = torch.load(f"{rank.folder}/expected-ppo-one.pt")
     if rank.size > 2:
         return
     model = load_start(f"{rank.folder}/start", "ddp")

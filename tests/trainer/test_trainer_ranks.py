@@ -3,7 +3,7 @@
 import pytest
 import ranks
 import torch
-from parallel_trainer import PPO, load_start, result, save_start, sgd, trainer_on
+from parallel_trainer import DYNAMIC, PPO, load_start, result, save_start, sgd, trainer_on
 
 MODULES = ("trainer_parallel_ranks",)
 
@@ -16,16 +16,11 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("grpo_fused.trainer.trainer.make_optimizer", sgd)
         options = {"save_steps": 1, "save_total_limit": None}
-        trainer, records = trainer_on(
-            folder / "one", load_start(folder / "start", "one"), **options
-        )
-        trainer.train()
-        torch.save(result(trainer, records), folder / "expected.pt")
-        trainer, records = trainer_on(
-            folder / "ppo-one", load_start(folder / "start", "one"), **PPO
-        )
-        trainer.train()
-        torch.save(result(trainer, records), folder / "expected_ppo.pt")
+        for name, others in (("one", options), ("dynamic", options | DYNAMIC), ("ppo-one", PPO)):
+            model = load_start(folder / "start", "one")
+            trainer, records = trainer_on(folder / name, model, **others)
+            trainer.train()
+            torch.save(result(trainer, records), folder / f"expected-{name}.pt")
     return folder
 
 

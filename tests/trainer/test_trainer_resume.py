@@ -30,6 +30,15 @@ BUFFERED |= {"reference_refresh_rollouts": 1, "lr_scheduler_type": "cosine", "wa
 MOVING_AVERAGE = BUFFERED | {"reference_mix": 0.5, "eval_steps": 3, "eval_temperature": 1.0}
 MOVING_AVERAGE |= {"eval_data": HELD_OUT[:5]}
 GSPO = {"max_steps": 3, "num_iterations": 3, "loss_type": "gspo", "entropy_coef": 0.01}
+
+
+def coarse(prompts, completions, completion_ids, columns):
+    """Rewards of which some groups of four are equal."""
+    totals = torch.tensor([float(len(set(text)) == 2) for text in completions])
+    return RewardScores(totals, {"two": totals})
+
+
+DYNAMIC = {"rewards": coarse, "dynamic_sampling_rounds": 4, "minibatches": 2, "max_steps": 6}
 # (settings, steps to resume from): every step, or one before, at and after the first refresh.
 RUNS = {
     "on policy": ({"max_steps": 3}, [1, 2]),
@@ -37,6 +46,7 @@ RUNS = {
     "moving average, evaluated": (MOVING_AVERAGE, [2, 4, 7]),
     "adapters": (BUFFERED | {"peft_config": LORA}, [3, 4, 6]),
     "many passes, gspo": (GSPO, [1, 2]),
+    "dynamic sampling": (DYNAMIC, range(1, 6)),
 }
 
 
@@ -60,6 +70,10 @@ def test_resuming_is_bit_identical(tmp_path, name, buffered):
     is_shared = name == "buffered"
     folder, whole, expected = buffered if is_shared else full_run(tmp_path / "whole", options)
     weights = weights_of(whole)
+    if "dynamic_sampling_rounds" in options:
+        rounds = {expected[step]["dynamic_sampling/rounds"] for step in (1, 3, 5)}
+        position, plain = whole.data_position, whole.rollouts * whole.config.prompts_per_rollout
+        assert len(rounds) > 1 and position > plain and position % 4, "else the case tests little"
     for first in steps:
         seed = 3 if "peft_config" in options else 99  # frozen weights are not in checkpoints
         path = str(folder / f"checkpoint-{first}")

@@ -64,6 +64,9 @@ def test_a_completion_ends_at_its_first_end_token():
     for ids in sampler.generate(model, sampler.encode(["1?2="] * 64), temperature=1.0):
         assert not {EOS, 3} & set(ids[:-1]) and 1 <= len(ids) <= 5
         assert len(ids) == 5 or ids[-1] in (EOS, 3)
+    ids = sampler.encode(["1?2="] * 64)
+    shorter = sampler.generate(model, ids, temperature=1.0, max_new_tokens=2)
+    assert max(map(len, shorter)) == 2, "max_completion_length is 5"
 
 
 def test_the_batch_size_of_sampling_changes_no_greedy_completion():
@@ -125,7 +128,7 @@ def test_prompts_as_text_and_as_messages():
 def test_every_epoch_has_every_row_once_in_another_order():
     trainer, _ = trainer_of("unused", data=ROWS[:6], prompts_per_rollout=4)
     rows = []
-    for trainer.rollouts in range(3):
+    for trainer.data_position in (0, 4, 8):
         found = next_rows(trainer)
         assert all(found[row] == found[row // 4 * 4] for row in range(16))  # groups
         rows += found[::4]

@@ -101,16 +101,19 @@ class Sampler:
         *,
         temperature: float,
         batch_size: int | None = None,
+        max_new_tokens: int | None = None,
         supports: list[tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> list[list[int]]:
         """Samples a completion for each prompt, `batch_size` at once; temperature 0 is greedy.
 
         Args:
+            max_new_tokens: length limit; None: max_completion_length.
             supports: collects `Rollout.support` of the completions.
         """
         batch_size = batch_size or len(prompt_ids)
         completions = []
-        with eval_mode(model), generation_defaults(model, self.generation_config(temperature)):
+        generation_config = self.generation_config(temperature, max_new_tokens)
+        with eval_mode(model), generation_defaults(model, generation_config):
             for first in range(0, len(prompt_ids), batch_size):
                 ids, mask = pad(prompt_ids[first : first + batch_size], self.pad_id, "left")
                 ids, mask = ids.to(model.device), mask.to(model.device)
@@ -126,14 +129,16 @@ class Sampler:
                 completions += found
         return completions
 
-    def generation_config(self, temperature: float) -> GenerationConfig:
+    def generation_config(
+        self, temperature: float, max_new_tokens: int | None = None
+    ) -> GenerationConfig:
         """Returns a generation config for sampling from what `Filters` leave."""
         config = self.config
         sampling: dict[str, Any] = {"do_sample": bool(temperature)}
         if temperature:
             sampling |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return GenerationConfig(
-            max_new_tokens=config.max_completion_length,
+            max_new_tokens=max_new_tokens or config.max_completion_length,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
             **sampling,

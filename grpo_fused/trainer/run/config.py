@@ -80,6 +80,12 @@ class GRPOTrainerConfig:
     mask_truncated_completions: bool = option(
         False, "exclude completions that reach max_completion_length from the loss (DAPO)"
     )
+    dynamic_sampling_rounds: int = option(
+        1,
+        "rounds of prompts_per_rollout prompts to draw at most until as many groups have rewards "
+        "that differ (dynamic sampling, DAPO); 1: every group is trained on",
+        low=1,
+    )
 
     # The algorithm, and the critic of PPO
     algorithm: str = option(
@@ -110,6 +116,12 @@ class GRPOTrainerConfig:
     )
 
     # Rewards and advantages
+    soft_punish_cache: int | None = option(
+        None,
+        "tokens before max_completion_length in which the reward falls linearly by 1 (soft "
+        "overlong punishment, DAPO); none: no punishment",
+        low=1,
+    )
     scale_rewards: str = option(
         "group",
         "divide centred rewards by the standard deviation of the group or batch, by that of the "
@@ -254,6 +266,17 @@ class GRPOTrainerConfig:
                 f"minibatches must divide prompts_per_rollout x num_generations = {rows}, "
                 f"got {self.minibatches}"
             )
+        if self.dynamic_sampling_rounds > 1 and self.num_generations == 1:
+            raise ValueError(
+                "dynamic_sampling_rounds must be 1 with num_generations 1, because no reward of a "
+                f"group differs from another, got {self.dynamic_sampling_rounds}"
+            )
+        cache = self.soft_punish_cache
+        if cache is not None and cache > self.max_completion_length:
+            raise ValueError(
+                "soft_punish_cache must be at most max_completion_length = "
+                f"{self.max_completion_length}, got {cache}"
+            )
         self._check_advantages()
         self._check_critic()
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
@@ -285,6 +308,11 @@ class GRPOTrainerConfig:
                 f"pass_at_k must be at most num_generations = {self.num_generations}, "
                 f"got {self.pass_at_k}"
             )
+        if self.pass_at_k is not None and self.soft_punish_cache is not None:
+            raise ValueError(
+                "soft_punish_cache must be none with pass_at_k, whose rewards are 0 or 1, "
+                f"got {self.soft_punish_cache}"
+            )
         other = None if self.pass_at_k is None else "pass_at_k"
         if self.multi_objective_aggregation == "normalize_then_sum":
             if other:
@@ -306,7 +334,7 @@ class GRPOTrainerConfig:
                     raise ValueError(f"{name} requires algorithm ppo, got {getattr(self, name)!r}")
             return
         only = {"scale_rewards": "group", "baseline": "group", "pass_at_k": None}
-        only |= {"multi_objective_aggregation": "sum_then_normalize"}
+        only |= {"multi_objective_aggregation": "sum_then_normalize", "dynamic_sampling_rounds": 1}
         only |= {"kl_estimator": "k3", "use_bias_correction_kl": False}
         for name, value in only.items():
             if getattr(self, name) != value:

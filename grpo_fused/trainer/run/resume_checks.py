@@ -64,6 +64,7 @@ def run_metadata(trainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "rollouts": trainer.rollouts,
+        "data position": trainer.data_position,
         "ranks": trainer.ranks.size,
         "distributed": trainer.ranks.distributed,
         "rows": len(trainer.data),

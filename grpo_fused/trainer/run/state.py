@@ -102,6 +102,8 @@ def load_state(trainer, folder: str | Path) -> None:
             )
         trainer.reference.load_state_dict(state, trainer.unwrapped)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
+    position = trainer.rollouts * trainer.config.prompts_per_rollout
+    trainer.data_position = saved.get("data position", position)  # older checkpoints lack it
     if same:
         set_random_states(parts[0]["random"], device)
 
