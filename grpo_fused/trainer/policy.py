@@ -122,6 +122,7 @@ class Policy:
         self.takes_positions = (
             "position_ids" in inspect.signature(base_model(model).forward).parameters
         )
+        self.vocabulary = base_model(model).config.get_text_config().vocab_size
         # A mean over the tokens of a micro-batch would depend on the size of micro-batches.
         self.normalizer = LOSSES[config.loss_type].normalizer
         if self.normalizer == "token-mean-local":
@@ -138,7 +139,7 @@ class Policy:
         """
         arguments = (batch.completion_ids, batch.completion_mask)
         functions = linear_selective_log_softmax, selective_log_softmax
-        support = batch.support if over_support else None
+        support = batch.support(self.vocabulary) if over_support else None
         return self._through_head(model, batch, functions, arguments, support=support)[0]
 
     def loss(
@@ -158,7 +159,7 @@ class Policy:
             "ref_logps": batch.ref_logps,
             "sampling_logps": batch.sampling_logps,
             "importance_sampling_ratio": batch.importance_sampling_ratio,
-            "support": batch.support,
+            "support": batch.support(self.vocabulary),
             "loss_type": config.loss_type,
             "objective": self.objective,
             "importance_sampling_level": config.importance_sampling_level,

@@ -9,6 +9,13 @@ from grpo_fused.checks import nearest
 from grpo_fused.corrections import LEVELS, MODES
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.objectives import LEVELS as RATIO_LEVELS
+from grpo_fused.trainer.rollouts.chat import check_template_kwargs
+from grpo_fused.trainer.rollouts.generation import (
+    check_generation_kwargs,
+    leaves_out,
+    plain_values,
+    reweights,
+)
 from grpo_fused.trainer.run.options import check_field, option
 from grpo_fused.validation import check_objective
 
@@ -63,8 +70,32 @@ class GRPOTrainerConfig:
     min_p: float | None = option(
         None, "minimum probability relative to the most probable token; none: off", low=0, high=1
     )
+    repetition_penalty: float = option(
+        1.0,
+        "divides logits of tokens that occurred before; 1: off. Another distribution than the "
+        "policy's, which rollout_correction weights",
+        above=0,
+    )
+    stop_strings: list[str] = option(
+        [],
+        "text that ends a completion, in addition to the end token and to the stop_strings of the "
+        "model's generation config",
+    )
+    generation_kwargs: dict[str, Any] = option(
+        {},
+        "further settings of transformers' GenerationConfig, as {min_new_tokens: 4}; those that "
+        "the loss would be wrong with are refused",
+    )
+    chat_template_kwargs: dict[str, Any] = option(
+        {},
+        "arguments of the chat template, as {enable_thinking: false}; a column of this name takes "
+        "precedence",
+    )
     mask_truncated_completions: bool = option(
         False, "exclude completions that reach max_completion_length from the loss (DAPO)"
+    )
+    skip_special_tokens: bool = option(
+        True, "leave special tokens, the end token too, out of the text that rewards and tables see"
     )
 
     # Rewards and advantages
@@ -194,6 +225,7 @@ class GRPOTrainerConfig:
             self.report_to = []
         for field in fields(self):
             check_field(field, getattr(self, field.name))
+        self._check_sampling()
         check_objective_parameters(self.loss_type, self.objective)
         level = self.importance_sampling_level or LOSSES[self.loss_type].level
         check_objective(self.objective_or_default, level)
@@ -228,6 +260,13 @@ class GRPOTrainerConfig:
                 f"a reference model, got {self.reference_refresh_rollouts} with beta {self.beta}"
             )
 
+    def _check_sampling(self):
+        self.generation_kwargs = check_generation_kwargs(self.generation_kwargs)
+        check_template_kwargs(self.chat_template_kwargs)
+        self.chat_template_kwargs = plain_values("chat_template_kwargs", self.chat_template_kwargs)
+        if "" in self.stop_strings:
+            raise ValueError(f"stop_strings must not be empty text, got {self.stop_strings}")
+
     def _check_advantages(self):
         """Checks that no setting of the advantages would be ignored."""
         if self.pass_at_k is not None and self.pass_at_k > self.num_generations:
@@ -260,7 +299,13 @@ class GRPOTrainerConfig:
     @property
     def has_filters(self) -> bool:
         """Whether `generate` samples from a part of the vocabulary."""
-        return bool(self.top_k or self.top_p < 1 or self.min_p)
+        filters = self.top_k or self.top_p < 1 or self.min_p
+        return bool(filters) or leaves_out(self.generation_kwargs)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether `generate` samples kept tokens with other probabilities than the policy's."""
+        return self.repetition_penalty != 1 or reweights(self.generation_kwargs)
 
     @property
     def is_off_policy(self) -> bool:
