@@ -20,9 +20,10 @@ demo-lm: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n $(if $(filter cpu,$(DEVICE)),auto,0) --dist worksteal
 
-# With the full matrices of options that `test` covers pairwise.
+# With the full matrices of options that `test` covers pairwise, and quantized base models.
 test-all: .venv/ready
-	$(BIN)/python -m pytest --slow -n $(if $(filter cpu,$(DEVICE)),auto,0) --dist worksteal
+	$(BIN)/python -m pip install --quiet --no-deps --target build/bitsandbytes bitsandbytes
+	PYTHONPATH=build/bitsandbytes $(BIN)/python -m pytest --slow -n $(if $(filter cpu,$(DEVICE)),auto,0) --dist worksteal
 
 # The checks of two ranks, DeepSpeed's ZeRO-3 among them: it compiles an operator, so it stays apart.
 zero3: .venv/ready

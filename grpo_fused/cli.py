@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-TRAIN_EXTRA = ("accelerate", "datasets", "matplotlib", "tqdm", "transformers", "yaml")
+TRAIN_EXTRA = ("accelerate", "datasets", "matplotlib", "pydantic", "tqdm", "transformers", "yaml")
 TRAIN_USAGE = """usage: grpo-fused train CONFIG.yaml [--name value ...]
 
 Trains a causal language model by GRPO or another loss of the family; README.md has an example.

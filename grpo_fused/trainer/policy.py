@@ -1,4 +1,4 @@
-"""The policy: model preparation, optimizer, log-probabilities of completions, and the loss."""
+"""The policy: model preparation, log-probabilities of completions, and the loss."""
 
 import copy
 import inspect
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from grpo_fused import (
     LOSSES,
@@ -18,7 +17,7 @@ from grpo_fused import (
 )
 from grpo_fused.integrations.transformers import fuse_lm_head
 from grpo_fused.trainer.experience import Batch
-from grpo_fused.trainer.reference import is_peft_model, trainable_parameters
+from grpo_fused.trainer.reference import is_peft_model
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
 
@@ -75,32 +74,6 @@ def _zero_dropout(values, set_to_zero):
     for name, value in list(values.items()):
         if "drop" in name.lower() and isinstance(value, float) and 0 < value <= 1:
             set_to_zero(name)
-
-
-def make_optimizer(model: nn.Module, config: GRPOTrainerConfig) -> torch.optim.Optimizer:
-    """Returns AdamW over the trainable parameters, without weight decay for norms and biases.
-
-    With DTensors `foreach` is off, because torch cannot mix them with tensors in it.
-
-    Raises:
-        ValueError: nothing is trainable.
-    """
-    parameters = trainable_parameters(model)
-    if not parameters:
-        raise ValueError(
-            "model must have a parameter that requires a gradient, got none; an adapter is loaded "
-            "for training with PeftModel.from_pretrained(..., is_trainable=True)"
-        )
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=tuple(config.adam_betas),
-        foreach=False if any(isinstance(p, DTensor) for p in parameters) else None,
-    )
 
 
 def base_model(model: nn.Module) -> Any:

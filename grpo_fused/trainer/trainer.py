@@ -19,7 +19,8 @@ from transformers import (
 
 from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.experience import Experience
-from grpo_fused.trainer.policy import Policy, make_optimizer, prepare_model
+from grpo_fused.trainer.optimizer import make_optimizer
+from grpo_fused.trainer.policy import Policy, prepare_model
 from grpo_fused.trainer.ranks import Ranks, clip_gradients, explain_lost_rank
 from grpo_fused.trainer.reference import Reference, is_peft_model, trainable_parameters
 from grpo_fused.trainer.rewards import Rewards

@@ -56,7 +56,7 @@ def save_start(folder):
     make_model(make_tokenizer()).save_pretrained(folder)
 
 
-def load_start(folder, kind):
+def load_start(folder, kind, dtype=torch.float32):
     config = {
         "one": None,
         "ddp": None,
@@ -64,7 +64,7 @@ def load_start(folder, kind):
         "fsdp": DistributedConfig(fsdp_size=2),
         "2x2": DistributedConfig(tp_size=2, fsdp_size=2) if dist.is_initialized() else None,
     }[kind]
-    options = {"dtype": torch.float32, "distributed_config": config}
+    options = {"dtype": dtype, "distributed_config": config}
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 

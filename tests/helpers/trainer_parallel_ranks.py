@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 import grpo_fused.trainer.trainer
 from grpo_fused.trainer import TrainingError
 from grpo_fused.trainer.collect import collect
+from grpo_fused.trainer.optimizer import MasterAdamW, make_optimizer
+from grpo_fused.trainer.reference import local_tensor
 from grpo_fused.trainer.run.checkpoint import list_checkpoints
 
 grpo_fused.trainer.trainer.make_optimizer = sgd  # of this process alone
@@ -115,6 +117,31 @@ def check_mixed_precision(rank):
     call = functools.partial(trainer_on, folder, load_start(start, kind), **options)
     raises(ValueError, "mixed_precision must be no or bf16", call)
     AcceleratorState._reset_state()
+
+
+def check_masters(rank):
+    """Float32 masters of sharded bfloat16 weights come back from a checkpoint bit by bit."""
+    for kind in KINDS[rank.size]:
+        if kind == "ddp":
+            continue  # in `test_trainer_optimizer`
+        start = functools.partial(load_start, f"{rank.folder}/start", kind, torch.bfloat16)
+        folder = f"{rank.folder}/masters-{kind}{rank.size}"
+        options = {"learning_rate": 1e-4, "max_steps": 3}
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(grpo_fused.trainer.trainer, "make_optimizer", make_optimizer)
+            trainer, records = trainer_on(folder, start(), save_steps=2, **options)
+            trainer.train()
+            assert isinstance(trainer.optimizer.optimizer, MasterAdamW)
+            path = f"{folder}/checkpoint-2"
+            resumed, later = trainer_on(f"{folder}-again", start(), resume=path, **options)
+            resumed.train()
+        assert later == {3: records[3]}, kind
+        for mine, parameter in zip(
+            resumed.unwrapped.parameters(), trainer.unwrapped.parameters(), strict=True
+        ):
+            masters = resumed.optimizer.state[mine]["master"], trainer.optimizer.state[parameter]
+            assert torch.equal(local_tensor(masters[0]), local_tensor(masters[1]["master"]))
+            assert masters[0].dtype == torch.float32
 
 
 def check_disagreement(rank):

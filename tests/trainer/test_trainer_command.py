@@ -15,6 +15,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from trainer_runs import signal_after
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +23,7 @@ from grpo_fused import cli
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.run.checkpoint import latest_checkpoint
 from grpo_fused.trainer.run.command import distribution
+from grpo_fused.trainer.run.loading import load_model, quantized_options
 
 ROOT = Path(__file__).parents[2]
 REWARDS = """
@@ -148,6 +150,34 @@ def test_a_folder_with_an_adapter_is_trained_further(files, tmp_path, monkeypatc
         assert torch.equal(weight, weights[name]), name
     assert cli.main(arguments_of(files, tmp_path / "c", **options | lora)) == 1
     assert "holds an adapter, which is trained further: lora_rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_adapters_of_a_quantized_model(files, tmp_path, bits, no_plot):
+    """QLoRA: the base is quantized, the adapter trains, and a resumed run is the same run."""
+    bnb = pytest.importorskip("bitsandbytes")
+    options = {"quantization": bits, "lora_rank": 2, "beta": 0.1, "num_iterations": 2}
+    assert cli.main(arguments_of(files, tmp_path / "a", **options)) == 0
+    lines = list(map(json.loads, (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()))
+    assert lines[0]["ratio/max"] == 1 and lines[0]["kl"] == 0 < lines[1]["kl"]
+    assert cli.main(arguments_of(files, tmp_path / "b", **options, max_steps=1)) == 0
+    assert cli.main(arguments_of(files, tmp_path / "b", **options, resume="latest")) == 0
+    assert steps_of(tmp_path / "a") == steps_of(tmp_path / "b")
+    saved = latest_checkpoint(tmp_path / "b") / "model.safetensors"
+    assert all("lora_" in name for name in load_file(saved))
+    dtype = torch.float32
+    model = load_model(str(files / "model"), dtype, **quantized_options(bits, dtype))
+    kind = bnb.nn.Linear4bit if bits == "4bit" else bnb.nn.Linear8bitLt
+    assert isinstance(model.model.layers[0].mlp.up_proj, kind)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_quantization_needs_adapters_and_its_package(files, tmp_path, monkeypatch, capsys):
+    assert cli.main(arguments_of(files, tmp_path, quantization="4bit")) == 1
+    assert "quantization 4bit requires lora_rank, because" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="quantization 8bit needs bitsandbytes: pip install"):
+        quantized_options("8bit", torch.float32)
 
 
 def test_the_example_of_sums(files, tmp_path, monkeypatch, no_plot):

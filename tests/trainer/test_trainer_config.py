@@ -32,14 +32,14 @@ def test_no_two_configs_share_a_list():
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"loss_type": "grop"}, "must be one of grpo, .*, got 'grop' .did you mean grpo."),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing must be true or false, got 1"),
-        ({"report_to": "wandb"}, "report_to must be a list, got 'wandb'"),
-        ({"report_to": [3]}, "report_to must be a string, got 3"),
-        ({"adam_betas": [0.9]}, r"adam_betas must be two numbers below 1, got \[0.9\]"),
-        ({"adam_betas": [0.9, 1.0]}, r"adam_betas must be two numbers below 1, got \[0.9, 1.0\]"),
+        ({"report_to": "wandb"}, "report_to must be a list of strings, got 'wandb'"),
+        ({"report_to": [3]}, r"report_to\[0\] must be a string, got 3"),
+        ({"adam_betas": [0.9]}, r"adam_betas must be two numbers in .0, 1., got \[0.9\]"),
+        ({"adam_betas": [0.9, 1.0]}, r"adam_betas must be two numbers in .0, 1., got \[0.9, 1.0\]"),
         ({"minibatches": 7}, "minibatches must divide .* = 64, got 7"),
         ({"objective": {"epsilon": 0.1}}, r"objective: dapo has .*'epsilon' \(did you mean epsi"),
         ({"objective": {"epsilon_low": -1.0}}, "epsilon_low must be"),
-        ({"objective": {"epsilon_low": "x"}}, "objective must be a number, got 'x'"),
+        ({"objective": {"epsilon_low": "x"}}, r"objective.epsilon_low must be a number, got 'x'"),
         (
             {"loss_type": "gpg", "objective": {"x": 1.0}},
             "gpg has no parameters, got 'x'",
@@ -75,6 +75,13 @@ def test_required_settings_of_train(missing):
 def test_held_out_rows_require_eval_steps():
     with pytest.raises(ValueError, match="eval_data requires eval_steps, got 'rows.jsonl' without"):
         TrainConfig(**GIVEN, eval_data="rows.jsonl")
+
+
+def test_a_quantized_model_is_not_sharded():
+    with pytest.raises(ValueError, match="quantization must be none with tensor_.*, got '8bit'"):
+        TrainConfig(**GIVEN, quantization="8bit", fully_shard=True)
+    with pytest.raises(ValueError, match="quantization must be one of 4bit, 8bit, got '2bit'"):
+        TrainConfig(**GIVEN, quantization="2bit")
 
 
 def test_one_weight_per_reward():

@@ -82,7 +82,9 @@ def test_a_checkpoint_of_adapters_is_small_and_bound_to_its_base_model(tmp_path)
     adapters = sum(p.numel() for p in trainer.unwrapped.parameters() if p.requires_grad)
     assert 4 * adapters <= path.stat().st_size < 4 * adapters + 2000
     other, _ = trainer_of(tmp_path, resume="latest", seed=99, **options)
-    with pytest.raises(ValueError, match="resume: frozen weights is .*, the checkpoint has"):
+    with pytest.raises(
+        ValueError, match="resume: the frozen weights are not .*: the base model is"
+    ):
         other.train()
 
 
@@ -91,7 +93,9 @@ def test_adapters_with_other_settings_cannot_be_resumed(tmp_path):
     trainer_of(tmp_path, peft_config=LORA, **options)[0].train()
     other = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_alpha=64)
     trainer, _ = trainer_of(tmp_path, peft_config=other, resume="latest", **options)
-    with pytest.raises(ValueError, match="resume: adapters is .*'lora_alpha': 64.* has .*: 8,"):
+    with pytest.raises(
+        ValueError, match="resume: lora_alpha of adapter default is 64, the .* has 8;"
+    ):
         trainer.train()
 
 
@@ -173,6 +177,18 @@ def test_random_states_do_not_depend_on_accelerate(tmp_path, monkeypatch):
     assert records == {step: expected[step] for step in (2, 3)}
 
 
+def partly_frozen():
+    model = make_model(make_tokenizer())
+    model.lm_head.requires_grad_(False)
+    return model
+
+
+def another_model():
+    config = make_model(make_tokenizer()).config
+    config.rms_norm_eps = 0.1  # the same shapes
+    return Qwen3ForCausalLM(config)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
@@ -188,8 +204,12 @@ def saved(tmp_path_factory):
         ({"loss_type": "grpo"}, r"resume: loss_type is 'grpo', the checkpoint has 'dapo'"),
         ({"objective": {"epsilon_low": 0.1}}, r"resume: objective is .* the checkpoint has \{\}"),
         ({"lr_scheduler_type": "linear", "max_steps": 1}, "resume: lr_scheduler_type"),
-        ({"data": ROWS[:7]}, "resume: rows is 7, the checkpoint has 80"),
-        ({"data": ROWS[::-1]}, "resume: content of rows is "),
+        ({"data": ROWS[:7]}, "resume: data has 7 rows, the checkpoint had 80; set it back"),
+        ({"data": ROWS[::-1]}, "resume: the rows of data are not those"),
+        ({"temperature": 0.7}, "temperature is 0.7, .* or start a new run, in another output_dir"),
+        ({"peft_config": LORA}, "the model has adapters, the checkpoint is of a run with no adap"),
+        ({"model": partly_frozen()}, "some weights are frozen, but the checkpoint"),
+        ({"model": another_model()}, "rms_norm_eps of the model is 0.1, the checkpoint has 1e-06"),
         (
             {"resume": "nowhere"},
             "resume must be 'latest' or the folder of a checkpoint, got 'nowhere'",
@@ -317,6 +337,39 @@ def test_settings_that_do_not_affect_results_may_change(saved):
     assert trainer.train().step == 2
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_only_affects_memory_may_change_in_the_middle_of_a_rollout(tmp_path, steps):
+    options = {"num_iterations": 2, "max_steps": 4, "save_steps": 1, "save_total_limit": None}
+    options |= {"beta": 0.1, "entropy_coef": 0.01}
+    torch.manual_seed(0)
+    _, expected = run_of(tmp_path, **options)
+    changes = {"micro_batch_size": 3, "gradient_checkpointing": True, "loss_input": "logits"}
+    path = str(tmp_path / f"checkpoint-{steps}")
+    with pytest.warns(UserWarning) as warned:
+        _, records = run_of(tmp_path / "again", resume=path, **options | changes)
+    messages = "\n".join(str(warning.message) for warning in warned)
+    for name, value in changes.items():
+        assert f"{name} is {value!r}, the checkpoint has" in messages
+    assert list(records) == list(range(steps + 1, 5))
+    for step in records:
+        for name in ("loss", "grad_norm", "kl", "entropy", "reward", "num_tokens"):
+            assert records[step][name] == pytest.approx(expected[step][name], rel=1e-4, abs=1e-6)
+
+
+def test_the_micro_batch_is_part_of_a_loss_that_compares_its_tokens(tmp_path):
+    options = {"save_steps": 1, "loss_type": "clip_cov"}
+    trainer_of(tmp_path, max_steps=1, **options)[0].train()
+    trainer, _ = trainer_of(tmp_path, max_steps=2, resume="latest", micro_batch_size=3, **options)
+    with pytest.raises(ValueError, match="micro_batch_size is 3, .* 8 .clip_cov selects tokens"):
+        trainer.train()
+
+
+def run_of(folder, **options):
+    trainer, records = trainer_of(folder, **options)
+    trainer.train()
+    return trainer, records
+
+
 def test_adapters_of_a_tied_model_are_small(tmp_path):
     """The tied head is in the state dict under two names."""
     torch.manual_seed(0)
@@ -330,5 +383,5 @@ def test_adapters_of_a_tied_model_are_small(tmp_path):
     resumed, _ = trainer_of(
         tmp_path, model=Qwen3ForCausalLM(config), peft_config=LORA, resume="latest"
     )
-    with pytest.raises(ValueError, match="frozen weights is"):  # of another base model
+    with pytest.raises(ValueError, match="frozen weights are not"):  # of another base model
         resumed.train()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.run.config import TrainConfig
 from grpo_fused.trainer.run.data import load_rows
-from grpo_fused.trainer.run.loading import has_adapter, load_model
+from grpo_fused.trainer.run.loading import has_adapter, load_model, quantized_options
 from grpo_fused.trainer.run.log import RunLog
 from grpo_fused.trainer.trainer import GRPOTrainer, TrainResult
 
@@ -34,12 +34,18 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
             "and the model not be distributed; or merge it (peft's merge_and_unload) and train a "
             "new one"
         )
+    if config.quantization and not (config.lora_rank or has_adapter(config.model)):
+        raise ValueError(
+            f"quantization {config.quantization} requires lora_rank, because quantized weights "
+            "cannot be trained, got 0"
+        )
     transformers.set_seed(config.seed)
     distributed = distribution(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
         dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        model = load_model(config.model, dtype, **distributed)
+        options = distributed | quantized_options(config.quantization, dtype)
+        model = load_model(config.model, dtype, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {config.model} cannot be loaded: {error}") from error
     run_log = RunLog(config.output_dir, f"{config.model}, {config.loss_type} loss")

@@ -1,28 +1,28 @@
 """Settings of a training run: meaning, unit, default and accepted values of each."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from grpo_fused import LOSSES
 from grpo_fused.advantages import SCALES
-from grpo_fused.checks import nearest
 from grpo_fused.corrections import LEVELS, MODES
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.objectives import LEVELS as RATIO_LEVELS
-from grpo_fused.trainer.rollouts.chat import check_template_kwargs
-from grpo_fused.trainer.rollouts.generation import (
-    check_generation_kwargs,
-    leaves_out,
-    plain_values,
-    reweights,
+from grpo_fused.trainer.rollouts.generation import leaves_out, reweights
+from grpo_fused.trainer.run.config_checks import (
+    check_advantages,
+    check_objective_parameters,
+    check_sampling,
 )
-from grpo_fused.trainer.run.options import check_field, option
+from grpo_fused.trainer.run.options import check_options, option
 from grpo_fused.validation import check_objective
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 BASELINES = ("group", "leave_one_out", "length", "batch")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+QUANTIZATIONS = ("4bit", "8bit")
+ROUNDING = "gradients are the same up to rounding"  # after a change in a resumed run
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -52,9 +52,14 @@ class GRPOTrainerConfig:
     num_generations: int = option(8, "completions per prompt: the group size", low=1)
     minibatches: int = option(1, "optimizer steps per pass over a rollout", low=1)
     num_iterations: int = option(1, "passes over each rollout (mu in the GRPO paper)", low=1)
-    micro_batch_size: int = option(8, "sequences per rank in one forward and backward pass", low=1)
+    micro_batch_size: int = option(
+        8, "sequences per rank in one forward and backward pass", low=1, mutable_on_resume=ROUNDING
+    )
     generation_batch_size: int | None = option(
-        None, "sequences per rank sampled at once; none: the whole rollout", low=1
+        None,
+        "sequences per rank sampled at once; none: the whole rollout",
+        low=1,
+        mutable_on_resume="later samples are others than without the change",
     )
 
     # Sampling
@@ -139,6 +144,7 @@ class GRPOTrainerConfig:
         "hidden: the LM head is fused into the loss and the full logits never exist; logits: for "
         "heads that cannot be fused",
         choices=("hidden", "logits"),
+        mutable_on_resume=ROUNDING,
     )
 
     # Rollout correction, for a rollout_fn that returns the sampler's log-probabilities
@@ -166,15 +172,22 @@ class GRPOTrainerConfig:
 
     # The optimizer
     learning_rate: float = option(1e-6, "peak learning rate of AdamW", low=0)
-    adam_betas: list[float] = option([0.9, 0.999], "decay rates of AdamW's two moments", low=0)
+    adam_betas: list[float] = option([0.9, 0.999], "decay rates of AdamW's two moments")
     weight_decay: float = option(0.0, "weight decay of AdamW", low=0)
+    master_weights: bool = option(
+        True,
+        "keep float32 copies of bfloat16 or float16 weights in the optimizer; without them small "
+        "steps are rounded away",
+    )
     max_grad_norm: float = option(1.0, "gradient norm to clip at; 0: no clipping", low=0)
     lr_scheduler_type: str = option("constant", "learning rate schedule", choices=SCHEDULES)
     warmup_steps: int = option(0, "optimizer steps of linear warmup from 0", low=0)
 
     # Memory and precision
     mixed_precision: str = option("no", "autocast precision of forward passes", choices=PRECISIONS)
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass", mutable_on_resume=ROUNDING
+    )
     disable_dropout: bool = option(
         True, "turn dropout off, so that an unchanged policy has ratio 1 to itself"
     )
@@ -223,21 +236,20 @@ class GRPOTrainerConfig:
     def __post_init__(self):
         if self.report_to in ("none", ["none"]):  # as transformers accepts
             self.report_to = []
-        for field in fields(self):
-            check_field(field, getattr(self, field.name))
-        self._check_sampling()
+        check_options(self)
+        check_sampling(self)
         check_objective_parameters(self.loss_type, self.objective)
         level = self.importance_sampling_level or LOSSES[self.loss_type].level
         check_objective(self.objective_or_default, level)
-        if len(self.adam_betas) != 2 or max(self.adam_betas) >= 1:
-            raise ValueError(f"adam_betas must be two numbers below 1, got {self.adam_betas}")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas}")
         rows = self.prompts_per_rollout * self.num_generations
         if rows % self.minibatches:
             raise ValueError(
                 f"minibatches must divide prompts_per_rollout x num_generations = {rows}, "
                 f"got {self.minibatches}"
             )
-        self._check_advantages()
+        check_advantages(self)
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
         if floor is not None and floor >= cap:
             raise ValueError(
@@ -259,32 +271,6 @@ class GRPOTrainerConfig:
                 "reference_refresh_rollouts requires beta > 0, because only the KL penalty uses "
                 f"a reference model, got {self.reference_refresh_rollouts} with beta {self.beta}"
             )
-
-    def _check_sampling(self):
-        self.generation_kwargs = check_generation_kwargs(self.generation_kwargs)
-        check_template_kwargs(self.chat_template_kwargs)
-        self.chat_template_kwargs = plain_values("chat_template_kwargs", self.chat_template_kwargs)
-        if "" in self.stop_strings:
-            raise ValueError(f"stop_strings must not be empty text, got {self.stop_strings}")
-
-    def _check_advantages(self):
-        """Checks that no setting of the advantages would be ignored."""
-        if self.pass_at_k is not None and self.pass_at_k > self.num_generations:
-            raise ValueError(
-                f"pass_at_k must be at most num_generations = {self.num_generations}, "
-                f"got {self.pass_at_k}"
-            )
-        other = None if self.pass_at_k is None else "pass_at_k"
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            if other:
-                raise ValueError(
-                    "pass_at_k must be none with multi_objective_aggregation normalize_then_sum, "
-                    f"got {self.pass_at_k}"
-                )
-            other = "multi_objective_aggregation normalize_then_sum"
-        for name in ("scale_rewards", "baseline"):
-            if other and getattr(self, name) != "group":
-                raise ValueError(f"{name} must be group with {other}, got {getattr(self, name)!r}")
 
     @property
     def objective_or_default(self) -> Any:
@@ -321,8 +307,16 @@ class TrainConfig(GRPOTrainerConfig):
         ValueError: as for GRPOTrainerConfig; the model, the data or the rewards are missing.
     """
 
-    model: str = option("", "folder or Hub name of a causal language model for transformers")
+    model: str = option(
+        "", "folder or Hub name of a causal language model for transformers", mutable_on_resume=True
+    )
     dtype: str = option("float32", "dtype of the model's weights", choices=DTYPES)
+    quantization: str | None = option(
+        None,
+        "bits of the frozen base model of adapters, by bitsandbytes: 4bit (NF4 with nested "
+        "quantization: QLoRA) or 8bit; none: dtype",
+        choices=QUANTIZATIONS,
+    )
     tensor_parallel_size: int = option(
         1, "neighbouring ranks that share the model's layers and vocabulary, and a batch", low=1
     )
@@ -331,7 +325,9 @@ class TrainConfig(GRPOTrainerConfig):
     )
     tokenizer: str | None = option(None, "folder or Hub name; none: the model's tokenizer")
     data: str = option(
-        "", "training rows: a .jsonl, .parquet or .csv file, a saved data set, reasoning_gym:TASK"
+        "",
+        "training rows: a .jsonl, .parquet or .csv file, a saved data set, reasoning_gym:TASK",
+        mutable_on_resume=True,
     )
     eval_data: str | None = option(None, "held-out rows, as data", mutable_on_resume=True)
     data_columns: dict[str, str] = option({}, "names of columns in the data, as {prompt: question}")
@@ -362,6 +358,11 @@ class TrainConfig(GRPOTrainerConfig):
                 "lora_rank must be 0 with tensor_parallel_size or fully_shard, "
                 f"got {self.lora_rank}: shard adapters by FSDP2 in a config of accelerate launch"
             )
+        if self.quantization and (self.tensor_parallel_size > 1 or self.fully_shard):
+            raise ValueError(
+                "quantization must be none with tensor_parallel_size or fully_shard, "
+                f"got {self.quantization!r}"
+            )
         if self.eval_data and not self.eval_steps:
             raise ValueError(f"eval_data requires eval_steps, got {self.eval_data!r} without it")
         if self.lora_target_modules and not self.lora_rank:
@@ -373,17 +374,6 @@ class TrainConfig(GRPOTrainerConfig):
             raise ValueError(
                 f"reward_weights must be one per reward, {len(self.rewards)}, "
                 f"got {len(self.reward_weights)}"
-            )
-
-
-def check_objective_parameters(loss_type: str, parameters: dict[str, float]) -> None:
-    """Checks that the objective of a loss has these parameters; it checks their values itself."""
-    known = [field.name for field in fields(LOSSES[loss_type].objective)]
-    for name in parameters:
-        if name not in known:
-            raise ValueError(
-                f"objective: {loss_type} has {', '.join(known) or 'no parameters'}, got {name!r}"
-                f"{nearest(name, known)}"
             )
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from accelerate import Accelerator
 
 R = TypeVar("R")
@@ -43,5 +42,6 @@ def together(accelerator: Accelerator, action: Callable[[], R]) -> R:
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     """Returns whether `flag` is true on any rank. Every rank must call it."""
-    flags = torch.tensor([float(flag)], device=accelerator.device)
-    return bool(accelerator.gather(flags).sum() > 0)
+    if flag:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()

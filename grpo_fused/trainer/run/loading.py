@@ -1,13 +1,15 @@
 """Models from a folder or the Hub, with or without trained adapters."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_fused.trainer.reference import is_peft_model
 
@@ -31,6 +33,36 @@ def load_model(name: str, dtype: torch.dtype | str, **options: Any) -> nn.Module
     from peft import AutoPeftModelForCausalLM
 
     return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, dtype=dtype, **options)
+
+
+def quantized_options(quantization: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
+    """Returns the keywords of `from_pretrained` that load a model quantized by bitsandbytes.
+
+    Args:
+        quantization: "4bit", "8bit" or None.
+        dtype: of the matmuls with dequantized 4-bit weights; "auto": bfloat16.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"quantization {quantization} needs bitsandbytes: pip install bitsandbytes"
+        )
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if quantization == "4bit":
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16 if dtype == "auto" else dtype,
+        }
+    found: dict[str, Any] = {"quantization_config": BitsAndBytesConfig(**options)}
+    if torch.accelerator.is_available():  # a quantized model cannot be moved afterwards
+        found["device_map"] = {"": PartialState().device}
+    return found
 
 
 def has_adapter(name: str) -> bool:

@@ -2,14 +2,61 @@
 
 import dataclasses
 import json
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_fused.trainer.reference import is_peft_model
 
-# Keys of `run_metadata` that must be the same in the checkpoint.
-FIXED = ("distributed", "rows", "content of rows", "frozen weights", "adapters")
+WAY_OUT = (
+    "set it back, or start a new run, in another output_dir, from the weights in the model/ that a "
+    "finished or interrupted run leaves"
+)
+
+
+def _frozen(current: float | None, saved: float | None) -> str:
+    if saved is None:
+        return "some weights are frozen, but the checkpoint is of a run that trained all of them"
+    if current is None:
+        return "all weights are trained, but the checkpoint is of a run with frozen weights"
+    return (
+        "the frozen weights are not those of the checkpoint, which only has the trained ones "
+        f"(their sum of magnitudes is {current}, it was {saved}): the base model is another"
+    )
+
+
+def _adapters(current: dict | None, saved: dict | None) -> str:
+    if saved is None or current is None:
+        has, had = ("no ", "") if current is None else ("", "no ")
+        return f"the model has {has}adapters, the checkpoint is of a run with {had}adapters"
+    for name in sorted(current.keys() | saved.keys()):
+        if current.get(name) != saved.get(name):
+            return _difference(f"of adapter {name}", current.get(name, {}), saved.get(name, {}))
+    raise AssertionError("the adapters are equal")
+
+
+def _difference(of_what: str, current: dict, saved: dict) -> str:
+    """Names the first setting that differs."""
+    name = min(k for k in current.keys() | saved.keys() if current.get(k) != saved.get(k))
+    return f"{name} {of_what} is {current.get(name)!r}, the checkpoint has {saved.get(name)!r}"
+
+
+# What of `run_metadata` must be the same in the checkpoint, and what a difference means.
+FIXED: dict[str, Callable[[Any, Any], str]] = {
+    "distributed": lambda current, saved: (
+        f"the model is {'' if current else 'not '}distributed by transformers, that of the "
+        f"checkpoint was{'' if saved else ' not'}"
+    ),
+    "rows": lambda current, saved: f"data has {current} rows, the checkpoint had {saved}",
+    "content of rows": lambda current, saved: (
+        "the rows of data are not those of the checkpoint (their checksum is "
+        f"{current}, it was {saved})"
+    ),
+    "model": lambda current, saved: _difference("of the model", current or {}, saved or {}),
+    "adapters": _adapters,
+    "frozen weights": _frozen,
+}
 
 
 def run_metadata(trainer) -> dict[str, Any]:
@@ -21,6 +68,7 @@ def run_metadata(trainer) -> dict[str, Any]:
         "distributed": trainer.ranks.distributed,
         "rows": len(trainer.data),
         "content of rows": trainer.data_checksum,
+        "model": model_settings(trainer.unwrapped),
         "frozen weights": trainer.frozen_checksum,
         "adapters": adapter_settings(trainer.unwrapped),
         "config": dataclasses.asdict(trainer.config),
@@ -40,28 +88,45 @@ def agreed_values(config, data: Sequence[dict], model) -> dict[str, Any]:
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], config) -> None:
     """Checks that resuming gives the run that would have happened without the interruption.
 
+    Warns of settings that may change, but not without any effect.
+
     Args:
         saved: `run_metadata` from the checkpoint.
         current: `run_metadata` of the trainer that resumes.
         config: dataclass of the current settings.
 
     Raises:
-        ValueError: naming the first setting that differs.
+        ValueError: naming the first setting that differs, and the way out.
     """
-    for name in FIXED:
-        if saved.get(name) != current[name]:
-            raise ValueError(
-                f"resume: {name} is {current[name]}, the checkpoint has {saved.get(name)}"
-            )
+    for name, is_what in FIXED.items():
+        if name in saved and saved[name] != current[name]:
+            raise ValueError(f"resume: {is_what(current[name], saved[name])}; {WAY_OUT}")
     is_constant = getattr(config, "lr_scheduler_type", "").startswith("constant")
     for field in dataclasses.fields(config):
-        if field.metadata.get("mutable_on_resume") or field.name not in saved["config"]:
+        mutable = field.metadata.get("mutable_on_resume")
+        if mutable is True or field.name not in saved["config"]:
             continue
         if field.name == "max_steps" and is_constant:
             continue  # the learning rate of earlier steps does not depend on it
         value, before = getattr(config, field.name), saved["config"][field.name]
-        if value != before:
-            raise ValueError(f"resume: {field.name} is {value!r}, the checkpoint has {before!r}")
+        if value == before:
+            continue
+        differs = f"resume: {field.name} is {value!r}, the checkpoint has {before!r}"
+        if field.name == "micro_batch_size" and config.objective_or_default.couples == "batch":
+            differs += f" ({config.loss_type} selects tokens of a micro-batch by comparing them)"
+        elif mutable:
+            warnings.warn(f"{differs}: {mutable}", stacklevel=2)
+            continue
+        raise ValueError(f"{differs}; {WAY_OUT}")
+
+
+def model_settings(model) -> dict[str, Any] | None:
+    """Returns the settings of a transformers model as JSON values, without where it came from."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_diff_dict"):
+        return None
+    settings = json.loads(json.dumps(config.to_diff_dict(), default=str))
+    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
 
 
 def adapter_settings(model) -> dict[str, Any] | None:

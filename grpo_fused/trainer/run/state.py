@@ -180,21 +180,27 @@ def exclude_frozen_weights(trainer) -> str | None:
         A checksum by which a checkpoint recognises them; None if nothing is frozen.
     """
     # A tied head is in the state dict under both of its names.
-    parameters = trainer.model.named_parameters(remove_duplicate=False)
+    parameters = list(trainer.model.named_parameters(remove_duplicate=False))
     frozen = {name: p for name, p in parameters if not p.requires_grad}
     if not frozen:
         return None
 
+    # Quantized weights have entries of their own besides parameters and buffers.
+    kept = trainer.model.state_dict().keys() - frozen.keys()
+    kept &= {n for n, _ in parameters if n not in frozen} | dict(
+        trainer.model.named_buffers()
+    ).keys()
+
     def drop_frozen(models, states, folder):
         for state in states:  # empty for sharded models, which Accelerate saves itself
-            for name in frozen.keys() & state.keys():
+            for name in state.keys() - kept:
                 del state[name]
 
     def load_trained(models, folder):
         while models:
             state = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
             missing, unexpected = models.pop().load_state_dict(state, strict=False)
-            assert frozen.keys() >= set(missing) and not unexpected
+            assert kept.isdisjoint(missing) and not unexpected
 
     trainer.accelerator.register_save_state_pre_hook(drop_frozen)
     trainer.accelerator.register_load_state_pre_hook(load_trained)
