@@ -137,8 +137,8 @@ def main() -> None:
         for name in RUNS:
             found = in_a_process("cost", name)
             print(
-                f"| {name} | {found['weights'] / 1e6:.1f} million | {found['peak'] / 2**20:.0f} MiB "
-                f"| {found['seconds']:.1f} |",
+                f"| {name} | {found['weights'] / 1e6:.1f} million "
+                f"| {found['peak'] / 2**20:.0f} MiB | {found['seconds']:.1f} |",
                 flush=True,
             )
 

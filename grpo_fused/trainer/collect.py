@@ -125,9 +125,15 @@ def sample(trainer) -> Rollout:
         rollout = convert_output(output, prompts, columns, trainer.sampler)
         if config.has_filters and rollout.support is None and trainer.rollouts == 0:
             warnings.warn(
-                "top_k, top_p or min_p leave tokens out, but rollout_fn returned no support: the "
-                "loss is over the whole vocabulary, another policy than the one that sampled, and "
-                "ratios are biased (see the metric rollout/weight_mean)",
+                "top_k, top_p, min_p or generation_kwargs leave tokens out, but rollout_fn "
+                "returned no support: the loss is over the whole vocabulary, another policy than "
+                "the one that sampled, and ratios are biased (see the metric rollout/weight_mean)",
+                stacklevel=2,
+            )
+        if config.has_penalties and rollout.logprobs is None and trainer.rollouts == 0:
+            warnings.warn(
+                "repetition_penalty or generation_kwargs change the probabilities of tokens, but "
+                "rollout_fn returned no logprobs: nothing corrects for the sampler's distribution",
                 stacklevel=2,
             )
         return rollout
@@ -135,7 +141,7 @@ def sample(trainer) -> Rollout:
         return trainer.sampler.rollout(
             *(trainer.unwrapped, prompts, columns),
             temperature=config.temperature,
-            with_support=True,
+            with_notes=True,
         )
 
 

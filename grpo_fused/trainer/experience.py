@@ -15,7 +15,7 @@ from grpo_fused import (
     process_advantages,
     rollout_weights,
 )
-from grpo_fused.trainer.rollouts.rollout import Rollout, pad
+from grpo_fused.trainer.rollouts.rollout import Rollout, expand_support, pad
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
 
@@ -30,7 +30,7 @@ class Batch:
         attended: (B, T) bool, tokens of the completion, which the model attends to.
         completion_mask: (B, T) bool, tokens that enter the loss.
         advantages: (B,) or (B, T) float32.
-        support_counts: (B, T) int64, how many tokens the sampler kept.
+        support_counts: (B, T) int64, how many tokens the sampler kept; -1 - n: all but n.
         support_ids: (B, S) int32, those of all positions one after the other, padded on the right.
         sampling_logps, old_logps, ref_logps: (B, T) float32; the first two over what was kept.
         values, returns: (B, T) float32, PPO's: predictions of the critic, and what they should be.
@@ -62,14 +62,16 @@ class Batch:
         """(B, P + T) int64."""
         return torch.cat([self.prompt_mask, self.attended], dim=1).long()
 
-    @property
-    def support(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def support(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(offsets, ids), the keyword of the losses, or None: nothing was left out."""
         if self.support_counts is None or self.support_ids is None:
             return None
         counts, ids = self.support_counts, self.support_ids
+        if bool((counts[self.completion_mask] == -1).all()):
+            return None
         columns = torch.arange(ids.shape[1], device=ids.device)
-        return F.pad(counts.flatten().cumsum(0), (1, 0)), ids[columns < counts.sum(1)[:, None]]
+        lengths = torch.where(counts < 0, -1 - counts, counts).sum(1)
+        return expand_support(counts.flatten(), ids[columns < lengths[:, None]], vocabulary)
 
     def select(self, rows: slice, prompt_length: int, completion_length: int) -> "Batch":
         """Returns some rows, trimmed to the given lengths."""

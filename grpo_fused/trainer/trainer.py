@@ -71,8 +71,8 @@ class GRPOTrainer:
         rewards: one or more reward functions with TRL's signature, or a `Rewards`, which
             documents what they may return.
         config: GRPOTrainerConfig.
-        data: training rows, a sequence of dicts: "prompt", a str or a list of messages, and
-            columns for the reward functions.
+        data: training rows, a sequence of dicts: "prompt", a str or a list of messages, perhaps
+            "chat_template_kwargs", a dict, and columns for the reward functions.
         tokenizer: None = the tokenizer of `model`, which must then be a name.
         eval_data: held-out rows, or None.
         peft_config: PeftConfig of adapters to train; the reference is then the model without
@@ -80,12 +80,13 @@ class GRPOTrainer:
         rollout_fn: `rollout_fn(prompts, trainer)`, called instead of `generate`. Each prompt is
             repeated num_generations times, over all ranks. It returns a dict of lists with one
             entry per prompt: "completion_ids"; optionally "prompt_ids", "logprobs" (log-probability
-            of each token under the sampler, for rollout correction), "support" (for each token the
-            ids that the sampler's top-k, top-p or min-p kept, whose probabilities "logprobs" then
-            are; ratios and entropies are over these alone), "completion_mask" or "env_mask" (0 for
-            tokens that the policy did not sample), "truncated". Other entries
-            become columns for the reward functions. Evaluation always calls `generate`. Every rank
-            calls it; of ranks that share a batch, the result of the first counts.
+            of each token under the sampler, for rollout correction; NaN = not known), "support"
+            (for each token the ids that the sampler kept, whose probabilities "logprobs" then are;
+            ratios and entropies are over these alone), "completion_mask" or "env_mask" (0 for
+            tokens that the policy did not sample), "truncated" (default: ends neither with an end
+            token nor with a stop string). Other entries become columns for the reward functions.
+            Evaluation always calls `generate`. Every rank calls it; of ranks that share a batch,
+            the result of the first counts.
         on_refresh: called with the trainer after the reference was refreshed, for instance to
             train the reward model further (DeepSeekMath, Algorithm 1, line 12). A reward function
             that is an object can collect the completions to train on.

@@ -119,14 +119,19 @@ def check_sampling(rank):
 
     options = {"rollout_fn": None, "max_completion_length": 2, "eval_data": HELD_OUT[:5]}
     options |= {"eval_steps": 1, "rewards": counted, "max_steps": 2, "max_prompt_length": None}
+    options |= {"repetition_penalty": 1.5, "stop_strings": ["3"]}
+    options["generation_kwargs"] = {"suppress_tokens": [4]}
     trainer, records = trainer_on(folder, load_start(f"{rank.folder}/start", kind), **options)
     batch = collect(trainer).batch
     assert bool(calls) == (rank.rank % 2 == 0)
     shape = torch.tensor(batch.completion_ids.shape)
     assert torch.equal(rank.gather(shape)[rank.rank // 2 * 2], shape)
+    assert not (batch.completion_ids == 4).any() and batch.support(14) is not None
+    total = torch.stack([batch.sampling_logps.sum(), batch.support_ids.sum()]).float()
+    assert torch.equal(rank.gather(total)[rank.rank // 2 * 2], total), "of the first"
     trainer.train()
     assert "eval/reward" in records[1] and records[2]["num_tokens"] > 0
-    for name in ("reward", "loss", "eval/reward", "grad_norm"):
+    for name in ("reward", "loss", "eval/reward", "grad_norm", "rollout/kl"):
         values = rank.gather(torch.tensor(records[2][name]))
         assert all(torch.equal(value, values[0]) for value in values), name
 

@@ -326,7 +326,7 @@ def test_experience_of_two_ranks_is_dealt_to_others():
                     assert batch.prompt_mask.all() and batch.completion_mask.all()
                     assert batch.ref_logps.tolist() == [[float(number)] * completion]
                     assert batch.importance_sampling_ratio.tolist() == [[float(number)]]
-                    offsets, ids = batch.support
+                    offsets, ids = batch.support(14)
                     assert offsets.diff().tolist() == list(range(1, completion + 1))
                     assert ids.tolist() == [number] * (completion * (completion + 1) // 2)
             assert seen == members

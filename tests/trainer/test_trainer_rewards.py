@@ -2,6 +2,9 @@
 
 import asyncio
 import math
+import os
+import signal
+import threading
 
 import numpy
 import pytest
@@ -9,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from grpo_fused.demo import make_tokenizer
-from grpo_fused.trainer.rewards import Rewards
+from grpo_fused.trainer.rewards import Rewards, math_process
 from grpo_fused.trainer.rewards.builtin import (
     BUILTIN,
     PACKAGES,
@@ -299,6 +302,55 @@ def test_math_reads_answers_whole(answer):
     pytest.importorskip("math_verify")
     texts = [rf"So \boxed{{{answer}}}.", "The answer is 2."]
     assert math_verify(texts, [answer] * 2) == [1.0, 0.0]
+
+
+ENDLESS = ["9**9**9**9", r"$\int_0^1 x^{x^{x^x}} dx$", "$10000000!$"]
+
+
+def test_math_in_any_thread():
+    """Of several at a time, and in an event loop."""
+    pytest.importorskip("math_verify")
+    found = {}
+
+    def work(name):
+        found[name] = math_verify(["1/2", f"{name}"], ["0.5", "1"])
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: [1.0, 0.0], 1: [1.0, 1.0], 2: [1.0, 0.0]}
+
+    async def later(completions, answer):
+        return math_verify(completions, answer)
+
+    assert score([later, "math_verify"]).each["later"].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_no_answer_stops_a_run(monkeypatch):
+    """Neither of a completion nor of a row, which is one that cannot be parsed."""
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(math_process, "LIMIT", 1.0)
+    math_process.math_process(os.getpid()).close()
+    with pytest.warns(UserWarning, match="math_verify: an answer took longer than 1 s"):
+        assert math_verify([*ENDLESS[:2], "2"], ["2"] * 3) == [0.0, 0.0, 1.0]
+    assert math_verify(["2", "2"], ["2", ""]) == [1.0, None]
+    process = math_process.math_process(os.getpid())
+    os.kill(process._child.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
+    assert process.ask("2", "2.0")
+    os.kill(process._child.pid, signal.SIGKILL)
+    with pytest.warns(UserWarning, match="math_verify: an answer ended its process"):
+        assert not process.ask("2", "2.0")
+    assert process.ask("2", "2.0")
+    process.close()
+
+
+def test_math_without_its_package_says_so(monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no sympy')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ImportError, match=r"math-verify cannot be imported \(ImportError: no sym"):
+        math_process.MathProcess().ask("2")
 
 
 def test_columns_of_the_data_do_not_replace_completions():

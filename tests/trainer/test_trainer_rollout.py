@@ -205,13 +205,65 @@ def test_a_sampler_s_log_probabilities_become_weights(options):
 @pytest.mark.parametrize(
     "output, message",
     [
-        ([[4]], "rollout_fn must return a dict with completion_ids"),
-        ({"logprobs": []}, "rollout_fn must return a dict with completion_ids"),
+        ([[4]], r"rollout_fn must return a dict with completion_ids, .* got list \[\[4\]\]"),
+        (None, "rollout_fn must return a dict with completion_ids, .* got None"),
+        ({}, "rollout_fn must return a dict with completion_ids, .* got nothing"),
+        ({"completion_ids": None}, "return a dict with completion_ids, .* got nothing"),
+        ({"logprobs": []}, "rollout_fn must return a dict with completion_ids, .* got logprobs"),
+        ({"completions_ids": []}, r"got completions_ids \(did you"),
         (
             dict.fromkeys(["completion_ids", "env_mask", "completion_mask"], [[1]] * 16),
             "either env_mask or completion_mask, got both",
         ),
         ({"completion_ids": [[4]]}, "completion_ids must have one entry per prompt, 16, got 1"),
+        ({"completion_ids": 4}, "completion_ids must have one entry per prompt, 16, got 4"),
+        ({"completion_ids": "2" * 16}, "completion_ids must have one entry per prompt, 16, got '2"),
+        ({"completion_ids": {4: 4}}, "completion_ids must have one entry per prompt, .* got dict"),
+        ({"completion_ids": torch.tensor(4)}, "completion_ids must have one entry per prompt"),
+        (
+            {"completion_ids": [[4]] * 16, "spent": 1.5},
+            "rollout_fn: spent must have one entry per prompt, 16, got 1.5",
+        ),
+        *(
+            (
+                {"completion_ids": [[4]] * 15 + [ids]},
+                rf"completion_ids of completion 15 must be token ids, .* \[0, 14\), got {got}",
+            )
+            for ids, got in (
+                (None, "None"),
+                (4, "4"),
+                ("4", "'4'"),
+                ([4, 1.0], "1.0 for token 1"),
+                ([True], "True for token 0"),
+                (["4"], "'4' for token 0"),
+                ([None], "None for token 0"),
+                ([[4]], r"list \[4\] for token 0"),
+                ([4, 14], "14 for token 1"),
+                ([-1], "-1 for token 0"),
+                (numpy.array([0.5]), "0.5 for token 0"),
+                (torch.tensor([4, 99]), "99 for token 1"),
+            )
+        ),
+        (
+            {"completion_ids": [[4]] * 16, "prompt_ids": [[4, 77]] * 16},
+            r"prompt_ids of prompt 0 must be token ids, integers in \[0, 14\), got 77 for token 1",
+        ),
+        (
+            {"completion_ids": [[4]] * 16, "logprobs": [[-1.0]] * 15 + [[None]]},
+            "logprobs of completion 15 must be numbers, got None for token 0",
+        ),
+        (
+            {"completion_ids": [[4]] * 16, "logprobs": [0.5] * 16},
+            "logprobs of completion 0 must have one entry per token, 1, got 0.5",
+        ),
+        (
+            {"completion_ids": [[4]] * 16, "env_mask": [[2]] * 16},
+            r"completion_mask of completion 0 must be 0 or 1 for each token, got \[2\]",
+        ),
+        (
+            {"completion_ids": [[4]] * 16, "truncated": ["False"] * 16},
+            "truncated must be True or False, got",
+        ),
         ({"completion_ids": [[4]] * 16, "prompt_ids": [[]] * 16}, "prompt_ids must not be empty"),
         (
             {"completion_ids": [[4, 4, 4]] * 16},
@@ -295,3 +347,15 @@ def test_optional_output_of_a_rollout_fn():
     output["truncated"] = numpy.array([True, False] * 8)
     options = {"rollout_fn": lambda prompts, trainer: output, "mask_truncated_completions": True}
     assert collect(trainer_of("unused", **options)[0]).batch.completion_mask.sum() == 16
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array, tuple])
+def test_a_rollout_fn_may_return_tensors_and_arrays(kind):
+    output = {"completion_ids": kind([[4, 1]] * 16), "logprobs": kind([[-1.0, -2.0]] * 16)}
+    output |= {"prompt_ids": [kind([5, 6])] * 16, "completion_mask": kind([[True, False]] * 16)}
+    trainer, _ = trainer_of("unused", rollout_fn=lambda prompts, trainer: output)
+    batch = collect(trainer).batch
+    assert batch.prompt_ids.tolist() == [[5, 6]] * 16
+    assert batch.completion_ids.tolist() == [[4, 1]] * 16
+    assert batch.sampling_logps.tolist() == [[-1, -2]] * 16
+    assert batch.completion_mask.tolist() == [[True, False]] * 16

@@ -1,14 +1,20 @@
 """Settings of a training run: meaning, unit, default and accepted values of each."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from grpo_fused import LOSSES
 from grpo_fused.advantages import SCALES
-from grpo_fused.checks import nearest
 from grpo_fused.corrections import LEVELS, MODES
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.objectives import LEVELS as RATIO_LEVELS
+from grpo_fused.trainer.rollouts.generation import leaves_out, reweights
+from grpo_fused.trainer.run.config_checks import (
+    check_advantages,
+    check_critic,
+    check_objective_parameters,
+    check_sampling,
+)
 from grpo_fused.trainer.run.options import check_options, option
 from grpo_fused.validation import check_objective
 
@@ -22,10 +28,6 @@ REWARD_KL_ESTIMATORS = tuple(name for name in KL_ESTIMATORS if not name.endswith
 QUANTIZATIONS = ("4bit", "8bit")
 ROUNDING = "gradients are the same up to rounding"  # after a change in a resumed run
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CRITIC_OPTIONS = (
-    *("critic", "critic_model", "critic_learning_rate", "value_coef", "value_cliprange"),
-    *("gae_gamma", "gae_lambda", "reward_kl_estimator"),
-)
 
 
 @dataclass(kw_only=True)
@@ -77,8 +79,32 @@ class GRPOTrainerConfig:
     min_p: float | None = option(
         None, "minimum probability relative to the most probable token; none: off", low=0, high=1
     )
+    repetition_penalty: float = option(
+        1.0,
+        "divides logits of tokens that occurred before; 1: off. Another distribution than the "
+        "policy's, which rollout_correction weights",
+        above=0,
+    )
+    stop_strings: list[str] = option(
+        [],
+        "text that ends a completion, in addition to the end token and to the stop_strings of the "
+        "model's generation config",
+    )
+    generation_kwargs: dict[str, Any] = option(
+        {},
+        "further settings of transformers' GenerationConfig, as {min_new_tokens: 4}; those that "
+        "the loss would be wrong with are refused",
+    )
+    chat_template_kwargs: dict[str, Any] = option(
+        {},
+        "arguments of the chat template, as {enable_thinking: false}; a column of this name takes "
+        "precedence",
+    )
     mask_truncated_completions: bool = option(
         False, "exclude completions that reach max_completion_length from the loss (DAPO)"
+    )
+    skip_special_tokens: bool = option(
+        True, "leave special tokens, the end token too, out of the text that rewards and tables see"
     )
     dynamic_sampling_rounds: int = option(
         1,
@@ -255,6 +281,7 @@ class GRPOTrainerConfig:
         if self.report_to in ("none", ["none"]):  # as transformers accepts
             self.report_to = []
         check_options(self)
+        check_sampling(self)
         check_objective_parameters(self.loss_type, self.objective)
         level = self.importance_sampling_level or LOSSES[self.loss_type].level
         check_objective(self.objective_or_default, level)
@@ -266,19 +293,8 @@ class GRPOTrainerConfig:
                 f"minibatches must divide prompts_per_rollout x num_generations = {rows}, "
                 f"got {self.minibatches}"
             )
-        if self.dynamic_sampling_rounds > 1 and self.num_generations == 1:
-            raise ValueError(
-                "dynamic_sampling_rounds must be 1 with num_generations 1, because no reward of a "
-                f"group differs from another, got {self.dynamic_sampling_rounds}"
-            )
-        cache = self.soft_punish_cache
-        if cache is not None and cache > self.max_completion_length:
-            raise ValueError(
-                "soft_punish_cache must be at most max_completion_length = "
-                f"{self.max_completion_length}, got {cache}"
-            )
-        self._check_advantages()
-        self._check_critic()
+        check_advantages(self)
+        check_critic(self)
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
         if floor is not None and floor >= cap:
             raise ValueError(
@@ -301,61 +317,6 @@ class GRPOTrainerConfig:
                 f"a reference model, got {self.reference_refresh_rollouts} with beta {self.beta}"
             )
 
-    def _check_advantages(self):
-        """Checks that no setting of the advantages would be ignored."""
-        if self.pass_at_k is not None and self.pass_at_k > self.num_generations:
-            raise ValueError(
-                f"pass_at_k must be at most num_generations = {self.num_generations}, "
-                f"got {self.pass_at_k}"
-            )
-        if self.pass_at_k is not None and self.soft_punish_cache is not None:
-            raise ValueError(
-                "soft_punish_cache must be none with pass_at_k, whose rewards are 0 or 1, "
-                f"got {self.soft_punish_cache}"
-            )
-        other = None if self.pass_at_k is None else "pass_at_k"
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            if other:
-                raise ValueError(
-                    "pass_at_k must be none with multi_objective_aggregation normalize_then_sum, "
-                    f"got {self.pass_at_k}"
-                )
-            other = "multi_objective_aggregation normalize_then_sum"
-        for name in ("scale_rewards", "baseline"):
-            if other and getattr(self, name) != "group":
-                raise ValueError(f"{name} must be group with {other}, got {getattr(self, name)!r}")
-
-    def _check_critic(self):
-        """Checks the settings of PPO, and that none of them is set without it."""
-        if self.algorithm == "grpo":
-            defaults = {this.name: this.default for this in fields(GRPOTrainerConfig)}
-            for name in CRITIC_OPTIONS:
-                if getattr(self, name) != defaults[name]:
-                    raise ValueError(f"{name} requires algorithm ppo, got {getattr(self, name)!r}")
-            return
-        only = {"scale_rewards": "group", "baseline": "group", "pass_at_k": None}
-        only |= {"multi_objective_aggregation": "sum_then_normalize", "dynamic_sampling_rounds": 1}
-        only |= {"kl_estimator": "k3", "use_bias_correction_kl": False}
-        for name, value in only.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name} must be {value} with algorithm ppo, whose advantages come from a "
-                    f"critic and whose KL penalty is in the rewards, got {getattr(self, name)!r}"
-                )
-        shared = self.critic == "shared"
-        if shared and self.loss_input == "logits":
-            raise ValueError('critic shared requires loss_input "hidden", got "logits"')
-        for name in ("critic_model", "critic_learning_rate"):
-            if shared and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} must be none with critic shared, got {getattr(self, name)!r}"
-                )
-        if self.mixed_precision == "fp16":
-            raise ValueError(
-                "mixed_precision must be no or bf16 with algorithm ppo: one loss scale cannot "
-                "serve two optimizers"
-            )
-
     @property
     def objective_or_default(self) -> Any:
         """The objective of the loss, with the parameters in `objective`."""
@@ -374,7 +335,13 @@ class GRPOTrainerConfig:
     @property
     def has_filters(self) -> bool:
         """Whether `generate` samples from a part of the vocabulary."""
-        return bool(self.top_k or self.top_p < 1 or self.min_p)
+        filters = self.top_k or self.top_p < 1 or self.min_p
+        return bool(filters) or leaves_out(self.generation_kwargs)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether `generate` samples kept tokens with other probabilities than the policy's."""
+        return self.repetition_penalty != 1 or reweights(self.generation_kwargs)
 
     @property
     def is_off_policy(self) -> bool:
@@ -457,17 +424,6 @@ class TrainConfig(GRPOTrainerConfig):
             raise ValueError(
                 f"reward_weights must be one per reward, {len(self.rewards)}, "
                 f"got {len(self.reward_weights)}"
-            )
-
-
-def check_objective_parameters(loss_type: str, parameters: dict[str, float]) -> None:
-    """Checks that the objective of a loss has these parameters; it checks their values itself."""
-    known = [field.name for field in fields(LOSSES[loss_type].objective)]
-    for name in parameters:
-        if name not in known:
-            raise ValueError(
-                f"objective: {loss_type} has {', '.join(known) or 'no parameters'}, got {name!r}"
-                f"{nearest(name, known)}"
             )
 
 
