@@ -19,22 +19,26 @@ def run_metadata(trainer) -> dict[str, Any]:
         "rollouts": trainer.rollouts,
         "ranks": trainer.ranks.size,
         "distributed": trainer.ranks.distributed,
-        "rows": len(trainer.data),
-        "content of rows": trainer.data_checksum,
+        **trainer.order.content,
+        "place in data": trainer.order.state_dict(),
         "frozen weights": trainer.frozen_checksum,
         "adapters": adapter_settings(trainer.unwrapped),
         "config": dataclasses.asdict(trainer.config),
     }
 
 
-def agreed_values(config, data: Sequence[dict], model) -> dict[str, Any]:
-    """Returns what every rank of a run must have been given alike, by name."""
+def agreed_values(config, content: dict[str, Any], model) -> dict[str, Any]:
+    """Returns what every rank of a run must have been given alike, by name.
+
+    `content` is that of the data's order.
+    """
     settings = {name: repr(value) for name, value in dataclasses.asdict(config).items()}
     for name in ("output_dir", "report_to", "progress_bar"):  # matters to the rank that writes
         settings.pop(name)
     model = type(model).__name__, [(n, tuple(p.shape)) for n, p in model.named_parameters()]
     values = {"the model": zlib.crc32(repr(model).encode())}
-    return settings | values | {"the number of rows": len(data), "data": checksum_rows(data)}
+    rows = {"the number of rows": content["rows"], "data": content["content of rows"]}
+    return settings | values | rows
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], config) -> None:

@@ -97,6 +97,7 @@ def load_state(trainer, folder: str | Path) -> None:
             )
         trainer.reference.load_state_dict(state, trainer.unwrapped)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
+    trainer.order.load_state_dict(saved.get("place in data"), trainer.rollouts)
     if same:
         set_random_states(parts[0]["random"], device)
 
