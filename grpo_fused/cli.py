@@ -14,7 +14,8 @@ TRAIN_USAGE = """usage: grpo-fused train CONFIG.yaml [--name value ...]
 Trains a causal language model by GRPO or another loss of the family; README.md has an example.
 CONFIG.yaml contains `name: value` lines; options on the command line take precedence. Without
 CONFIG.yaml all options come from the command line. `--objective.epsilon_low 0.1` sets one entry of
-a mapping. Set GRPO_FUSED_TRACEBACK=1 in the environment to see the traceback of an error.
+a mapping. Paths are relative to the current folder, those in CONFIG.yaml too. Set
+GRPO_FUSED_TRACEBACK=1 in the environment to see the traceback of an error.
 
 options:
 """

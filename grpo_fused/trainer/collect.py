@@ -1,7 +1,6 @@
 """Collecting experience: rollout, rewards, advantages, old and reference log-probabilities."""
 
 import functools
-import random
 import time
 import warnings
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from grpo_fused.trainer.experience import (
     rollout_sums,
     step_advantages,
 )
+from grpo_fused.trainer.order import next_rows
 from grpo_fused.trainer.rewards import RewardScores
 from grpo_fused.trainer.rewards.overlong import punish_overlong
 from grpo_fused.trainer.rollouts.rollout import Rollout
@@ -118,8 +118,7 @@ def draw(trainer) -> Round:
 def sample(trainer) -> Rollout:
     """Samples the next rollout of this rank, with the rollout_fn or with `generate`."""
     config = trainer.config
-    rows = [trainer.data[i] for i in next_rows(trainer)]
-    prompts, columns = split_columns(rows)
+    prompts, columns = split_columns(next_rows(trainer))
     if trainer.rollout_fn is not None:
         output = trainer.rollout_fn(list(prompts), trainer)
         rollout = convert_output(output, prompts, columns, trainer.sampler)
@@ -143,25 +142,6 @@ def sample(trainer) -> Rollout:
             temperature=config.temperature,
             with_notes=True,
         )
-
-
-def next_rows(trainer) -> list[int]:
-    """Returns the index of each of this rank's next rows; every epoch shuffles the data anew.
-
-    A group of num_generations rows has the same index; it may straddle ranks.
-    """
-    config, size = trainer.config, len(trainer.data)
-    first = trainer.ranks.index * trainer.rows_per_rank
-    rows = range(first, first + trainer.rows_per_rank)
-    prompts = [row // config.num_generations for row in rows]
-    places = [trainer.data_position + prompt for prompt in prompts]
-    return [epoch_order(config.seed, place // size, size)[place % size] for place in places]
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
-    """Returns a permutation of `size` rows that depends on seed and epoch alone."""
-    return random.Random(f"{seed} {epoch}").sample(range(size), size)
 
 
 def score(trainer, rollout: Rollout) -> RewardScores:

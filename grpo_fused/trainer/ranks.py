@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -115,6 +115,17 @@ class Ranks:
             Exception: what the action raised on this one.
         """
         return self.broadcast(together(self.accelerator, action if self.is_first else lambda: None))
+
+    def from_main(self, action: Callable[[], R]) -> R:
+        """Returns on every rank what an action returns on the main process, which alone calls it.
+
+        Raises:
+            TrainingError: the action raised, on the other ranks.
+            Exception: what the action raised, on the main process.
+        """
+        main = self.accelerator.is_main_process
+        value = [together(self.accelerator, action if main else lambda: None)]
+        return broadcast_object_list(value)[0]
 
     @property
     def is_first(self) -> bool:

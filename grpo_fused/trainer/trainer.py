@@ -21,6 +21,7 @@ from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.critic import Critic, add_value_head, load_critic, loss_of_values
 from grpo_fused.trainer.experience import Experience
 from grpo_fused.trainer.optimizer import make_optimizer
+from grpo_fused.trainer.order import make_order
 from grpo_fused.trainer.policy import Policy, prepare_model
 from grpo_fused.trainer.ranks import Ranks, clip_gradients, explain_lost_rank
 from grpo_fused.trainer.reference import Reference, is_peft_model, trainable_parameters
@@ -30,11 +31,12 @@ from grpo_fused.trainer.rollouts.rollout_fn import RolloutFn
 from grpo_fused.trainer.rollouts.sampler import Sampler
 from grpo_fused.trainer.run.checkpoint import resolve_checkpoint
 from grpo_fused.trainer.run.config import GRPOTrainerConfig, tracker_config
+from grpo_fused.trainer.run.data import check_rows
 from grpo_fused.trainer.run.evaluation import evaluate
 from grpo_fused.trainer.run.loading import load_model
 from grpo_fused.trainer.run.log import RunLog
 from grpo_fused.trainer.run.metrics import progress_summary, step_metrics
-from grpo_fused.trainer.run.resume_checks import agreed_values, checksum_rows
+from grpo_fused.trainer.run.resume_checks import agreed_values
 from grpo_fused.trainer.run.signals import StopSignals
 from grpo_fused.trainer.run.state import (
     exclude_frozen_weights,
@@ -44,13 +46,14 @@ from grpo_fused.trainer.run.state import (
 )
 from grpo_fused.trainer.run.validation import (
     check_accelerator,
+    check_config,
     check_model,
-    check_rows,
     check_trackers,
     count_rows_per_rank,
 )
 
 if TYPE_CHECKING:
+    from datasets import IterableDataset
     from peft import PeftConfig
 
 
@@ -71,10 +74,12 @@ class GRPOTrainer:
         rewards: one or more reward functions with TRL's signature, or a `Rewards`, which
             documents what they may return.
         config: GRPOTrainerConfig.
-        data: training rows, a sequence of dicts: "prompt", a str or a list of messages, perhaps
-            "chat_template_kwargs", a dict, and columns for the reward functions.
+        data: training rows, dicts: "prompt", a str or a list of messages, perhaps
+            "chat_template_kwargs", a dict, and columns for the reward functions. A sequence of
+            them, or a `datasets.IterableDataset`, which the main process reads for all ranks as it
+            goes.
         tokenizer: None = the tokenizer of `model`, which must then be a name.
-        eval_data: held-out rows, or None.
+        eval_data: a sequence of held-out rows, or None.
         peft_config: PeftConfig of adapters to train; the reference is then the model without
             adapters. A PeftModel as `model` goes on with its adapters, and they are the reference.
         rollout_fn: `rollout_fn(prompts, trainer)`, called instead of `generate`. Each prompt is
@@ -96,8 +101,8 @@ class GRPOTrainer:
             the trackers.
 
     Raises:
-        ValueError: there are no rows; the tokenizer has no end token; settings are incompatible
-            with the model, the data or the number of ranks.
+        ValueError: there are no rows, or one has no valid prompt; the tokenizer has no end token;
+            settings are incompatible with the model, the data or the number of ranks.
 
     Example:
         def exact(completions, answer, **columns):
@@ -115,7 +120,7 @@ class GRPOTrainer:
         model: PreTrainedModel | str,
         rewards: Rewards | RewardFunction | str | Sequence[RewardFunction | str],
         config: GRPOTrainerConfig,
-        data: Sequence[dict[str, Any]],
+        data: "Sequence[dict[str, Any]] | IterableDataset",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         eval_data: Sequence[dict[str, Any]] | None = None,
@@ -125,6 +130,7 @@ class GRPOTrainer:
         run_log: RunLog | None = None,
         accelerator: Accelerator | None = None,
     ):
+        check_config(config)
         check_trackers(config.report_to)
         self.config = config
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
@@ -141,7 +147,7 @@ class GRPOTrainer:
         if config.eval_steps is not None:
             if eval_data is None:
                 raise ValueError(f"eval_steps = {config.eval_steps} requires eval_data, got None")
-            self.eval_data = check_rows("eval_data", eval_data)
+            self.eval_data = check_rows("eval_data", eval_data, may_stream=False)
 
         set_seed(config.seed)  # initialises adapters alike on every rank
         if isinstance(model, str):
@@ -151,7 +157,8 @@ class GRPOTrainer:
             raise ValueError("tokenizer is required unless model is a name, got None")
         check_model(model, config)
         self.ranks = Ranks(self.accelerator, model)
-        self.ranks.check_agreement(agreed_values(config, data, model))
+        self.order = make_order(self.data, config, self.ranks)
+        self.ranks.check_agreement(agreed_values(config, self.order.content, model))
         self.ranks.check_options(config, peft_config)
         self.rows_per_rank = count_rows_per_rank(config, self.ranks.size)
         self.tokenizer, self.sampler = tokenizer, Sampler(tokenizer, model, config)
@@ -188,7 +195,7 @@ class GRPOTrainer:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.max_steps,
         )
-        self.frozen_checksum, self.data_checksum = exclude_frozen_weights(self), checksum_rows(data)
+        self.frozen_checksum = exclude_frozen_weights(self)
         self.step = self.rollouts = 0
         self.data_position = 0  # prompts of all epochs that were trained on or left out
         self.experience: Experience | None = None
@@ -322,7 +329,7 @@ class GRPOTrainer:
                     f"{name} is {metrics[name]} in step {self.step + 1}; the step is not applied"
                 )
         metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
-        metrics["epoch"] = self.data_position / len(self.data)
+        metrics["epoch"] = self.order.epochs(self.data_position)
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()

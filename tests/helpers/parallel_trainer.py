@@ -12,7 +12,7 @@ from trainer_runs import trainer_of, weights_of
 from transformers import AutoModelForCausalLM, DistributedConfig
 
 from grpo_fused.demo import make_model, make_tokenizer
-from grpo_fused.trainer.collect import next_rows
+from grpo_fused.trainer.order import next_rows
 from grpo_fused.trainer.rewards import RewardScores
 
 T = 5
@@ -37,7 +37,7 @@ def fixed(prompts, trainer):
     first = trainer.ranks.index * trainer.rows_per_rank
     completions = []
     for place, (prompt, row) in enumerate(zip(prompts, next_rows(trainer), strict=True)):
-        assert trainer.data[row]["prompt"] == prompt
+        assert row["prompt"] == prompt
         draw = random.Random(f"{prompt} {(first + place) % 4}")
         completions.append([draw.randrange(2, 14) for _ in range(draw.randrange(0, T))] + [1])
     return {"completion_ids": completions}

@@ -12,9 +12,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from batches import relative_error
-from parallel_trainer import DYNAMIC, PPO, by_tokens, load_start, result, sgd, trainer_on
+from parallel_trainer import (
+    DYNAMIC,
+    PPO,
+    by_tokens,
+    fixed,
+    load_start,
+    result,
+    sgd,
+    trainer_on,
+)
 from ranks import raises
-from trainer_runs import HELD_OUT, partial_credit
+from trainer_runs import HELD_OUT, ROWS, partial_credit
 from transformers import AutoModelForCausalLM
 
 import grpo_fused.trainer.trainer
@@ -204,6 +213,52 @@ def check_disagreement(rank):
         raises(
             ValueError, f"disagree on {name}", lambda m=model, o=options: trainer_on(folder, m, **o)
         )
+
+
+def check_streams(rank):
+    """The main process alone reads a stream; every rank has its share, after a resume too.
+
+    Five rows, three a rollout: an epoch ends in the second rollout.
+    """
+    import datasets
+
+    folder, seen = f"{rank.folder}/stream{rank.size}", []
+
+    def rows():
+        seen.append([])
+        for row in ROWS[:5]:
+            seen[-1].append(row)
+            yield row
+        if len(seen) == faulty:
+            yield {"question": "?"}
+
+    def checked(prompts, trainer):
+        for place, prompt in enumerate(prompts):
+            group = (trainer.ranks.index * trainer.rows_per_rank + place) // 4
+            assert prompt == ROWS[(3 * trainer.rollouts + group) % 5]["prompt"]
+        return fixed(prompts, trainer)
+
+    faulty = None
+    options = {"data": datasets.IterableDataset.from_generator(rows), "shuffle": False}
+    options |= {"rollout_fn": checked, "save_total_limit": None}
+
+    def run(where, **more):
+        seen.clear()
+        model = load_start(f"{rank.folder}/start", "ddp")
+        trainer, records = trainer_on(where, model, **options, **more)
+        trainer.train()
+        return records
+
+    records = run(folder, save_steps=1)
+    main = rank.rank == 0
+    assert sum(map(len, seen)) - 2 == 9 * main, "besides the first row, which all have checked"
+    assert [records[step]["epoch"] for step in range(1, 7)] == [0, 0, 1, 1, 1, 1]
+    path = list_checkpoints(folder)[2]  # in the middle of the second rollout
+    later = run(f"{folder}-again", resume=str(path))
+    assert later == {step: records[step] for step in (4, 5, 6)}
+    faulty = 4  # the fourth reading, after two of the first row alone, and one of an epoch
+    error, text = (ValueError, "epoch 2, row 6 (the") if main else (TrainingError, "another rank")
+    raises(error, text, lambda: run(f"{folder}-faulty", max_steps=20))
 
 
 def check_errors(rank):

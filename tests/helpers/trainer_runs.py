@@ -19,6 +19,17 @@ SMALL |= {"max_completion_length": 2, "learning_rate": 1e-2, "report_to": [], "s
 SMALL |= {"progress_bar": False}
 
 
+def each(rows):
+    yield from rows
+
+
+def stream_of(rows):
+    """A stream in one shard; `from_generator` would make one of every row of a list."""
+    import datasets
+
+    return datasets.IterableDataset.from_generator(each, gen_kwargs={"rows": tuple(rows)})
+
+
 class FunctionRewards(Rewards):
     """Rewards computed by one function with the signature of `Rewards.__call__`."""
 

@@ -295,6 +295,15 @@ def test_invalid_input_gives_one_line(files, tmp_path, capsys, options, code, me
     assert not list(tmp_path.rglob("checkpoint-*"))
 
 
+def test_a_stream_of_a_file(files, tmp_path, no_plot):
+    options = {"data_streaming": True, "shuffle_buffer_size": 5, "max_steps": 2, "save_steps": 1}
+    assert cli.main(arguments_of(files, tmp_path, **options)) == 0
+    path = tmp_path / "checkpoint-2" / "trainer.json"
+    taken = 2 * json.loads(path.read_text())["config"]["prompts_per_rollout"]
+    place = json.loads(path.read_text())["place in data"]
+    assert (place["epoch"], place["row"]) == divmod(taken, 30)
+
+
 def test_an_output_dir_that_is_a_file(files, capsys):
     assert cli.main(arguments_of(files, files / "rows.jsonl")) == 1
     assert "rows.jsonl" in capsys.readouterr().err.splitlines()[-1]
@@ -314,6 +323,7 @@ def test_help_and_no_arguments(capsys):
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: grpo-fused train CONFIG.yaml") and "--learning_rate" in text
+    assert "Paths are relative to the current folder, those in CONFIG.yaml too." in text
     assert cli.main(["train"]) == 2
     with pytest.raises(SystemExit):
         cli.main(["--help"])

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from trainer_runs import EOS, RewardScores, trainer_of
+from trainer_runs import EOS, RewardScores, stream_of, trainer_of
 
 from grpo_fused import GRPOTrainerConfig
 from grpo_fused.demo import make_tokenizer
-from grpo_fused.trainer.collect import collect, epoch_order
+from grpo_fused.trainer.collect import collect
+from grpo_fused.trainer.order import epoch_order
 from grpo_fused.trainer.rewards import Rewards
 
 TOKENS = make_tokenizer()
@@ -54,15 +55,22 @@ def data_order(size=100):
     return [ROWS[row]["prompt"] for row in order]
 
 
-def test_every_prompt_is_trained_on_or_left_out_once_an_epoch():
-    trainer, _ = trainer_of(
-        "unused", rewards=by_place, rollout_fn=varied, dynamic_sampling_rounds=9, **RUN
-    )
-    order = data_order()
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_every_prompt_is_trained_on_or_left_out_once_an_epoch(is_stream):
+    """Prompts that a batch gives back come next, of a stream too, wherever it is resumed."""
+    options, order = RUN | {"dynamic_sampling_rounds": 9}, data_order()
+    if is_stream:
+        options |= {"data": stream_of(ROWS), "shuffle": False}
+        order = [row["prompt"] for row in ROWS] * 99
+    trainer, _ = trainer_of("unused", rewards=by_place, rollout_fn=varied, **options)
     differing = [place for place, prompt in enumerate(order) if prompt[0] != "0"]
     rounds = set()
     for rollout in range(8):
         start = trainer.data_position
+        if is_stream and rollout % 3 == 2:
+            place, again = trainer.order.state_dict(start), trainer_of("unused", **options)[0]
+            again.order.load_state_dict(place, start)
+            trainer.order = again.order
         experience = collect(trainer)
         expected = differing[3 * rollout : 3 * rollout + 3]
         assert prompts_of(trainer, experience.batch) == [order[place] for place in expected]
@@ -127,7 +135,7 @@ def test_everything_of_a_completion_travels_with_it():
         completions_steps=1, completions_rows=12, **RUN,
     )  # fmt: skip
     batch = collect(trainer).batch
-    offsets, kept = batch.support
+    offsets, kept = batch.support(14)
     counts = offsets.diff().view(batch.completion_ids.shape)
     kept = iter(kept.tolist())
     prompts = prompts_of(trainer, batch)

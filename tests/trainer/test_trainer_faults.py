@@ -10,7 +10,7 @@ from accelerate.utils import ProjectConfiguration
 from peft import LoraConfig
 from trainer_runs import ROWS, MemoryLog, RewardScores, partial_credit, trainer_of, weights_of
 
-from grpo_fused import GRPOTrainerConfig
+from grpo_fused import GRPOTrainer, GRPOTrainerConfig
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.run.errors import TrainingError
 from grpo_fused.trainer.run.log import RunLog, read_metrics
@@ -58,19 +58,6 @@ def fails(*_):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"data": []}, ValueError, "data has no rows"),
-        (
-            {"data": {"train": ROWS}},
-            ValueError,
-            "must be a sequence of rows, got a dict of train",
-        ),
-        ({"data": iter(ROWS)}, ValueError, "data must have a length, got list_iterator"),
-        ({"data": [{"question": "?"}]}, ValueError, 'data must have dicts with a "prompt"'),
-        (
-            {"data": [ROWS[0], {"answer": "3"}]},
-            ValueError,
-            "a row has no \"prompt\": {'answer': '3'}",
-        ),
         ({"eval_steps": 3}, ValueError, "eval_steps = 3 requires eval_data, got None"),
         ({"eval_steps": 3, "eval_data": []}, ValueError, "eval_data has no rows"),
         ({"report_to": ["wandbb"]}, ValueError, "report_to: wandbb is not installed or unknown"),
@@ -93,6 +80,20 @@ def test_bad_input_is_an_error_that_names_it(tmp_path, options, error, message):
         trainer, _ = trainer_of(tmp_path, run_log=log, **options)
         trainer.train()
     assert not log.steps
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"beta": 0.1}, r"got dict; GRPOTrainerConfig\(\*\*config\) makes one"),
+        (None, "got NoneType$"),
+        (GRPOTrainerConfig, "got type$"),
+        (SimpleNamespace(beta=0.1), "got SimpleNamespace$"),
+    ],
+)
+def test_a_config_of_another_type(config, message):
+    with pytest.raises(ValueError, match=f"config must be a GRPOTrainerConfig, {message}"):
+        GRPOTrainer("unused", partial_credit, config, ROWS)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_is_applied(tmp_path):

@@ -218,7 +218,7 @@ def saved(tmp_path_factory):
         ({"loss_type": "grpo"}, r"resume: loss_type is 'grpo', the checkpoint has 'dapo'"),
         ({"objective": {"epsilon_low": 0.1}}, r"resume: objective is .* the checkpoint has \{\}"),
         ({"lr_scheduler_type": "linear", "max_steps": 1}, "resume: lr_scheduler_type"),
-        ({"data": ROWS[:7]}, "resume: data has 7 rows, the checkpoint had 80; set it back"),
+        ({"data": ROWS[:7]}, "resume: data has 7 rows, the checkpoint had 80 rows; set"),
         ({"data": ROWS[::-1]}, "resume: the rows of data are not those"),
         ({"temperature": 0.7}, "temperature is 0.7, .* or start a new run, in another output_dir"),
         ({"peft_config": LORA}, "the model has adapters, the checkpoint is of a run with no adap"),

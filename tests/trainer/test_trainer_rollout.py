@@ -9,7 +9,7 @@ from trainer_runs import EOS, ROWS, RewardScores, partial_credit, scored, traine
 
 from grpo_fused import GRPOTrainerConfig, rollout_weights
 from grpo_fused.demo import make_model, make_tokenizer
-from grpo_fused.trainer.collect import collect, next_rows
+from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.experience import Batch, collate
 from grpo_fused.trainer.policy import Policy, prepare_model
 from grpo_fused.trainer.rollouts.rollout import Rollout, pad
@@ -123,17 +123,6 @@ def test_prompts_as_text_and_as_messages():
     levels, answers = seen["columns"]["level"], seen["columns"]["answer"]
     assert answers == ["2" if level == 2 else None for level in levels]
     assert [levels[i : i + 4] for i in range(0, 16, 4)] == [[i] * 4 for i in levels[::4]]
-
-
-def test_every_epoch_has_every_row_once_in_another_order():
-    trainer, _ = trainer_of("unused", data=ROWS[:6], prompts_per_rollout=4)
-    rows = []
-    for trainer.data_position in (0, 4, 8):
-        found = next_rows(trainer)
-        assert all(found[row] == found[row // 4 * 4] for row in range(16))  # groups
-        rows += found[::4]
-    assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6))
-    assert rows[:6] != rows[6:]
 
 
 @pytest.mark.parametrize("name", MODELS)

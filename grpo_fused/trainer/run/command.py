@@ -1,7 +1,6 @@
 """The command `grpo-fused train`: builds a trainer from a config and trains."""
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from grpo_fused.trainer.run.config import TrainConfig
 from grpo_fused.trainer.run.data import load_rows
 from grpo_fused.trainer.run.loading import has_adapter, load_model, quantized_options
 from grpo_fused.trainer.run.log import RunLog
+from grpo_fused.trainer.run.sources import Rows, has_subsets, is_hub_name
 from grpo_fused.trainer.trainer import GRPOTrainer, TrainResult
 
 TRAIN_SEED, EVAL_SEED = 0, 1  # of generated tasks: no held-out row is a training row
@@ -24,9 +24,7 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
     Raises:
         ValueError: the model, data or rewards cannot be loaded or do not fit the settings.
     """
-    data, eval_data = load_source(config, config.data, TRAIN_SEED), None
-    if config.eval_data is not None:
-        eval_data = load_source(config, config.eval_data, EVAL_SEED)
+    data, eval_data = load_data(config), load_eval_data(config)
     rewards = Rewards(config.rewards, config.reward_weights)
     if has_adapter(config.model) and (config.lora_rank or distribution(config)):
         raise ValueError(
@@ -98,15 +96,35 @@ def train(config: TrainConfig) -> TrainResult:
     return result
 
 
-def load_source(config: TrainConfig, source: str, task_seed: int) -> Sequence[dict]:
-    """Loads rows of a source; `task_seed` is TRAIN_SEED or EVAL_SEED."""
+def load_data(config: TrainConfig) -> Rows:
+    """Loads the training rows of a config, or opens their stream."""
+    return load_rows(
+        config.data,
+        columns=config.data_columns,
+        subset=config.data_config,
+        split=config.data_split,
+        revision=config.data_revision,
+        streaming=config.data_streaming,
+        system_prompt=config.system_prompt,
+        task_size=config.task_rows,
+        task_seed=2 * config.seed + TRAIN_SEED,
+    )
+
+
+def load_eval_data(config: TrainConfig) -> Rows | None:
+    """Loads the held-out rows of a config, if it has any; a file needs no subset or revision."""
+    if config.eval_data is None:
+        return None
+    source = config.eval_data
     return load_rows(
         source,
         columns=config.data_columns,
-        split=config.data_split,
+        subset=config.data_config if has_subsets(source) else None,
+        split=config.eval_data_split or config.data_split,
+        revision=config.data_revision if is_hub_name(source) else None,
         system_prompt=config.system_prompt,
         task_size=config.task_rows,
-        task_seed=2 * config.seed + task_seed,
+        task_seed=2 * config.seed + EVAL_SEED,
     )
 
 

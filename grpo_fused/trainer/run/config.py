@@ -50,6 +50,12 @@ class GRPOTrainerConfig:
     )
     max_steps: int = option(500, "total number of optimizer steps", low=1)
     seed: int = option(0, "seed of new weights, prompt order and sampling", low=0, high=2**32 - 1)
+    shuffle: bool = option(
+        True, "take the rows in another order in every epoch; false: in the order of the data"
+    )
+    shuffle_buffer_size: int = option(
+        1000, "rows that the next row of a shuffled data stream is drawn from", low=1
+    )
 
     # The batch
     prompts_per_rollout: int = option(8, "prompts per rollout, over all ranks", low=1)
@@ -376,12 +382,25 @@ class TrainConfig(GRPOTrainerConfig):
     tokenizer: str | None = option(None, "folder or Hub name; none: the model's tokenizer")
     data: str = option(
         "",
-        "training rows: a .jsonl, .parquet or .csv file, a saved data set, reasoning_gym:TASK",
+        "training rows: a .jsonl, .parquet or .csv file, a folder with such files or a saved data "
+        "set, the name of a data set of the Hub, reasoning_gym:TASK",
         mutable_on_resume=True,
     )
     eval_data: str | None = option(None, "held-out rows, as data", mutable_on_resume=True)
     data_columns: dict[str, str] = option({}, "names of columns in the data, as {prompt: question}")
+    data_config: str | None = option(
+        None, "subset of a data set of the Hub that has several, such as main of openai/gsm8k"
+    )
     data_split: str = option("train", "split to use of a data set that has several")
+    eval_data_split: str | None = option(
+        None, "split to use of eval_data; none: data_split", mutable_on_resume=True
+    )
+    data_revision: str | None = option(
+        None, "branch, tag or commit of a data set of the Hub; none: the newest"
+    )
+    data_streaming: bool = option(
+        False, "read training rows as they are needed, instead of all at the start"
+    )
     task_rows: int = option(1000, "number of rows to generate for a reasoning_gym task", low=1)
     system_prompt: str | None = option(
         None, "instructions to put before text prompts, which become chats"
@@ -415,6 +434,10 @@ class TrainConfig(GRPOTrainerConfig):
             )
         if self.eval_data and not self.eval_steps:
             raise ValueError(f"eval_data requires eval_steps, got {self.eval_data!r} without it")
+        if self.eval_data_split and not self.eval_data:
+            raise ValueError(
+                f"eval_data_split requires eval_data, got {self.eval_data_split!r} without it"
+            )
         if self.lora_target_modules and not self.lora_rank:
             raise ValueError(
                 "lora_target_modules requires lora_rank, "

@@ -15,6 +15,10 @@ WAY_OUT = (
 )
 
 
+def _number(rows: int | str) -> str:
+    return f"{rows} rows" if isinstance(rows, int) else rows  # "a stream"
+
+
 def _frozen(current: float | None, saved: float | None) -> str:
     if saved is None:
         return "some weights are frozen, but the checkpoint is of a run that trained all of them"
@@ -48,7 +52,9 @@ FIXED: dict[str, Callable[[Any, Any], str]] = {
         f"the model is {'' if current else 'not '}distributed by transformers, that of the "
         f"checkpoint was{'' if saved else ' not'}"
     ),
-    "rows": lambda current, saved: f"data has {current} rows, the checkpoint had {saved}",
+    "rows": lambda current, saved: (
+        f"data has {_number(current)}, the checkpoint had {_number(saved)}"
+    ),
     "content of rows": lambda current, saved: (
         "the rows of data are not those of the checkpoint (their checksum is "
         f"{current}, it was {saved})"
@@ -67,8 +73,8 @@ def run_metadata(trainer) -> dict[str, Any]:
         "data position": trainer.data_position,
         "ranks": trainer.ranks.size,
         "distributed": trainer.ranks.distributed,
-        "rows": len(trainer.data),
-        "content of rows": trainer.data_checksum,
+        **trainer.order.content,
+        "place in data": trainer.order.state_dict(trainer.data_position),
         "model": model_settings(trainer.unwrapped),
         "frozen weights": trainer.frozen_checksum,
         "adapters": adapter_settings(trainer.unwrapped),
@@ -76,14 +82,18 @@ def run_metadata(trainer) -> dict[str, Any]:
     }
 
 
-def agreed_values(config, data: Sequence[dict], model) -> dict[str, Any]:
-    """Returns what every rank of a run must have been given alike, by name."""
+def agreed_values(config, content: dict[str, Any], model) -> dict[str, Any]:
+    """Returns what every rank of a run must have been given alike, by name.
+
+    `content` is that of the data's order.
+    """
     settings = {name: repr(value) for name, value in dataclasses.asdict(config).items()}
     for name in ("output_dir", "report_to", "progress_bar"):  # matters to the rank that writes
         settings.pop(name)
     model = type(model).__name__, [(n, tuple(p.shape)) for n, p in model.named_parameters()]
     values = {"the model": zlib.crc32(repr(model).encode())}
-    return settings | values | {"the number of rows": len(data), "data": checksum_rows(data)}
+    rows = {"the number of rows": content["rows"], "data": content["content of rows"]}
+    return settings | values | rows
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], config) -> None:

@@ -104,6 +104,7 @@ def load_state(trainer, folder: str | Path) -> None:
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
     position = trainer.rollouts * trainer.config.prompts_per_rollout
     trainer.data_position = saved.get("data position", position)  # older checkpoints lack it
+    trainer.order.load_state_dict(saved.get("place in data"), trainer.data_position)
     if same:
         set_random_states(parts[0]["random"], device)
 

@@ -2,11 +2,14 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
+
+from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -75,23 +78,16 @@ def check_model(model, config) -> None:
         )
 
 
-def check_rows(name: str, data: Sequence[dict]) -> Sequence[dict]:
-    """Checks that data is a non-empty sequence of dicts with a "prompt", and returns it.
+def check_config(config: Any) -> None:
+    """Checks that a config is one of this trainer's.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: naming its type.
     """
-    if isinstance(data, dict):
-        raise ValueError(
-            f"{name} must be a sequence of rows, got a dict of {', '.join(map(str, data))}"
-        )
-    if data is not None and not hasattr(data, "__len__"):
-        raise ValueError(f"{name} must have a length, got {type(data).__name__}")
-    if data is None or len(data) == 0:
-        raise ValueError(f"{name} has no rows")
-    if not isinstance(data[0], dict) or "prompt" not in data[0]:
-        raise ValueError(f'{name} must have dicts with a "prompt" as rows, got {data[0]!r}')
-    return data
+    if not isinstance(config, GRPOTrainerConfig):
+        hint = "; GRPOTrainerConfig(**config) makes one" if isinstance(config, dict) else ""
+        got = type(config).__name__
+        raise ValueError(f"config must be a GRPOTrainerConfig, got {got}{hint}")
 
 
 def count_rows_per_rank(config, num_ranks: int) -> int:
