@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = options.pop("run")
         return run(**options)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        from grpo_fused.trainer.run.report import report_error
+
+        report_error("grpo-fused", "interrupted")
         return 130
 
 
@@ -114,6 +116,7 @@ def train(arguments: list[str]) -> int:
         return 1
     from grpo_fused.trainer.run.config import TrainConfig
     from grpo_fused.trainer.run.options import format_options, load_options
+    from grpo_fused.trainer.run.report import report_error, show_warnings
 
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(TRAIN_USAGE + format_options(TrainConfig))
@@ -122,17 +125,18 @@ def train(arguments: list[str]) -> int:
     try:
         config = load_options(TrainConfig, path, arguments)
     except ValueError as error:
-        print(f"grpo-fused train: {error}", file=sys.stderr)
+        report_error("grpo-fused train", error)
         return 2
     from grpo_fused.trainer.run.command import train
     from grpo_fused.trainer.run.errors import TrainingError
 
+    show_warnings("grpo-fused train")
     try:
         result = train(config)
     except (ValueError, FloatingPointError, OSError, TrainingError) as error:
         if os.environ.get("GRPO_FUSED_TRACEBACK"):
             raise
-        print(f"grpo-fused train: {error}", file=sys.stderr)
+        report_error("grpo-fused train", error)
         return 1
     return 128 + result.signal if result.signal else 0
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from grpo_fused.trainer.run.checkpoint import (
 from grpo_fused.trainer.run.errors import TrainingError, any_rank
 from grpo_fused.trainer.run.loading import absolute_base
 from grpo_fused.trainer.run.resume_checks import check_same_run, run_metadata
+from grpo_fused.trainer.run.summary import RunSummary
 
 METADATA, SHARDS = "trainer.json", "shards"
 
@@ -46,7 +48,9 @@ def save_state(trainer) -> None:
         if reference is not None and not trainer.ranks.distributed and (main or not shared):
             torch.save(reference.state_dict(), folder / reference_file(trainer))
         if main:
-            (folder / METADATA).write_text(json.dumps(run_metadata(trainer), indent=1))
+            metadata = run_metadata(trainer) | {"evaluation_due": trainer.evaluation_due}
+            metadata["summary"] = asdict(trainer.summary) | {"seconds": trainer.seconds()}
+            (folder / METADATA).write_text(json.dumps(metadata, indent=1))
 
     config = trainer.config
     save_checkpoint(
@@ -97,6 +101,8 @@ def load_state(trainer, folder: str | Path) -> None:
             )
         trainer.reference.load_state_dict(state, trainer.unwrapped)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
+    trainer.evaluation_due = saved.get("evaluation_due", False)
+    trainer.summary = RunSummary(**saved.get("summary", {}))
     if same:
         set_random_states(parts[0]["random"], device)
 
