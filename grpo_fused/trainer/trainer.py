@@ -31,6 +31,7 @@ from grpo_fused.trainer.run.checkpoint import resolve_checkpoint
 from grpo_fused.trainer.run.config import GRPOTrainerConfig, tracker_config
 from grpo_fused.trainer.run.errors import TrainingError, explain
 from grpo_fused.trainer.run.evaluation import evaluate
+from grpo_fused.trainer.run.hub import push_to_hub, warn_without_token
 from grpo_fused.trainer.run.loading import load_model
 from grpo_fused.trainer.run.log import RunLog
 from grpo_fused.trainer.run.metrics import progress_summary, step_metrics
@@ -122,6 +123,7 @@ class GRPOTrainer:
     ):
         check_trackers(config.report_to)
         check_output_dir(config.output_dir)
+        warn_without_token(config)
         self.config = config
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.rewards.trainer_state = TrainerState(self)
@@ -191,7 +193,8 @@ class GRPOTrainer:
     def train(self) -> TrainResult:
         """Trains until max_steps, or until the end of the step in which SIGTERM or SIGINT arrives.
 
-        In both cases it writes `model/` to output_dir, for `from_pretrained`. A signal also writes
+        In both cases it writes `model/` to output_dir, for `from_pretrained`; a run to the end is
+        uploaded with push_to_hub. A signal also writes
         a checkpoint, from which `resume` continues bit-identically (on a GPU, as far as its
         kernels are deterministic).
 
@@ -199,7 +202,7 @@ class GRPOTrainer:
             ValueError: the checkpoint belongs to another run; a row or a reward is invalid.
             FloatingPointError: a gradient is not finite; the last checkpoint is untouched.
             TrainingError: a checkpoint, a log or `model/` could not be written; a reward function
-                raised; another rank stopped.
+                raised; another rank stopped; the upload of push_to_hub failed, after all else.
         """
         set_seed(self.config.seed + self.ranks.index)
         checkpoint = resolve_checkpoint(self.config.resume, self.config.output_dir)
@@ -210,13 +213,15 @@ class GRPOTrainer:
             if checkpoint is not None:
                 load_state(self, checkpoint)
             signal = self.run()
-            save_pretrained(self)
+            model = save_pretrained(self)
         except RuntimeError as error:
             if lost := explain_lost_rank(error):
                 raise lost from error
             raise
         finally:
             self.close_logs()
+        if self.config.push_to_hub and signal is None and self.accelerator.is_main_process:
+            push_to_hub(model, self.config)
         return self.summary.result(self.step, signal, self.seconds(), self.config.output_dir)
 
     def run(self) -> int | None:

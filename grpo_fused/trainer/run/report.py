@@ -1,11 +1,13 @@
 """What a command says to its user: one message for all ranks of a run, and plain warnings."""
 
+import contextlib
 import datetime
 import json
 import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -51,12 +53,12 @@ def _is_first_report() -> bool:
         return True
 
 
-def show_warnings(command: str) -> None:
+@contextlib.contextmanager
+def plain_warnings(command: str) -> Iterator[None]:
     """Prints warnings of this package in one line above a progress bar, those of others as usual.
 
     Deprecations that libraries see in one another are left out.
     """
-    usual = warnings.showwarning
 
     def show(message, category, filename, lineno, file=None, line=None):
         if f"{os.sep}grpo_fused{os.sep}" in filename and category is UserWarning:
@@ -64,6 +66,8 @@ def show_warnings(command: str) -> None:
         else:
             usual(message, category, filename, lineno, file, line)
 
-    warnings.showwarning = show
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=rf"({LIBRARIES})\b")
+    with warnings.catch_warnings():
+        usual, warnings.showwarning = warnings.showwarning, show
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"({LIBRARIES})\b")
+        yield

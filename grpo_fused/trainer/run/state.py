@@ -1,8 +1,11 @@
 """Saves and restores all state that the next training step depends on."""
 
+import contextlib
+import copy
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from accelerate.utils import SAFE_WEIGHTS_NAME, set_seed
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import GenerationConfig
 
 from grpo_fused.trainer.experience import Experience
+from grpo_fused.trainer.policy import base_model
 from grpo_fused.trainer.reference import full_tensor
 from grpo_fused.trainer.run.checkpoint import (
     PARTIAL,
@@ -22,7 +27,7 @@ from grpo_fused.trainer.run.checkpoint import (
     save_checkpoint,
     sync_folder,
 )
-from grpo_fused.trainer.run.errors import TrainingError, any_rank
+from grpo_fused.trainer.run.errors import OtherRankError, TrainingError, any_rank, explain
 from grpo_fused.trainer.run.loading import absolute_base
 from grpo_fused.trainer.run.resume_checks import check_same_run, run_metadata
 from grpo_fused.trainer.run.summary import RunSummary
@@ -209,11 +214,15 @@ def exclude_frozen_weights(trainer) -> str | None:
     return f"{total:.6e}"  # rounded: devices sum in different orders
 
 
-def save_pretrained(trainer) -> None:
+def save_pretrained(trainer) -> Path:
     """Writes `model/` for `from_pretrained`, replacing an older one only when complete.
 
-    A process killed between the two renames leaves the old model as `model.old.partial` and the
-    new one as `model.partial`. Every rank must call it.
+    It generates as the model did in training: with the end tokens that ended completions, and the
+    chat template. A process killed between the two renames leaves the old model as
+    `model.old.partial` and the new one as `model.partial`. Every rank must call it.
+
+    Returns:
+        The folder.
 
     Raises:
         TrainingError: the model could not be written; the unfinished folder is deleted.
@@ -225,20 +234,55 @@ def save_pretrained(trainer) -> None:
         weights = accelerator.get_state_dict(trainer.model)  # gathers sharded weights
     final = Path(trainer.config.output_dir) / "model"
     partial = final.with_name(f"model{PARTIAL}")
+    reason = "on another rank"
     try:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         if main or distributed:  # of a distributed model, transformers gathers the weights
-            with absolute_base(trainer.unwrapped):
+            with absolute_base(trainer.unwrapped), saved_generation(trainer) as generation:
                 trainer.unwrapped.save_pretrained(partial, state_dict=weights, is_main_process=main)
+                if main and generation is not None:  # which peft leaves out
+                    generation.save_pretrained(partial)
         if main:
             trainer.tokenizer.save_pretrained(partial)
             sync_folder(partial)
             replace_folder(partial, final)
     except Exception as raised:  # safetensors raises exceptions of its own
-        error = raised
+        error, reason = raised, explain(raised, final.parent)
         if main:
             shutil.rmtree(partial, ignore_errors=True)
     if any_rank(accelerator, error is not None):
-        reason = error or "on another rank"
-        raise TrainingError(f"{final} could not be written ({reason})") from error
+        kind = TrainingError if error else OtherRankError
+        raise kind(f"{final} could not be written ({reason})") from error
+    return final
+
+
+@contextlib.contextmanager
+def saved_generation(trainer) -> Iterator[GenerationConfig | None]:
+    """Gives the model, for a while, the generation config that is to be saved, and returns it.
+
+    That is its own, with every end token of training and a padding token. Many models come with
+    sampling settings but do_sample False, which transformers refuses to save: they get True.
+    """
+    model = base_model(trainer.unwrapped)
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield None
+        return
+    config = copy.deepcopy(own)
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if missing := [i for i in trainer.sampler.eos_ids if i not in ids]:
+        config.eos_token_id = [i for i in ids if i is not None] + missing
+        if len(config.eos_token_id) == 1:
+            (config.eos_token_id,) = config.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = trainer.sampler.pad_id
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+    model.generation_config = config
+    try:
+        yield config
+    finally:
+        model.generation_config = own

@@ -111,7 +111,7 @@ def cause_of_idleness(metrics: dict[str, float]) -> str:
     return EQUAL_REWARDS if metrics["frac_reward_zero_std"] == 1 else CLIPPED
 
 
-def last_line(result: TrainResult, config) -> str:
+def last_line(result: TrainResult, config, *, can_resume: bool = True) -> str:
     """Returns the sentence with which a command ends a run."""
     ended = "interrupted after" if result.signal else "trained"
     parts = [f"{ended} {result.step} of {config.max_steps} steps in {duration(result.seconds)}"]
@@ -126,7 +126,7 @@ def last_line(result: TrainResult, config) -> str:
     found = [name for name in FILES if (result.output_dir / name).exists()]
     found += ["checkpoints"] if any(result.output_dir.glob("checkpoint-*")) else []
     parts.append(f"{', '.join(found)} in {result.output_dir}")
-    if result.signal:
+    if result.signal and can_resume:
         parts.append("--resume latest continues the run")
     return "; ".join(parts)
 
