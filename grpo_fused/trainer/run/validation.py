@@ -33,6 +33,13 @@ def check_output_dir(folder: str) -> None:
         ValueError: naming the option and the reason.
     """
     path = Path(folder).absolute()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a character that no name can have
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"output_dir {folder!r} cannot be written to: {reason}") from error
     while not os.path.lexists(path):
         path = path.parent
     if not path.is_dir():
