@@ -1,6 +1,8 @@
 """Invalid input and faults: an error that names the cause, or a defined result."""
 
+import errno
 import resource
+import tempfile
 import warnings
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from trainer_runs import ROWS, MemoryLog, RewardScores, partial_credit, trainer_
 from grpo_fused import GRPOTrainerConfig
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.run import summary
-from grpo_fused.trainer.run.errors import TrainingError
+from grpo_fused.trainer.run.errors import TrainingError, explain
 from grpo_fused.trainer.run.log import RunLog, read_metrics
 from grpo_fused.trainer.run.summary import RunSummary, cause_of_idleness, duration
 from grpo_fused.trainer.run.validation import check_accelerator, check_model
@@ -227,6 +229,60 @@ def test_a_disk_that_fills_while_training(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     again, _ = trainer_of(tmp_path, run_log=log, save_steps=1, resume="latest")
     assert again.train()[:2] == (4, None)
+
+
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
+    """torch's error neither says so nor has the system's as its cause."""
+    of_torch = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert explain(of_torch, tmp_path) == f"RuntimeError: {of_torch}", "the disk has space"
+    of_system = OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+    wrapped = ValueError("cannot save")
+    wrapped.__cause__ = of_system
+
+    def full(dir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    for error in (of_torch, of_system, wrapped):
+        assert explain(error, "runs/x").startswith("no space left in runs/x: [Errno 28] No space")
+    assert "unexpected pos" in explain(of_torch, "runs/x")
+    denied = PermissionError(errno.EACCES, "Permission denied", "runs/x/model")
+    assert explain(denied, "runs/x") == "[Errno 13] Permission denied: 'runs/x/model'"
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    class Log(MemoryLog):
+        def write(self, step, metrics):
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    trainer, _ = trainer_of(tmp_path, run_log=Log())
+    with pytest.raises(TrainingError, match="step 1 could not be logged .no space left .*metrics"):
+        trainer.train()
+    trainer, _ = trainer_of(tmp_path)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    tracker = SimpleNamespace(log=fail, finish=fail, name="tensorboard", main_process_only=False)
+    trainer.accelerator.trackers, trainer.has_logs = [tracker], True
+    with (
+        pytest.raises(TrainingError, match="step 1 could not be logged .no space left"),
+        pytest.warns(UserWarning, match="tensorboard could not be ended .no space left"),
+    ):
+        trainer.train()
+
+
+def test_a_refused_run_leaves_no_folder_of_a_tracker(tmp_path):
+    options = {"report_to": ["tensorboard"], "max_steps": 1, "save_steps": 1}
+    trainer_of(tmp_path, max_steps=1, save_steps=1)[0].train()
+    trainer, _ = trainer_of(tmp_path, resume="latest", beta=0.5, **options)
+    with pytest.raises(ValueError, match="resume: beta"):
+        trainer.train()
+    trainer, _ = trainer_of(tmp_path / "new", rewards=fails, **options)
+    with pytest.raises(RuntimeError, match="no such answer"):
+        trainer.train()
+    assert not (tmp_path / "new").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "model"}
 
 
 def test_a_head_that_cannot_be_fused_requires_logits(tmp_path):
