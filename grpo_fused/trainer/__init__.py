@@ -3,7 +3,8 @@
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.run.config import GRPOTrainerConfig, TrainConfig
 from grpo_fused.trainer.run.errors import TrainingError
-from grpo_fused.trainer.trainer import GRPOTrainer, TrainResult
+from grpo_fused.trainer.run.summary import TrainResult
+from grpo_fused.trainer.trainer import GRPOTrainer
 
 __all__ = [
     "GRPOTrainer",

@@ -92,9 +92,10 @@ def collect(trainer) -> Experience:
         metrics |= judge(experience, rewards.to(accelerator.device), of_policy, config, ranks)
     trainer.rollouts += 1
     every = config.completions_steps
-    if every and trainer.rollouts % every == 0 and accelerator.is_main_process:
+    due = every and (trainer.rollouts % every == 0 or trainer.rollouts == 1)  # 1: the baseline
+    if due and accelerator.is_main_process:
         texts = trainer.sampler.decode(rollout.completion_ids[: config.completions_rows])
-        trainer.run_log.completions(trainer.step, completions_table(rollout, texts, scores))
+        trainer.run_log.completions(trainer.step + 1, completions_table(rollout, texts, scores))
     metrics["seconds/rollout"] = time.perf_counter() - started
     return experience
 

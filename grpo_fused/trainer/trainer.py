@@ -2,8 +2,9 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +33,9 @@ from grpo_fused.trainer.rollouts.sampler import Sampler
 from grpo_fused.trainer.run.checkpoint import resolve_checkpoint
 from grpo_fused.trainer.run.config import GRPOTrainerConfig, tracker_config
 from grpo_fused.trainer.run.data import check_rows
+from grpo_fused.trainer.run.errors import TrainingError, explain
 from grpo_fused.trainer.run.evaluation import evaluate
+from grpo_fused.trainer.run.hub import push_to_hub, warn_without_token
 from grpo_fused.trainer.run.loading import load_model
 from grpo_fused.trainer.run.log import RunLog
 from grpo_fused.trainer.run.metrics import progress_summary, step_metrics
@@ -44,24 +47,20 @@ from grpo_fused.trainer.run.state import (
     save_pretrained,
     save_state,
 )
+from grpo_fused.trainer.run.summary import RunSummary, TrainResult
 from grpo_fused.trainer.run.validation import (
     check_accelerator,
     check_config,
     check_model,
+    check_output_dir,
     check_trackers,
     count_rows_per_rank,
+    create_output_dir,
 )
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
     from peft import PeftConfig
-
-
-class TrainResult(NamedTuple):
-    """How training ended: the optimizer steps taken, and the signal that stopped it, if any."""
-
-    step: int
-    signal: int | None
 
 
 class GRPOTrainer:
@@ -132,6 +131,8 @@ class GRPOTrainer:
     ):
         check_config(config)
         check_trackers(config.report_to)
+        check_output_dir(config.output_dir)
+        warn_without_token(config)
         self.config = config
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.rewards.trainer_state = TrainerState(self)
@@ -150,6 +151,8 @@ class GRPOTrainer:
             self.eval_data = check_rows("eval_data", eval_data, may_stream=False)
 
         set_seed(config.seed)  # initialises adapters alike on every rank
+        name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+        self.title = f"{name or type(model).__name__}, {config.loss_type} loss"
         if isinstance(model, str):
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
             model = load_model(model, torch.float32)
@@ -196,57 +199,60 @@ class GRPOTrainer:
             num_training_steps=config.max_steps,
         )
         self.frozen_checksum = exclude_frozen_weights(self)
-        self.step = self.rollouts = 0
+        self.step, self.rollouts, self.has_logs = 0, 0, False
         self.data_position = 0  # prompts of all epochs that were trained on or left out
         self.experience: Experience | None = None
+        self.evaluation_due = True  # of the current step; a signal defers one to the resumed run
+        self.summary, self.started = RunSummary(), time.perf_counter()
 
     def train(self) -> TrainResult:
         """Trains until max_steps, or until the end of the step in which SIGTERM or SIGINT arrives.
 
-        In both cases it writes `model/` to output_dir, for `from_pretrained`. A signal also writes
+        In both cases it writes `model/` to output_dir, for `from_pretrained`; a run to the end is
+        uploaded with push_to_hub. A signal also writes
         a checkpoint, from which `resume` continues bit-identically (on a GPU, as far as its
         kernels are deterministic).
 
         Raises:
             ValueError: the checkpoint belongs to another run; a row or a reward is invalid.
             FloatingPointError: a gradient is not finite; the last checkpoint is untouched.
-            TrainingError: a checkpoint or `model/` could not be written; a reward function raised;
-                another rank stopped.
+            TrainingError: a checkpoint, a log or `model/` could not be written; a reward function
+                raised; another rank stopped; the upload of push_to_hub failed, after all else.
         """
         set_seed(self.config.seed + self.ranks.index)
         checkpoint = resolve_checkpoint(self.config.resume, self.config.output_dir)
-        self.accelerator.init_trackers("grpo_fused", tracker_config(self.config))
         if self.run_log is None and self.accelerator.is_main_process:
-            self.run_log = RunLog(self.config.output_dir)
+            self.run_log = RunLog(self.config.output_dir, self.title)
+        self.started = time.perf_counter()
         try:
             if checkpoint is not None:
                 load_state(self, checkpoint)
             signal = self.run()
-            save_pretrained(self)
+            model = save_pretrained(self)
         except RuntimeError as error:
             if lost := explain_lost_rank(error):
                 raise lost from error
             raise
         finally:
-            if self.accelerator.is_main_process:
-                self.run_log.close()
-            for tracker in self.accelerator.trackers:
-                tracker.finish()  # `end_training` would also end the process group
-        return TrainResult(self.step, signal)
+            self.close_logs()
+        if self.config.push_to_hub and signal is None and self.accelerator.is_main_process:
+            push_to_hub(model, self.config)
+        return self.summary.result(self.step, signal, self.seconds(), self.config.output_dir)
 
     def run(self) -> int | None:
         """Runs the training loop from the current step; returns the signal that stopped it."""
         config = self.config
         show = config.progress_bar and self.accelerator.is_main_process
         bar = tqdm(total=config.max_steps, initial=self.step, disable=not show, dynamic_ncols=True)
-        signal = None
-        if self.step == 0 and self.eval_data is not None:
-            self.log(evaluate(self))
-        with StopSignals() as signals, bar:
+        signal, main = None, self.accelerator.is_main_process
+        if self.evaluation_due and self.eval_data is not None:
+            self.log(evaluate(self), extend=True)
+        with StopSignals(show=main) as signals, bar:
             while self.step < config.max_steps and not signal:
                 if self.experience is None:
                     self.refresh_reference()
                     self.experience = collect(self)
+                    self.summary.add_rollout(self.experience.metrics, show=main)
                 metrics, signal = self.update(self.experience, signals)
                 self.step += 1
                 if self.experience.position == config.steps_per_rollout:
@@ -254,9 +260,11 @@ class GRPOTrainer:
 
                 done = self.step == config.max_steps
                 due = self.eval_data is not None and (self.step % config.eval_steps == 0 or done)
-                if due and not signal:  # a stopped run ends without an evaluation
+                self.evaluation_due = due and signal is not None  # a stop does not wait for it
+                if due and not signal:
                     metrics |= evaluate(self)
                 self.log(metrics)
+                self.summary.add_step(metrics, config, show=main)
                 bar.set_postfix_str(progress_summary(metrics), refresh=False)
                 bar.update()
                 every = config.save_steps
@@ -340,8 +348,41 @@ class GRPOTrainer:
         metrics["seconds/update"] = time.perf_counter() - started
         return experience.metrics | metrics, signal
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Logs metrics of the last step to the trackers and the run's log."""
-        self.accelerator.log(metrics, step=self.step)
+    def log(self, metrics: dict[str, float], *, extend: bool = False) -> None:
+        """Logs metrics of the last step to the trackers and the run's log.
+
+        Args:
+            metrics: by name.
+            extend: whether other metrics of the step may have been logged before.
+
+        Raises:
+            ValueError: output_dir cannot be created.
+            TrainingError: they could not be written.
+        """
+        accelerator, folder = self.accelerator, self.config.output_dir
+        try:
+            if not self.has_logs:  # not earlier: a refused run leaves no folder behind
+                create_output_dir(folder)
+                accelerator.init_trackers("grpo_fused", tracker_config(self.config))
+                self.has_logs = True
+            accelerator.log(metrics, step=self.step)
+            if accelerator.is_main_process:
+                (self.run_log.extend if extend else self.run_log.write)(self.step, metrics)
+        except OSError as error:
+            reason = explain(error, folder)
+            raise TrainingError(f"step {self.step} could not be logged ({reason})") from error
+
+    def close_logs(self) -> None:
+        """Draws the plot and ends the trackers; of a failure it warns, as another may be raised."""
         if self.accelerator.is_main_process:
-            self.run_log.write(self.step, metrics)
+            self.run_log.close()
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.finish()  # `end_training` would also end the process group
+            except OSError as error:
+                reason = explain(error, self.config.output_dir)
+                warnings.warn(f"{tracker.name} could not be ended ({reason})", stacklevel=2)
+
+    def seconds(self) -> float:
+        """Returns the time of training so far, that before a resume included."""
+        return self.summary.seconds + time.perf_counter() - self.started

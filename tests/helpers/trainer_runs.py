@@ -49,8 +49,11 @@ class MemoryLog:
     def write(self, step, metrics):
         self.steps[step] = json.loads(json.dumps(metrics))
 
-    def completions(self, step, rows):
-        self.tables[step] = rows
+    def extend(self, step, metrics):
+        self.write(step, self.steps.get(step, {}) | metrics)
+
+    def completions(self, name, rows):
+        self.tables[name] = rows
 
     def close(self):
         self.closed += 1
@@ -97,9 +100,9 @@ def trainer_of(
     records = {}
     log = trainer.log
 
-    def record(metrics):
+    def record(metrics, **options):
         records[trainer.step] = {k: v for k, v in metrics.items() if "seconds" not in k}
-        log(metrics)
+        log(metrics, **options)
 
     trainer.log = record
     return trainer, records

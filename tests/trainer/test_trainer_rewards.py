@@ -1,6 +1,8 @@
 """Rewards: signatures, None, weights, async, steps, models, and errors that name the cause."""
 
 import asyncio
+import inspect
+import json
 import math
 import os
 import signal
@@ -21,6 +23,7 @@ from grpo_fused.trainer.rewards.builtin import (
     reasoning_gym,
 )
 from grpo_fused.trainer.rewards.reward_model import RewardModel
+from grpo_fused.trainer.run.errors import TrainingError
 
 PROMPTS = ["1?2=", "3?4=", "5?6="]
 COMPLETIONS = ["2", "3", "66"]
@@ -227,6 +230,27 @@ def test_a_failing_reward_is_not_called_again(is_async):
     assert calls == [3]
 
 
+class Parses:
+    async def __call__(self, completions, parse=lambda text: json.loads(text)):
+        return [parse("{") for _ in completions]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda completions: [json.loads("{") for _ in completions],
+        lambda completions: [torch.stack([]) for _ in completions],
+        Parses(),
+    ],
+    ids=["of Python", "of a package", "async"],
+)
+def test_an_error_in_a_library_names_the_line_of_the_user(function):
+    code = function.__code__ if inspect.isfunction(function) else type(function).__call__.__code__
+    line = code.co_firstlineno
+    with pytest.raises(TrainingError, match=rf"failed at test_trainer_rewards.py:{line} on a b"):
+        score(function)
+
+
 def test_a_missing_column_is_named():
     def needs(completions, solution):
         return [1.0] * 3
@@ -254,6 +278,10 @@ def test_a_missing_column_is_named():
         (["nowhere.py:f"], None, "there is no file nowhere.py"),
         (["no.such.module:f"], None, "module no.such.module cannot be imported"),
         (["math:gdc"], None, r"math has no function gdc \(did you mean gcd\?\)"),
+        (["exact_match", "json:zzz"], None, "json has no function zzz, only .*loads"),
+        (["exact_match,math:gcd"], None, r"several are a list, \[exact_match, math:gcd\], got"),
+        ("math:gcd exact_match", None, r"several are a list, \[math:gcd, exact_match\], got"),
+        ([__file__], None, "test_trainer_rewards.py:function"),
     ],
 )
 def test_rewards_that_cannot_be_resolved(functions, weights, message):
@@ -270,7 +298,10 @@ def test_functions_by_path(tmp_path):
     assert list(rewards.functions) == ["good", "exact_match", "exact_match_2"]
     assert rewards(PROMPTS, COMPLETIONS, IDS, COLUMNS).total.tolist() == [9.0, 7.0, 7.0]
     path.write_text("1 / 0")
-    with pytest.raises(ValueError, match=r"mine.py cannot be imported \(ZeroDivisionError"):
+    with pytest.raises(ValueError, match=r"cannot be imported \(ZeroDivisionError at mine.py:1: "):
+        Rewards(f"{path}:good")
+    path.write_text("def good(:\n")
+    with pytest.raises(ValueError, match=r"\(SyntaxError: invalid syntax \(mine.py, line 1\)\)"):
         Rewards(f"{path}:good")
 
 

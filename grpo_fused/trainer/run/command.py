@@ -11,9 +11,11 @@ from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.run.config import TrainConfig
 from grpo_fused.trainer.run.data import load_rows
 from grpo_fused.trainer.run.loading import has_adapter, load_model, quantized_options
-from grpo_fused.trainer.run.log import RunLog
+from grpo_fused.trainer.run.report import record
 from grpo_fused.trainer.run.sources import Rows, has_subsets, is_hub_name
-from grpo_fused.trainer.trainer import GRPOTrainer, TrainResult
+from grpo_fused.trainer.run.summary import TrainResult, last_line
+from grpo_fused.trainer.run.validation import check_output_dir
+from grpo_fused.trainer.trainer import GRPOTrainer
 
 TRAIN_SEED, EVAL_SEED = 0, 1  # of generated tasks: no held-out row is a training row
 
@@ -24,6 +26,7 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
     Raises:
         ValueError: the model, data or rewards cannot be loaded or do not fit the settings.
     """
+    check_output_dir(config.output_dir)
     data, eval_data = load_data(config), load_eval_data(config)
     rewards = Rewards(config.rewards, config.reward_weights)
     if has_adapter(config.model) and (config.lora_rank or distribution(config)):
@@ -46,7 +49,6 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
         model = load_model(config.model, dtype, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {config.model} cannot be loaded: {error}") from error
-    run_log = RunLog(config.output_dir, f"{config.model}, {config.loss_type} loss")
     return GRPOTrainer(
         model,
         rewards,
@@ -55,7 +57,6 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
         tokenizer=tokenizer,
         eval_data=eval_data,
         peft_config=make_lora_config(config),
-        run_log=run_log,
     )
 
 
@@ -87,12 +88,9 @@ def train(config: TrainConfig) -> TrainResult:
     trainer = make_trainer(config)
     result = trainer.train()
     if trainer.accelerator.is_main_process:
-        ended = f"interrupted after {result.step}" if result.signal else f"trained {result.step}"
-        hint = "; --resume latest continues the run" if result.signal else ""
-        print(
-            f"{ended} of {config.max_steps} steps; model/ and metrics.jsonl in "
-            f"{config.output_dir}{hint}"
-        )
+        print(last_line(result, config))
+        if result.signal:
+            record(last_line(result, config))  # or a launcher reports a failure without a cause
     return result
 
 

@@ -283,6 +283,20 @@ class GRPOTrainerConfig:
     )
     progress_bar: bool = option(True, "show a progress bar", mutable_on_resume=True)
 
+    # The Hub
+    push_to_hub: bool = option(
+        False, "upload model/ to the Hugging Face Hub when the run is complete",
+        mutable_on_resume=True,
+    )  # fmt: skip
+    hub_model_id: str | None = option(
+        None, "repository to upload to, as user/name; none: the name of output_dir",
+        mutable_on_resume=True,
+    )  # fmt: skip
+    hub_private_repo: bool | None = option(
+        None, "whether a new repository is private; none: as the account's default",
+        mutable_on_resume=True,
+    )  # fmt: skip
+
     def __post_init__(self):
         if self.report_to in ("none", ["none"]):  # as transformers accepts
             self.report_to = []
@@ -298,6 +312,11 @@ class GRPOTrainerConfig:
             raise ValueError(
                 f"minibatches must divide prompts_per_rollout x num_generations = {rows}, "
                 f"got {self.minibatches}"
+            )
+        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo is not None):
+            raise ValueError(
+                "hub_model_id and hub_private_repo require push_to_hub, got "
+                f"{self.hub_model_id!r} and {self.hub_private_repo!r} without it"
             )
         check_advantages(self)
         check_critic(self)

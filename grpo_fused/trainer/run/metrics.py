@@ -139,8 +139,9 @@ def completions_table(
 
 
 def progress_summary(values: dict[str, float]) -> str:
-    """Formats the most important metrics for a progress bar."""
-    shown = {"reward": "reward {:.2f}", "loss": "loss {:+.3f}", "kl": "KL {:.3f}"}
-    shown |= {"entropy": "entropy {:.2f}", "clip_ratio/region_mean": "clipped {:.1%}"}
-    shown |= {"completions/mean_length": "length {:.0f}"}
+    """Formats metrics for a progress bar, the most important first: terminals cut the others."""
+    shown = {"reward": "reward {:.2f}", "completions/mean_length": "length {:.0f}"}
+    shown |= {"completions/clipped_ratio": "truncated {:.0%}", "entropy": "entropy {:.2f}"}
+    shown |= {"kl": "KL {:.3f}", "clip_ratio/region_mean": "ratios clipped {:.1%}"}
+    shown |= {"loss": "loss {:+.3f}"}
     return ", ".join(text.format(values[name]) for name, text in shown.items() if name in values)

@@ -1,7 +1,9 @@
 """Checks of the settings, model, data and accelerator before the first training step."""
 
+import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,40 @@ def check_trackers(names: Sequence[str]) -> None:
                 f"report_to: {name} is not installed or unknown to Accelerate; available are "
                 f"{', '.join(available) or 'none'}"
             )
+
+
+def check_output_dir(folder: str) -> None:
+    """Checks, without creating it, that a folder exists or can be created, and be written to.
+
+    Raises:
+        ValueError: naming the option and the reason.
+    """
+    path = Path(folder).absolute()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a character that no name can have
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"output_dir {folder!r} cannot be written to: {reason}") from error
+    while not os.path.lexists(path):
+        path = path.parent
+    if not path.is_dir():
+        raise ValueError(f"output_dir must be a folder, got {folder!r}: {path} is not one")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {folder!r} cannot be written to: no permission in {path}")
+
+
+def create_output_dir(folder: str) -> None:
+    """Creates output_dir where it is missing.
+
+    Raises:
+        ValueError: naming the option and the reason.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {folder!r} cannot be created: {error.strerror}") from error
 
 
 def check_accelerator(config, accelerator: Accelerator) -> None:
