@@ -398,7 +398,7 @@ def test_a_sequence_that_computes_its_rows_is_read_as_it_goes(tmp_path):
     trainer, _ = trainer_of(tmp_path, data=data, shuffle=False, max_steps=1)
     trainer.train()
     assert data.read < 150
-    trainer.rollouts = 249  # rows 997 to 1000
+    trainer.data_position = 996  # rows 997 to 1000
     with pytest.raises(ValueError, match=r"data, row 999 \(the first is 1\): prompt must be text"):
         trainer.experience, trainer.config.max_steps = None, 2
         trainer.train()

@@ -152,7 +152,7 @@ def test_everything_of_a_completion_travels_with_it():
         for i, token in enumerate(ids):
             assert counts[row, i] == 3
             assert [next(kept) for _ in range(3)] == [token, token + 1, 13 - i]
-    table = trainer.run_log.tables[0]
+    table = trainer.run_log.tables[1]
     totals = [float(int(prompts[row // 4][0]) * (row % 4)) for row in range(12)]
     assert [row["reward"] for row in table] == totals == [row["place"] for row in table]
     assert [row["prompt"] for row in table] == [prompts[row // 4] for row in range(12)]

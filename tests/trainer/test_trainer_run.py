@@ -202,7 +202,7 @@ def test_activations_are_recomputed_in_the_backward_pass(tmp_path):
     experience = collect(trainer)
     calls.clear()
     batch = next(iter(experience.micro_batches(0, 1, 16)))
-    loss = trainer.policy.loss(trainer.model, batch, 32, 16).loss
+    loss = trainer.policy.loss(trainer.model, batch, 32, 16)[0].loss
     forward = len(calls)
     loss.backward()
     assert (forward, len(calls)) == (1, 2)

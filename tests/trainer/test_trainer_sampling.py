@@ -415,4 +415,4 @@ def test_rewards_see_special_tokens_if_wanted(skips, text):
     )
     collect(trainer)
     assert seen == [text] * 16
-    assert {row["completion"] for row in trainer.run_log.tables[0]} == {text}
+    assert {row["completion"] for row in trainer.run_log.tables[1]} == {text}

@@ -14,6 +14,8 @@ WAY_OUT = (
     "finished or interrupted run leaves"
 )
 
+VOLATILE = ("_name_or_path", "architectures", "transformers_version")  # changed by saving a model
+
 
 def _number(rows: int | str) -> str:
     return f"{rows} rows" if isinstance(rows, int) else rows  # "a stream"
@@ -137,7 +139,7 @@ def model_settings(model) -> dict[str, Any] | None:
     if not hasattr(config, "to_diff_dict"):
         return None
     settings = json.loads(json.dumps(config.to_diff_dict(), default=str))
-    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
+    return {k: v for k, v in settings.items() if k not in VOLATILE}
 
 
 def adapter_settings(model) -> dict[str, Any] | None:
