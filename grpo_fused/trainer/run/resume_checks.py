@@ -14,7 +14,12 @@ WAY_OUT = (
     "finished or interrupted run leaves"
 )
 
-VOLATILE = ("_name_or_path", "architectures", "transformers_version")  # changed by saving a model
+VOLATILE = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "transformers_version",
+)  # changed by saving a model
 
 
 def _number(rows: int | str) -> str:
