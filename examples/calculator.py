@@ -117,7 +117,7 @@ def make_trainer(folder, **options):
     rows = [{"prompt": f"{problem}?", "answer": calculate(problem)} for problem in problems]
     random.Random(0).shuffle(rows)
     settings = {"max_steps": 400, "prompts_per_rollout": 16, "num_generations": 16}
-    settings |= {"micro_batch_size": 256, "max_completion_length": 14, "entropy_coef": 0.01}
+    settings |= {"micro_batch_size": 256, "max_completion_length": 14, "entropy_coef": 0.05}
     settings |= {"learning_rate": 1e-3, "adam_betas": [0.9, 0.99], "save_steps": None}
     config = GRPOTrainerConfig(output_dir=folder, report_to=[], **settings | options)
     set_seed(config.seed)
