@@ -368,7 +368,8 @@ def test_no_answer_stops_a_run(monkeypatch):
         assert math_verify([*ENDLESS[:2], "2"], ["2"] * 3) == [0.0, 0.0, 1.0]
     assert math_verify(["2", "2"], ["2", ""]) == [1.0, None]
     process = math_process.math_process(os.getpid())
-    os.kill(process._child.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
+    for number in (signal.SIGINT, signal.SIGTERM):  # which reach a whole group or job
+        os.kill(process._child.pid, number)
     assert process.ask("2", "2.0")
     os.kill(process._child.pid, signal.SIGKILL)
     with pytest.warns(UserWarning, match="math_verify: an answer ended its process"):

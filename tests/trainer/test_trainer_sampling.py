@@ -17,7 +17,7 @@ from grpo_fused.trainer.rollouts.rollout import expand_support, pad
 from grpo_fused.trainer.rollouts.sampler import Sampler
 
 V, T, TEMPERATURE = 14, 4, 0.8
-PROMPTS = ["1?2=", "77", "9", "3?3=3?3="]
+PROMPTS = ["1?2=", "77", "9", "3?3=3?3="] * 2
 SETTINGS = {
     "bad_words_ids": [[4], [5, 6]],
     "begin_suppress_tokens": [7, 8],
@@ -33,7 +33,7 @@ SETTINGS = {
     "encoder_repetition_penalty": 1.5,
     "exponential_decay_length_penalty": [1, 3.0],
     "sequence_bias": [[[4], 3.0], [[5, 6], -2.0]],
-    "watermarking_config": {"bias": 3.0, "greenlist_ratio": 0.5},
+    "watermarking_config": {"bias": 1.0, "greenlist_ratio": 0.5},
 }
 
 
@@ -279,9 +279,9 @@ def test_a_resumed_run_goes_on_with_the_sampler_s_distribution(tmp_path):
 def test_completions_end_at_a_stop_string(parts):
     """Rows stop at different times, and each is what it would have been, up to its stop."""
     tokenizer, model = parts
-    whole = noted(sampler_of(parts), model, PROMPTS * 12)[1]
+    whole = noted(sampler_of(parts), model, PROMPTS * 6)[1]
     sampler = sampler_of(parts, stop_strings=["3", "77"])
-    _, found, notes = noted(sampler, model, PROMPTS * 12)
+    _, found, notes = noted(sampler, model, PROMPTS * 6)
     lengths = set()
     for row, (ids, free) in enumerate(zip(found, whole, strict=True)):
         texts = [tokenizer.decode(free[: n + 1]) for n in range(len(free))]
