@@ -156,19 +156,17 @@ def test_a_stream_that_can_be_read_once_is_an_error():
         taken(order, [0])  # the first row was used up when the run began
 
 
-@pytest.mark.parametrize("options", [{"shuffle": False}, {"shuffle_buffer_size": 4}, {"data": 1}])
+@pytest.mark.parametrize("options", [{"shuffle": False}, {"shuffle_buffer_size": 4}])
 def test_resuming_a_run_with_a_stream_is_bit_identical(tmp_path, options):
     """Ten rows, four a rollout and two steps for each: an epoch ends within the third rollout."""
-    options = {"minibatches": 2, "max_steps": 8, **options}
-    data = ROWS[:10] if options.pop("data", 0) else stream_of(ROWS[:10])
+    options, data = {"minibatches": 2, "max_steps": 7, **options}, stream_of(ROWS[:10])
     torch.manual_seed(0)
     whole, expected = trainer_of(
         tmp_path / "whole", data=data, save_steps=1, save_total_limit=None, **options
     )
     whole.train()
-    if options.keys() & {"shuffle", "shuffle_buffer_size"}:
-        assert [expected[step]["epoch"] for step in range(1, 9)] == [0, 0, 0, 0, 1, 1, 1, 1]
-    for first in range(1, 8, 3):
+    assert [expected[step]["epoch"] for step in range(1, 8)] == [0, 0, 0, 0, 1, 1, 1]
+    for first in (4, 5):  # behind a rollout, and in the middle of the third
         resumed, records = trainer_of(
             tmp_path / "again",
             data=data,
@@ -177,7 +175,7 @@ def test_resuming_a_run_with_a_stream_is_bit_identical(tmp_path, options):
             **options,
         )
         resumed.train()
-        assert records == {step: expected[step] for step in range(first + 1, 9)}
+        assert records == {step: expected[step] for step in range(first + 1, 8)}
         for name, weight in weights_of(resumed).items():
             assert torch.equal(weight, weights_of(whole)[name]), (first, name)
 
