@@ -9,7 +9,7 @@ from types import ModuleType
 
 from grpo_fused.checks import nearest
 from grpo_fused.trainer.rewards.builtin import BUILTIN, PACKAGES
-from grpo_fused.trainer.rewards.reward_model import RewardModel
+from grpo_fused.trainer.rewards.reward_model import load_reward_model
 
 
 def find_reward(name: str) -> Callable:
@@ -21,7 +21,7 @@ def find_reward(name: str) -> Callable:
 
     Raises:
         ValueError: there is no such reward; its package is not installed; its file cannot be
-            imported.
+            imported; the folder holds no reward model.
     """
     source, colon, attribute = name.rpartition(":")
     if not colon:
@@ -31,7 +31,7 @@ def find_reward(name: str) -> Callable:
                 raise ValueError(f"rewards: {name} needs {package}: pip install {package}")
             return BUILTIN[name]
         if (Path(name) / "config.json").is_file():
-            return RewardModel(name)
+            return load_reward_model(name)
         raise ValueError(
             "rewards must be path.py:function, package.module:function, the folder of a reward "
             f"model, or one of {', '.join(BUILTIN)}, got {name!r}{nearest(name, BUILTIN)}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from grpo_fused.trainer.rewards.calls import call_all
 from grpo_fused.trainer.rewards.lookup import find_reward
@@ -22,7 +23,10 @@ RewardFunction = Callable[..., Any]
 
 
 class TrainerState:
-    """The argument `trainer_state` of reward functions: two fields of TRL's TrainerState."""
+    """The argument `trainer_state` of reward functions.
+
+    The first two fields are those of TRL's TrainerState; the others serve `steps.split_steps`.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -35,6 +39,16 @@ class TrainerState:
     @property
     def max_steps(self) -> int:
         return self.trainer.config.max_steps
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the policy."""
+        return self.trainer.tokenizer
+
+    @property
+    def step_separator(self) -> str:
+        """Text that ends a step of a completion."""
+        return self.trainer.config.reward_step_separator
 
 
 @dataclass
@@ -84,8 +98,8 @@ class Rewards:
 
     Args:
         functions: one or more callables or names: "path.py:function", "package.module:function",
-            a name in `builtin.BUILTIN`, or the folder of a reward model (a sequence classifier of
-            transformers with one label).
+            a name in `builtin.BUILTIN`, or the folder of a reward model of transformers (a sequence
+            classifier, or a token classifier, which scores steps).
         weights: one per function; None = 1 each.
 
     Attributes:

@@ -75,6 +75,9 @@ class GRPOTrainerConfig:
     )
 
     # Rewards and advantages
+    reward_step_separator: str = option(
+        "\n", "text that ends a step, for a reward model that scores steps; default: a new line"
+    )
     scale_rewards: str = option(
         "group",
         "divide centred rewards by the standard deviation of the group or batch, by that of the "
@@ -220,6 +223,8 @@ class GRPOTrainerConfig:
                 f"got {self.minibatches}"
             )
         self._check_advantages()
+        if not self.reward_step_separator:
+            raise ValueError(f"reward_step_separator must not be empty, got {''!r}")
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
         if floor is not None and floor >= cap:
             raise ValueError(
