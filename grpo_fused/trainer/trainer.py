@@ -23,6 +23,7 @@ from grpo_fused.trainer.optimizer import make_optimizer
 from grpo_fused.trainer.policy import Policy, prepare_model
 from grpo_fused.trainer.ranks import Ranks, clip_gradients, explain_lost_rank
 from grpo_fused.trainer.reference import Reference, is_peft_model, trainable_parameters
+from grpo_fused.trainer.reward_training import RewardTraining
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rewards.weighted import RewardFunction, TrainerState
 from grpo_fused.trainer.rollouts.rollout_fn import RolloutFn
@@ -85,9 +86,10 @@ class GRPOTrainer:
             tokens that the policy did not sample), "truncated". Other entries
             become columns for the reward functions. Evaluation always calls `generate`. Every rank
             calls it; of ranks that share a batch, the result of the first counts.
-        on_refresh: called with the trainer after the reference was refreshed, for instance to
-            train the reward model further (DeepSeekMath, Algorithm 1, line 12). A reward function
-            that is an object can collect the completions to train on.
+        reward_training: RewardTraining of one of the rewards, a reward model that is trained
+            further at the end of every iteration (DeepSeekMath, Algorithm 1, line 12).
+        on_refresh: called with the trainer when an iteration begins, after its reference and
+            reward model were refreshed.
         run_log: writes metrics and tables of completions on the main process, in addition to the
             trackers; None = a `RunLog` in output_dir.
         accelerator: Accelerator to use instead of one with default settings; it then decides on
@@ -119,6 +121,7 @@ class GRPOTrainer:
         eval_data: Sequence[dict[str, Any]] | None = None,
         peft_config: "PeftConfig | None" = None,
         rollout_fn: RolloutFn | None = None,
+        reward_training: RewardTraining | None = None,
         on_refresh: "Callable[[GRPOTrainer], None] | None" = None,
         run_log: RunLog | None = None,
         accelerator: Accelerator | None = None,
@@ -135,6 +138,11 @@ class GRPOTrainer:
             project_dir=config.output_dir,
         )
         check_accelerator(config, self.accelerator)
+        if config.iterations > 1 and not config.beta and reward_training is None:
+            raise ValueError(
+                "iterations requires beta > 0 or reward_training, because nothing else is "
+                f"refreshed, got {config.iterations}"
+            )
         self.data, self.eval_data = check_rows("data", data), None
         if config.eval_steps is not None:
             if eval_data is None:
@@ -183,6 +191,9 @@ class GRPOTrainer:
             num_training_steps=config.max_steps,
         )
         self.frozen_checksum, self.data_checksum = exclude_frozen_weights(self), checksum_rows(data)
+        self.reward_training = reward_training
+        if reward_training is not None:
+            reward_training.start(self)
         self.step = self.rollouts = 0
         self.experience: Experience | None = None
 
@@ -231,7 +242,7 @@ class GRPOTrainer:
         with StopSignals() as signals, bar:
             while self.step < config.max_steps and not signal:
                 if self.experience is None:
-                    self.refresh_reference()
+                    self.refresh()
                     self.experience = collect(self)
                 metrics, signal = self.update(self.experience, signals)
                 self.step += 1
@@ -250,11 +261,14 @@ class GRPOTrainer:
                     save_state(self)
         return signal
 
-    def refresh_reference(self) -> None:
-        """Refreshes the reference every reference_refresh_rollouts rollouts (iterative GRPO)."""
-        every = self.config.reference_refresh_rollouts
+    def refresh(self) -> None:
+        """Refreshes reference and reward model when an iteration begins (iterative GRPO)."""
+        every = self.config.refresh_rollouts
         if every and self.rollouts and self.rollouts % every == 0:
-            self.reference.refresh(self.unwrapped)
+            if self.reference is not None:
+                self.reference.refresh(self.unwrapped)
+            if self.reward_training is not None:
+                self.reward_training.train()
             if self.on_refresh is not None:
                 self.on_refresh(self)
 

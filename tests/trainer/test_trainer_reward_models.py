@@ -271,12 +271,25 @@ def test_folders_that_hold_no_reward_model(tmp_path, kind, num_labels, message):
         find_reward(str(tmp_path))
 
 
-@pytest.mark.parametrize("wrapper", [RewardModel, StepRewardModel])
-def test_a_classifier_that_nobody_trained(tmp_path, wrapper):
+@pytest.mark.parametrize(
+    "wrapper, kind",
+    [(RewardModel, LlamaForTokenClassification), (StepRewardModel, LlamaForSequenceClassification)],
+)
+def test_a_classifier_of_the_other_kind(tmp_path, wrapper, kind):
+    """transformers would load the weights that fit."""
+    save_model(tmp_path, kind, character_tokenizer(), num_labels=1)
+    with pytest.raises(ValueError, match=f"must be a model For.*, got {kind.__name__}"):
+        wrapper(str(tmp_path))
+
+
+def test_a_classifier_that_nobody_trained(tmp_path):
     """transformers would draw its weights at random."""
     save_model(tmp_path, LlamaForCausalLM, character_tokenizer(), num_labels=1)
-    with pytest.raises(ValueError, match="trained classifier, but its weights lack .*score.weight"):
-        wrapper(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trained classifier, but its weights lack score.weight"):
+        RewardModel(str(tmp_path))
 
 
 def test_a_folder_that_does_not_say_what_it_is(tmp_path):

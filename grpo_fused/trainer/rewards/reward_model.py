@@ -1,12 +1,12 @@
 """Reward models: classifiers of transformers that score a completion, or each of its steps."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -16,6 +16,9 @@ from transformers import (
 from grpo_fused.trainer.rewards.results import Steps
 from grpo_fused.trainer.rewards.steps import split_steps
 from grpo_fused.trainer.rollouts.rollout import Prompt, pad
+
+# How the name of an architecture in a model's config.json ends.
+SEQUENCES, TOKENS = "ForSequenceClassification", "ForTokenClassification"
 
 
 class RewardModel:
@@ -35,7 +38,9 @@ class RewardModel:
     def __init__(self, path: str, batch_size: int = 16):
         self.__name__ = Path(path).name
         self.batch_size = batch_size
-        self.model, self.tokenizer = load_classifier(AutoModelForSequenceClassification, path)
+        self.model, self.tokenizer = load_classifier(
+            AutoModelForSequenceClassification, SEQUENCES, path
+        )
         if self.model.config.num_labels != 1:
             raise ValueError(
                 f"reward model {path} must have one label, got {self.model.config.num_labels}"
@@ -92,7 +97,7 @@ class StepRewardModel:
     def __init__(self, path: str, batch_size: int = 16):
         self.__name__ = Path(path).name
         self.batch_size = batch_size
-        self.model, self.tokenizer = load_classifier(AutoModelForTokenClassification, path)
+        self.model, self.tokenizer = load_classifier(AutoModelForTokenClassification, TOKENS, path)
         if self.model.config.num_labels not in (1, 2):
             raise ValueError(
                 f"step reward model {path} must have one or two labels, "
@@ -166,36 +171,42 @@ class StepRewardModel:
         return [row[ends].tolist() for row, (_, ends) in zip(scores.cpu(), rows, strict=True)]
 
 
-# By the end of the architecture's name in a model's config.json.
-REWARD_MODELS = {
-    "ForSequenceClassification": RewardModel,
-    "ForTokenClassification": StepRewardModel,
-}
-
-
 def load_reward_model(folder: str) -> RewardModel | StepRewardModel:
     """Returns the reward model of a folder, of the kind that its architecture says.
 
     Raises:
         ValueError: the architecture is no classifier, or it has another number of labels.
     """
-    names = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or []
+    is_of_tokens = check_architecture(folder, SEQUENCES, TOKENS).endswith(TOKENS)
+    return StepRewardModel(folder) if is_of_tokens else RewardModel(folder)
+
+
+def check_architecture(path: str, *endings: str) -> str:
+    """Returns the name of a model's architecture.
+
+    Raises:
+        ValueError: it has none of the endings.
+    """
+    names = AutoConfig.from_pretrained(path).architectures or []
     for name in names:
-        for ending, kind in REWARD_MODELS.items():
-            if name.endswith(ending):
-                return kind(folder)
+        if name.endswith(endings):
+            return name
     raise ValueError(
-        f"reward model {folder} must be a model {' or '.join(REWARD_MODELS)}, "
+        f"reward model {path} must be a model {' or '.join(endings)}, "
         f"got {', '.join(names) or 'no architectures in its config.json'}"
     )
 
 
-def load_classifier(auto_class: Any, path: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_classifier(
+    auto_class: Any, ending: str, path: str
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Loads a classifier in evaluation mode, and its tokenizer, which pads on the right.
 
     Raises:
-        ValueError: some of its weights are missing: transformers would draw them at random.
+        ValueError: its architecture has another ending; some of its weights are missing, which
+            transformers would draw at random.
     """
+    check_architecture(path, ending)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
     model, info = auto_class.from_pretrained(path, output_loading_info=True)
     if info["missing_keys"]:

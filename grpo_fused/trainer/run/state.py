@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from grpo_fused.trainer.run.errors import TrainingError, any_rank
 from grpo_fused.trainer.run.loading import absolute_base
 from grpo_fused.trainer.run.resume_checks import check_same_run, run_metadata
 
-METADATA, SHARDS = "trainer.json", "shards"
+METADATA, SHARDS, REWARD_TRAINING = "trainer.json", "shards", "reward_training.pt"
 
 
 def save_state(trainer) -> None:
@@ -45,6 +46,8 @@ def save_state(trainer) -> None:
         shared = reference is not None and reference.model is not None
         if reference is not None and not trainer.ranks.distributed and (main or not shared):
             torch.save(reference.state_dict(), folder / reference_file(trainer))
+        if main and trainer.reward_training is not None:
+            torch.save(trainer.reward_training.state_dict(), folder / REWARD_TRAINING)
         if main:
             (folder / METADATA).write_text(json.dumps(run_metadata(trainer), indent=1))
 
@@ -96,6 +99,9 @@ def load_state(trainer, folder: str | Path) -> None:
                 f"{ranks.size} ranks cannot resume what {saved['ranks']} ranks saved"
             )
         trainer.reference.load_state_dict(state, trainer.unwrapped)
+    if trainer.reward_training is not None:
+        state = torch.load(folder / REWARD_TRAINING, map_location="cpu", weights_only=True)
+        trainer.reward_training.load_state_dict(state)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
     if same:
         set_random_states(parts[0]["random"], device)
@@ -210,29 +216,55 @@ def exclude_frozen_weights(trainer) -> str | None:
 
 
 def save_pretrained(trainer) -> None:
-    """Writes `model/` for `from_pretrained`, replacing an older one only when complete.
+    """Writes `model/`, and `reward_model/` if one is trained, for `from_pretrained`.
 
-    A process killed between the two renames leaves the old model as `model.old.partial` and the
-    new one as `model.partial`. Every rank must call it.
-
-    Raises:
-        TrainingError: the model could not be written; the unfinished folder is deleted.
+    Every rank must call it; see `write_model`.
     """
-    accelerator, error = trainer.accelerator, None
+    accelerator = trainer.accelerator
     distributed, main = trainer.ranks.distributed, accelerator.is_main_process
     weights = None
     if not distributed:
         weights = accelerator.get_state_dict(trainer.model)  # gathers sharded weights
-    final = Path(trainer.config.output_dir) / "model"
-    partial = final.with_name(f"model{PARTIAL}")
+
+    def write(folder):
+        if main or distributed:  # of a distributed model, transformers gathers the weights
+            with absolute_base(trainer.unwrapped):
+                trainer.unwrapped.save_pretrained(folder, state_dict=weights, is_main_process=main)
+        if main:
+            trainer.tokenizer.save_pretrained(folder)
+
+    output_dir = Path(trainer.config.output_dir)
+    write_model(accelerator, output_dir / "model", write)
+    training = trainer.reward_training
+    if training is not None:
+        write_model(
+            accelerator,
+            output_dir / "reward_model",
+            training.save_pretrained if main else lambda folder: None,
+        )
+
+
+def write_model(accelerator, final: Path, write: Callable[[Path], None]) -> None:
+    """Writes a folder, replacing an older one only when complete.
+
+    A process killed between the two renames leaves the old one as `NAME.old.partial` and the new
+    one as `NAME.partial`. Every rank must call it.
+
+    Args:
+        accelerator: of the run.
+        final: the folder.
+        write: called with the unfinished folder on every rank.
+
+    Raises:
+        TrainingError: it could not be written; the unfinished folder is deleted.
+    """
+    main, error = accelerator.is_main_process, None
+    partial = final.with_name(f"{final.name}{PARTIAL}")
     try:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
-        if main or distributed:  # of a distributed model, transformers gathers the weights
-            with absolute_base(trainer.unwrapped):
-                trainer.unwrapped.save_pretrained(partial, state_dict=weights, is_main_process=main)
+        write(partial)
         if main:
-            trainer.tokenizer.save_pretrained(partial)
             sync_folder(partial)
             replace_folder(partial, final)
     except Exception as raised:  # safetensors raises exceptions of its own
