@@ -26,14 +26,19 @@ TEMPLATE = "{% for m in messages %}[{{ m.role[0] }}:{{ m.content }}]{% endfor %}
 TEMPLATE += "{% if add_generation_prompt %}[a:{% endif %}"
 
 
-def character_tokenizer(extra=(), decoder=None, **special):
-    """One token per character of the tests' texts, after the special tokens and `extra`."""
+def character_tokenizer(extra=(), merges=(), **special):
+    """One token per character of the tests' texts, after the special tokens and `extra`.
+
+    Of the pairs of characters in `merges`, which `extra` has joined, it makes one token.
+    """
     names = ["<pad>", "<eos>", *special.get("additional_special_tokens", ()), *extra]
     characters = [c for c in "\n 0123456789?=abcdexyz.,[]u:" if c not in names]
     vocab = {token: i for i, token in enumerate([*names, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoder or decoders.Fuse()
+    if merges:
+        tokenizer = Tokenizer(models.BPE(vocab, list(merges)))
+    tokenizer.decoder = decoders.Fuse()
     special = {"pad_token": "<pad>", "eos_token": "<eos>"} | special
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
@@ -134,7 +139,13 @@ ENDS = [[0, 1, 3], [1, 1]]  # the first step of "1=2\nb" ends within the last to
 @pytest.mark.parametrize("num_labels", [1, 2])
 def test_scores_of_steps(tmp_path, num_labels):
     """Read from the model one prefix at a time, in its own tokens, as TRL prepares them."""
-    own = character_tokenizer(additional_special_tokens=["<s>"], bos_token="<s>")
+    own = character_tokenizer(
+        ["c\n", ".\n"],
+        [("c", "\n"), (".", "\n")],  # only where a step is not tokenized on its own
+        additional_special_tokens=["<s>"],
+        bos_token="<s>",
+    )
+    assert own.tokenize("c\nd") == ["c\n", "d"]
     model = save_model(tmp_path / "prm", LlamaForTokenClassification, own, num_labels=num_labels)
     reward = find_reward(str(tmp_path / "prm"))
     assert isinstance(reward, StepRewardModel)

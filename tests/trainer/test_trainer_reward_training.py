@@ -58,6 +58,7 @@ def test_a_training_is_adamw_on_the_bradley_terry_loss(folder, tmp_path):
     """The second of two trainings: other pairs, some of the first, and the same optimizer."""
     trainer, _ = trainer_with(folder, tmp_path, history=pairs_of(9), max_grad_norm=0.0)
     training = trainer.reward_training
+    training.model.batch_size = 5  # texts at once: two pairs
     copied = copy.deepcopy(training.model)
     adamw = torch.optim.AdamW(copied.model.parameters(), lr=1e-2, weight_decay=0.0)
     batches = []
