@@ -23,6 +23,7 @@ from grpo_fused.trainer.run.log import read_metrics
 
 ROWS = [{"prompt": p, "answer": a} for problems in make_problems() for p, a in problems]
 SCORE, ACCURACY = "rewards/reward_model", "rewards/exact_match"
+WINDOW = 15  # steps of a running mean
 SETTINGS = {
     "prompts_per_rollout": 16,
     "num_generations": 8,
@@ -38,13 +39,10 @@ SETTINGS = {
 }
 
 
-def train(folder, policy, rewards, reward_training=None, **options) -> list[dict]:
+def train(folder, policy, rewards, **options) -> list[dict]:
     """Trains a policy, and saves it; returns the metrics of every step."""
     config = GRPOTrainerConfig(output_dir=str(folder), **SETTINGS | options)
-    tokenizer = make_tokenizer()
-    trainer = GRPOTrainer(
-        policy, rewards, config, ROWS, tokenizer=tokenizer, reward_training=reward_training
-    )
+    trainer = GRPOTrainer(policy, rewards, config, ROWS, tokenizer=make_tokenizer())
     trainer.train()
     return read_metrics(folder / "metrics.jsonl")
 
@@ -74,7 +72,7 @@ def run(folder: Path, steps: int) -> dict[str, list[dict]]:
     reward_model = load_reward_model(folder / "random")
     training = RewardTraining(reward_model, exact_match)
     options = {"max_steps": 8, "iterations": 2, "learning_rate": 0.0}
-    train(folder / "first", policy, reward_model, training, **options)
+    train(folder / "first", policy, Rewards(reward_model, training=training), **options)
     known = [pair for _, pair in training.history]
 
     found = {}
@@ -84,14 +82,15 @@ def run(folder: Path, steps: int) -> dict[str, list[dict]]:
         if name != "stays as it is":
             training = RewardTraining(reward_model, exact_match, known)
             options["iterations"] = steps // 3
-        rewards = Rewards([reward_model, exact_match], [1.0, 0.0])  # the truth is only measured
-        found[name] = train(folder / name.replace(" ", "-"), policy, rewards, training, **options)
+        # With weight 0 the truth is measured only.
+        rewards = Rewards([reward_model, exact_match], [1.0, 0.0], training)
+        found[name] = train(folder / name.replace(" ", "-"), policy, rewards, **options)
     return found
 
 
-def running_mean(history: list[dict], name: str, window: int = 15) -> list[float]:
+def running_mean(history: list[dict], name: str) -> list[float]:
     values = [line[name] for line in history]
-    parts = [values[max(0, i - window) : i] for i in range(1, len(values) + 1)]
+    parts = [values[max(0, i - WINDOW) : i] for i in range(1, len(values) + 1)]
     return [sum(part) / len(part) for part in parts]
 
 
@@ -129,8 +128,8 @@ def main() -> None:
     found = run(options.folder, options.steps)
     for name, history in found.items():
         for metric in (SCORE, ACCURACY):
-            first = sum(line[metric] for line in history[:15]) / 15
-            last = running_mean(history, metric)[-1]
+            means = running_mean(history, metric)
+            first, last = means[:WINDOW][-1], means[-1]
             print(f"{name}: {metric} {first:.2f} -> {last:.2f}")
     if options.picture is not None:
         draw(found, options.picture)

@@ -63,7 +63,7 @@ class RewardTraining:
     ):
         if not isinstance(model, RewardModel):
             raise ValueError(
-                f"reward_training: model must be a RewardModel, got {type(model).__name__}"
+                f"RewardTraining: model must be a RewardModel, got {type(model).__name__}"
             )
         self.model = model
         self.judge = preference if isinstance(preference, Rewards) else Rewards(preference)
@@ -84,13 +84,13 @@ class RewardTraining:
         names = [name for name, function in functions.items() if function is self.model]
         if not names:
             raise ValueError(
-                "reward_training: the model must be one of the rewards, "
+                "training: its model must be one of the rewards, "
                 f"got {', '.join(functions) or 'others'}"
             )
         self.name, self.config, self.ranks = names[0], trainer.config, trainer.ranks
         if not self.config.refresh_rollouts:
             raise ValueError(
-                "reward_training requires iterations above 1 or reference_refresh_rollouts, "
+                "training requires iterations above 1 or reference_refresh_rollouts, "
                 f"got iterations {self.config.iterations}: the reward model would not be trained"
             )
         self.judge.trainer_state = TrainerState(trainer)

@@ -23,7 +23,6 @@ from grpo_fused.trainer.optimizer import make_optimizer
 from grpo_fused.trainer.policy import Policy, prepare_model
 from grpo_fused.trainer.ranks import Ranks, clip_gradients, explain_lost_rank
 from grpo_fused.trainer.reference import Reference, is_peft_model, trainable_parameters
-from grpo_fused.trainer.reward_training import RewardTraining
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rewards.weighted import RewardFunction, TrainerState
 from grpo_fused.trainer.rollouts.rollout_fn import RolloutFn
@@ -86,8 +85,6 @@ class GRPOTrainer:
             tokens that the policy did not sample), "truncated". Other entries
             become columns for the reward functions. Evaluation always calls `generate`. Every rank
             calls it; of ranks that share a batch, the result of the first counts.
-        reward_training: RewardTraining of one of the rewards, a reward model that is trained
-            further at the end of every iteration (DeepSeekMath, Algorithm 1, line 12).
         on_refresh: called with the trainer when an iteration begins, after its reference and
             reward model were refreshed.
         run_log: writes metrics and tables of completions on the main process, in addition to the
@@ -121,7 +118,6 @@ class GRPOTrainer:
         eval_data: Sequence[dict[str, Any]] | None = None,
         peft_config: "PeftConfig | None" = None,
         rollout_fn: RolloutFn | None = None,
-        reward_training: RewardTraining | None = None,
         on_refresh: "Callable[[GRPOTrainer], None] | None" = None,
         run_log: RunLog | None = None,
         accelerator: Accelerator | None = None,
@@ -138,10 +134,11 @@ class GRPOTrainer:
             project_dir=config.output_dir,
         )
         check_accelerator(config, self.accelerator)
-        if config.iterations > 1 and not config.beta and reward_training is None:
+        self.reward_training = self.rewards.training
+        if config.iterations > 1 and not config.beta and self.reward_training is None:
             raise ValueError(
-                "iterations requires beta > 0 or reward_training, because nothing else is "
-                f"refreshed, got {config.iterations}"
+                "iterations requires beta > 0 or the training of a reward model, because nothing "
+                f"else is refreshed, got {config.iterations}"
             )
         self.data, self.eval_data = check_rows("data", data), None
         if config.eval_steps is not None:
@@ -191,9 +188,8 @@ class GRPOTrainer:
             num_training_steps=config.max_steps,
         )
         self.frozen_checksum, self.data_checksum = exclude_frozen_weights(self), checksum_rows(data)
-        self.reward_training = reward_training
-        if reward_training is not None:
-            reward_training.start(self)
+        if self.reward_training is not None:
+            self.reward_training.start(self)
         self.step = self.rollouts = 0
         self.experience: Experience | None = None
 

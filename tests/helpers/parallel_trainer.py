@@ -64,7 +64,7 @@ def reward_run(folder, kind, output, seed=None, history=None, **options):
     """
     model = load_reward_model(folder / "reward", seed)
     training = RewardTraining(model, first_digit, pairs_of(20) if history is None else history)
-    options |= {"rewards": Rewards(model), "reward_training": training, "beta": 0.0}
+    options |= {"rewards": Rewards(model, training=training), "beta": 0.0}
     options |= {"iterations": 3, "reference_refresh_rollouts": None, "reference_mix": 1.0}
     options |= {"reward_learning_rate": 0.1, "reward_batch_size": 5}
     return trainer_on(output, load_start(folder / "start", kind), **options)

@@ -72,7 +72,6 @@ def trainer_of(
 ):
     """(trainer, records): a tiny trainer, and a dict that it fills with the metrics by step."""
     objects = ("eval_data", "peft_config", "rollout_fn", "on_refresh", "run_log", "accelerator")
-    objects += ("reward_training",)
     given = {name: options.pop(name) for name in objects if name in options}
     tokenizer = tokenizer or make_tokenizer()
     if model is None:

@@ -27,9 +27,8 @@ def folder(tmp_path_factory):
 def trainer_with(folder, tmp_path, *, preference=first_digit, history=(), model=None, **options):
     model = model or load_reward_model(folder)
     training = RewardTraining(model, preference, history)
-    return trainer_of(
-        tmp_path, rewards=Rewards(model), reward_training=training, **ITERATIVE | options
-    )
+    rewards = Rewards(model, training=training)
+    return trainer_of(tmp_path, rewards=rewards, **ITERATIVE | options)
 
 
 def test_the_best_of_a_group_is_paired_with_the_worst():
@@ -272,8 +271,8 @@ def test_chats_are_judged_and_trained_on(folder, tmp_path):
         ({"history": [*pairs_of(1), {"prompt": "a", "chosen": "b", "rejected": []}]}, "row 1 of"),
         ({"history": ["a"]}, "row 0 of the history of a reward model .* got 'a'"),
         (
-            {"rewards": Rewards(first_digit)},
-            "the model must be one of the rewards, got first",
+            {"rewards": first_digit},
+            "its model must be one of the rewards, got first",
         ),
         ({"model": first_digit}, "model must be a RewardModel, got function"),
     ],
@@ -283,13 +282,13 @@ def test_bad_input_is_an_error_that_names_it(folder, tmp_path, options, message)
     model = options.pop("model", None) or load_reward_model(folder)
     with pytest.raises(ValueError, match=message):
         training = RewardTraining(model, first_digit, options.pop("history", ()))
-        rewards = options.pop("rewards", None) or Rewards(model)
-        trainer_of(tmp_path, rewards=rewards, reward_training=training, **options)
+        rewards = Rewards(options.pop("rewards", model), training=training)
+        trainer_of(tmp_path, rewards=rewards, **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_iterations_without_anything_to_refresh(tmp_path):
-    with pytest.raises(ValueError, match="iterations requires beta > 0 or reward_training, .* 2"):
+    with pytest.raises(ValueError, match="iterations requires beta > 0 or the training .* 2"):
         trainer_of(tmp_path, iterations=2)
     assert GRPOTrainerConfig(max_steps=12, iterations=3, num_iterations=2).refresh_rollouts == 2
     assert GRPOTrainerConfig(beta=0.1, reference_refresh_rollouts=7).refresh_rollouts == 7

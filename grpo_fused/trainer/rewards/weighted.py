@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,9 @@ from grpo_fused.trainer.rewards.results import (
     weighted_steps,
 )
 from grpo_fused.trainer.rollouts.rollout import Prompt
+
+if TYPE_CHECKING:
+    from grpo_fused.trainer.reward_training import RewardTraining
 
 RewardFunction = Callable[..., Any]
 
@@ -101,6 +104,8 @@ class Rewards:
             a name in `builtin.BUILTIN`, or the folder of a reward model of transformers (a sequence
             classifier, or a token classifier, which scores steps).
         weights: one per function; None = 1 each.
+        training: of one of the functions, a reward model that the trainer trains further at the
+            end of every iteration (DeepSeekMath, Algorithm 1, line 12).
 
     Attributes:
         functions: callables by name.
@@ -112,11 +117,15 @@ class Rewards:
             number per function.
     """
 
+    training: "RewardTraining | None" = None
+
     def __init__(
         self,
         functions: RewardFunction | str | Sequence[RewardFunction | str],
         weights: Sequence[float] | None = None,
+        training: "RewardTraining | None" = None,
     ):
+        self.training = training
         functions = [functions] if isinstance(functions, str) or callable(functions) else functions
         found = [find_reward(one) if isinstance(one, str) else one for one in functions]
         if not found:

@@ -29,7 +29,7 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
     data, eval_data = load_source(config, config.data, TRAIN_SEED), None
     if config.eval_data is not None:
         eval_data = load_source(config, config.eval_data, EVAL_SEED)
-    rewards, reward_training = make_rewards(config)
+    rewards = make_rewards(config)
     if has_adapter(config.model) and (config.lora_rank or distribution(config)):
         raise ValueError(
             f"model {config.model} holds an adapter, which is trained further: lora_rank must be 0 "
@@ -59,7 +59,6 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
         tokenizer=tokenizer,
         eval_data=eval_data,
         peft_config=make_lora_config(config),
-        reward_training=reward_training,
         run_log=run_log,
     )
 
@@ -101,10 +100,10 @@ def train(config: TrainConfig) -> TrainResult:
     return result
 
 
-def make_rewards(config: TrainConfig) -> tuple[Rewards, RewardTraining | None]:
-    """Returns the rewards of a config, and the training of its reward_model, if it has one."""
+def make_rewards(config: TrainConfig) -> Rewards:
+    """Returns the rewards of a config, with the training of its reward_model, if it has one."""
     if config.reward_model is None:
-        return Rewards(config.rewards, config.reward_weights), None
+        return Rewards(config.rewards, config.reward_weights)
     assert config.preference is not None
     try:
         model = RewardModel(config.reward_model)
@@ -112,7 +111,7 @@ def make_rewards(config: TrainConfig) -> tuple[Rewards, RewardTraining | None]:
         raise ValueError(f"reward_model {config.reward_model} cannot be loaded: {error}") from error
     history = [] if config.reward_data is None else load_rows(config.reward_data)
     training = RewardTraining(model, config.preference, history)
-    return Rewards([*config.rewards, model], config.reward_weights), training
+    return Rewards([*config.rewards, model], config.reward_weights, training)
 
 
 def load_source(config: TrainConfig, source: str, task_seed: int) -> Sequence[dict]:
