@@ -24,7 +24,7 @@ from grpo_fused.trainer.experience import (
 from grpo_fused.trainer.order import next_rows
 from grpo_fused.trainer.rewards import RewardScores
 from grpo_fused.trainer.rewards.overlong import punish_overlong
-from grpo_fused.trainer.rollouts.rollout import Rollout
+from grpo_fused.trainer.rollouts.rollout import Prompt, Rollout
 from grpo_fused.trainer.rollouts.rollout_fn import convert_output
 from grpo_fused.trainer.run.data import split_columns
 from grpo_fused.trainer.run.errors import any_rank, together
@@ -48,6 +48,9 @@ def collect(trainer) -> Experience:
         metrics |= drawing | {"dynamic_sampling/reward": float(rewards.nanmean())}
     batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
 
+    if trainer.reward_training is not None:
+        completions = completions_of(trainer, rollout)
+        metrics |= trainer.reward_training.add_rollout(rollout, completions, scores)
     mine = slice(ranks.index * trainer.rows_per_rank, (ranks.index + 1) * trainer.rows_per_rank)
     has_steps = any_rank(accelerator, scores.steps is not None)
     if config.algorithm == "ppo":  # advantages need values, below
@@ -145,18 +148,22 @@ def sample(trainer) -> Rollout:
         )
 
 
+def completions_of(trainer, rollout: Rollout) -> list[Prompt]:
+    """Returns completions as text; the completion of a chat is a list of one message."""
+    texts = trainer.sampler.decode(rollout.completion_ids)
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(rollout.prompts, texts, strict=True)
+    ]
+
+
 def score(trainer, rollout: Rollout) -> RewardScores:
-    """Scores a rollout; the completion of a chat is a list of one message.
+    """Scores a rollout.
 
     Raises:
         ValueError: the total rewards have the wrong shape or are infinite.
     """
-    texts = trainer.sampler.decode(rollout.completion_ids)
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(rollout.prompts, texts, strict=True)
-    ]
-    ids = rollout.completion_ids
+    completions, ids = completions_of(trainer, rollout), rollout.completion_ids
     scores = trainer.rewards(rollout.prompts, completions, ids, rollout.columns)
     if scores.total.shape != (len(ids),):
         raise ValueError(

@@ -91,9 +91,8 @@ class GRPOTrainer:
             token nor with a stop string). Other entries become columns for the reward functions.
             Evaluation always calls `generate`. Every rank calls it; of ranks that share a batch,
             the result of the first counts.
-        on_refresh: called with the trainer after the reference was refreshed, for instance to
-            train the reward model further (DeepSeekMath, Algorithm 1, line 12). A reward function
-            that is an object can collect the completions to train on.
+        on_refresh: called with the trainer when an iteration begins, after its reference and
+            reward model were refreshed.
         run_log: writes metrics and tables of completions on the main process, in addition to the
             trackers; None = a `RunLog` in output_dir.
         accelerator: Accelerator to use instead of one with default settings; it then decides on
@@ -144,6 +143,12 @@ class GRPOTrainer:
             project_dir=config.output_dir,
         )
         check_accelerator(config, self.accelerator)
+        self.reward_training = self.rewards.training
+        if config.iterations > 1 and not config.beta and self.reward_training is None:
+            raise ValueError(
+                "iterations requires beta > 0 or the training of a reward model, because nothing "
+                f"else is refreshed, got {config.iterations}"
+            )
         self.data, self.eval_data = check_rows("data", data), None
         if config.eval_steps is not None:
             if eval_data is None:
@@ -201,6 +206,8 @@ class GRPOTrainer:
         self.frozen_checksum = exclude_frozen_weights(self)
         self.step, self.rollouts, self.has_logs = 0, 0, False
         self.data_position = 0  # prompts of all epochs that were trained on or left out
+        if self.reward_training is not None:
+            self.reward_training.start(self)
         self.experience: Experience | None = None
         self.evaluation_due = True  # of the current step; a signal defers one to the resumed run
         self.summary, self.started = RunSummary(), time.perf_counter()
@@ -250,7 +257,7 @@ class GRPOTrainer:
         with StopSignals(show=main) as signals, bar:
             while self.step < config.max_steps and not signal:
                 if self.experience is None:
-                    self.refresh_reference()
+                    self.refresh()
                     self.experience = collect(self)
                     self.summary.add_rollout(self.experience.metrics, show=main)
                 metrics, signal = self.update(self.experience, signals)
@@ -272,11 +279,14 @@ class GRPOTrainer:
                     save_state(self)
         return signal
 
-    def refresh_reference(self) -> None:
-        """Refreshes the reference every reference_refresh_rollouts rollouts (iterative GRPO)."""
-        every = self.config.reference_refresh_rollouts
+    def refresh(self) -> None:
+        """Refreshes reference and reward model when an iteration begins (iterative GRPO)."""
+        every = self.config.refresh_rollouts
         if every and self.rollouts and self.rollouts % every == 0:
-            self.reference.refresh(self.unwrapped)
+            if self.reference is not None:
+                self.reference.refresh(self.unwrapped)
+            if self.reward_training is not None:
+                self.reward_training.train()
             if self.on_refresh is not None:
                 self.on_refresh(self)
 

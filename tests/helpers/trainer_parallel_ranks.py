@@ -1,7 +1,8 @@
 """The trainer on several ranks: checks for `ranks`, which test_trainer_ranks.py starts.
 
 The folder has "start", the model, "one", the run of one process with its checkpoints, and
-"expected-one.pt", its results.
+"expected-one.pt", its results; "reward", a reward model, and "reward.pt", the results of its
+training.
 """
 
 import functools
@@ -19,13 +20,16 @@ from parallel_trainer import (
     fixed,
     load_start,
     result,
+    reward_run,
     sgd,
     trainer_on,
 )
 from ranks import raises
+from reward_models import pairs_of
 from trainer_runs import HELD_OUT, ROWS, partial_credit
 from transformers import AutoModelForCausalLM
 
+import grpo_fused.trainer.reward_training
 import grpo_fused.trainer.trainer
 from grpo_fused.trainer import TrainingError
 from grpo_fused.trainer.collect import collect
@@ -34,6 +38,7 @@ from grpo_fused.trainer.reference import local_tensor
 from grpo_fused.trainer.run.checkpoint import list_checkpoints
 
 grpo_fused.trainer.trainer.make_optimizer = sgd  # of this process alone
+grpo_fused.trainer.reward_training.make_optimizer = sgd
 # GRPO_FUSED_SLOW=1 runs all.
 KINDS = {2: ("ddp", "fsdp", "tp") if "GRPO_FUSED_SLOW" in os.environ else ("ddp",), 4: ("2x2",)}
 TENSOR_PARALLEL = {2: "tp", 4: "2x2"}
@@ -259,6 +264,34 @@ def check_streams(rank):
     faulty = 4  # the fourth reading, after two of the first row alone, and one of an epoch
     error, text = (ValueError, "epoch 2, row 6 (the") if main else (TrainingError, "another rank")
     raises(error, text, lambda: run(f"{folder}-faulty", max_steps=20))
+
+
+def check_reward_training(rank):
+    """A reward model is trained as by one process, and stays equal to the bit on all ranks."""
+    root = Path(rank.folder)
+    expected = torch.load(root / "reward.pt")
+    for kind in ("ddp", TENSOR_PARALLEL[rank.size]):
+        output = root / f"reward-{kind}{rank.size}"
+        seed = 1 if rank.rank else None  # the weights of rank 0 count
+        trainer, records = reward_run(root, kind, output, seed, save_steps=3)
+        trainer.train()
+        for name in ("reward_model/loss", "reward_model/accuracy", "reward_model/preference"):
+            wanted = expected["records"][5][name]
+            assert records[5][name] == pytest.approx(wanted, abs=1e-5), (kind, name)
+        found = trainer.reward_training.model.model.state_dict()
+        for name, weight in expected["weights"].items():
+            rank.assert_same_bits(found[name])
+            error = relative_error(found[name], weight)
+            assert error < 1e-5, (kind, name, error)
+        again = (root, kind, f"{output}-again", 2)
+        resumed, later = reward_run(*again, resume=str(output / "checkpoint-3"))
+        resumed.train()
+        assert all(later[step] == records[step] for step in (4, 5, 6)), kind
+        for name, weight in resumed.reward_training.model.model.state_dict().items():
+            assert torch.equal(weight, found[name]), (kind, name)
+    history = pairs_of(2 + rank.rank)
+    call = functools.partial(reward_run, root, "ddp", root / "other", history=history)
+    raises(ValueError, "disagree on the history of pairs", call)
 
 
 def check_errors(rank):

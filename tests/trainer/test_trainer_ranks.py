@@ -3,7 +3,17 @@
 import pytest
 import ranks
 import torch
-from parallel_trainer import DYNAMIC, PPO, load_start, result, save_start, sgd, trainer_on
+from parallel_trainer import (
+    DYNAMIC,
+    PPO,
+    load_start,
+    result,
+    reward_run,
+    save_start,
+    sgd,
+    trainer_on,
+)
+from reward_models import save_reward_model
 
 MODULES = ("trainer_parallel_ranks",)
 
@@ -21,6 +31,12 @@ def folder(tmp_path_factory):
             trainer, records = trainer_on(folder / name, model, **others)
             trainer.train()
             torch.save(result(trainer, records), folder / f"expected-{name}.pt")
+        save_reward_model(folder / "reward")
+        monkeypatch.setattr("grpo_fused.trainer.reward_training.make_optimizer", sgd)
+        trainer, records = reward_run(folder, "one", folder / "reward-one")
+        trainer.train()
+        weights = trainer.reward_training.model.model.state_dict()
+        torch.save({"records": records, "weights": weights}, folder / "reward.pt")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Rewards: signatures, None, weights, async, steps, models, and errors that name the cause."""
+"""Rewards: signatures, None, weights, async, steps, and errors that name the cause."""
 
 import asyncio
 import inspect
@@ -11,9 +11,7 @@ import threading
 import numpy
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from grpo_fused.demo import make_tokenizer
 from grpo_fused.trainer.rewards import Rewards, math_process
 from grpo_fused.trainer.rewards.builtin import (
     BUILTIN,
@@ -22,7 +20,6 @@ from grpo_fused.trainer.rewards.builtin import (
     math_verify,
     reasoning_gym,
 )
-from grpo_fused.trainer.rewards.reward_model import RewardModel
 from grpo_fused.trainer.run.errors import TrainingError
 
 PROMPTS = ["1?2=", "3?4=", "5?6="]
@@ -428,25 +425,3 @@ def test_a_task_scores_its_own_rows():
     rows = load_rows("reasoning_gym:basic_arithmetic", task_size=2)
     entries = [row["entry"] for row in rows]
     assert reasoning_gym([rows[0]["answer"], "nothing"], entries) == [1.0, 0.0]
-
-
-def test_a_reward_model(tmp_path):
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "vocab_size": len(tokenizer), "pad_token_id": 0}
-    config = LlamaConfig(**sizes, num_labels=1)
-    model = LlamaForSequenceClassification(config).eval()
-    for folder, labels in (("one", 1), ("two", 2)):
-        config.num_labels = labels
-        saved = model if labels == 1 else LlamaForSequenceClassification(config)
-        saved.save_pretrained(tmp_path / folder)
-        tokenizer.save_pretrained(tmp_path / folder)
-    scores = score(str(tmp_path / "one"))
-    for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-        ids = tokenizer(prompt + completion, return_tensors="pt")["input_ids"]
-        assert abs(model(ids).logits.item() - scores.each["one"][i]) < 1e-5
-    with pytest.raises(ValueError, match="two must have one label, got 2"):
-        RewardModel(str(tmp_path / "two"))
-    with pytest.raises(RuntimeError, match="one has no chat template for chat prompts"):
-        Rewards(str(tmp_path / "one"))([[{"role": "user", "content": "1"}]], [[]], [[1]], {})

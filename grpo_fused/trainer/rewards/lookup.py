@@ -9,7 +9,7 @@ from types import ModuleType
 
 from grpo_fused.checks import nearest
 from grpo_fused.trainer.rewards.builtin import BUILTIN, PACKAGES
-from grpo_fused.trainer.rewards.reward_model import RewardModel
+from grpo_fused.trainer.rewards.reward_model import load_reward_model
 from grpo_fused.trainer.run.errors import locate
 
 
@@ -22,7 +22,7 @@ def find_reward(name: str) -> Callable:
 
     Raises:
         ValueError: there is no such reward; its package is not installed; its file cannot be
-            imported.
+            imported; the folder holds no reward model.
     """
     parts = name.replace(",", " ").split()
     if len(parts) > 1 and not Path(name).exists() and any(":" in p or p in BUILTIN for p in parts):
@@ -35,7 +35,7 @@ def find_reward(name: str) -> Callable:
                 raise ValueError(f"rewards: {name} needs {package}: pip install {package}")
             return BUILTIN[name]
         if (Path(name) / "config.json").is_file():
-            return RewardModel(name)
+            return load_reward_model(name)
         if name.endswith(".py") and Path(name).is_file():
             raise ValueError(f"rewards: {name} needs the name of a function, {name}:function")
         raise ValueError(

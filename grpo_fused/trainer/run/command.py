@@ -7,7 +7,9 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from grpo_fused.trainer.reward_training import RewardTraining
 from grpo_fused.trainer.rewards import Rewards
+from grpo_fused.trainer.rewards.reward_model import RewardModel
 from grpo_fused.trainer.run.config import TrainConfig
 from grpo_fused.trainer.run.data import load_rows
 from grpo_fused.trainer.run.loading import has_adapter, load_model, quantized_options
@@ -28,7 +30,7 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
     """
     check_output_dir(config.output_dir)
     data, eval_data = load_data(config), load_eval_data(config)
-    rewards = Rewards(config.rewards, config.reward_weights)
+    rewards = make_rewards(config)
     if has_adapter(config.model) and (config.lora_rank or distribution(config)):
         raise ValueError(
             f"model {config.model} holds an adapter, which is trained further: lora_rank must be 0 "
@@ -92,6 +94,20 @@ def train(config: TrainConfig) -> TrainResult:
         if result.signal:
             record(last_line(result, config))  # or a launcher reports a failure without a cause
     return result
+
+
+def make_rewards(config: TrainConfig) -> Rewards:
+    """Returns the rewards of a config, with the training of its reward_model, if it has one."""
+    if config.reward_model is None:
+        return Rewards(config.rewards, config.reward_weights)
+    assert config.preference is not None
+    try:
+        model = RewardModel(config.reward_model)
+    except OSError as error:
+        raise ValueError(f"reward_model {config.reward_model} cannot be loaded: {error}") from error
+    history = [] if config.reward_data is None else load_rows(config.reward_data)
+    training = RewardTraining(model, config.preference, history)
+    return Rewards([*config.rewards, model], config.reward_weights, training)
 
 
 def load_data(config: TrainConfig) -> Rows:

@@ -154,6 +154,9 @@ class GRPOTrainerConfig:
         "overlong punishment, DAPO); none: no punishment",
         low=1,
     )
+    reward_step_separator: str = option(
+        "\n", "text that ends a step, for a reward model that scores steps; default: a new line"
+    )
     scale_rewards: str = option(
         "group",
         "divide centred rewards by the standard deviation of the group or batch, by that of the "
@@ -219,6 +222,27 @@ class GRPOTrainerConfig:
         above=0,
         high=1,
     )
+
+    # Iterations (iterative GRPO)
+    iterations: int = option(
+        1,
+        "parts of the run, of equally many rollouts; all but the first begin by setting the "
+        "reference to the policy and training the reward model further",
+        low=1,
+    )
+    replay_fraction: float = option(
+        0.1, "share of pairs of earlier iterations in the training of the reward model", low=0
+    )
+    replay_size: int = option(
+        10_000, "pairs of earlier iterations to keep, a uniform sample of all", low=1
+    )
+    reward_learning_rate: float = option(
+        1e-5, "learning rate of the reward model; otherwise its AdamW is that of the policy", low=0
+    )
+    reward_batch_size: int = option(
+        16, "pairs in one optimizer step of the reward model, over all ranks", low=1
+    )
+    reward_epochs: int = option(1, "passes of the reward model over its pairs", low=1)
 
     # The optimizer
     learning_rate: float = option(1e-6, "peak learning rate of AdamW", low=0)
@@ -320,6 +344,8 @@ class GRPOTrainerConfig:
             )
         check_advantages(self)
         check_critic(self)
+        if not self.reward_step_separator:
+            raise ValueError(f"reward_step_separator must not be empty, got {''!r}")
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
         if floor is not None and floor >= cap:
             raise ValueError(
@@ -331,7 +357,8 @@ class GRPOTrainerConfig:
                 "warmup_steps requires another lr_scheduler_type, such as constant_with_warmup, "
                 f"got {self.warmup_steps} with constant"
             )
-        if self.reference_mix < 1 and not self.reference_refresh_rollouts:
+        self._check_iterations()
+        if self.reference_mix < 1 and not self.refresh_rollouts:
             raise ValueError(
                 "reference_mix below 1 requires reference_refresh_rollouts, "
                 f"got {self.reference_mix} without it"
@@ -341,6 +368,29 @@ class GRPOTrainerConfig:
                 "reference_refresh_rollouts requires beta > 0, because only the KL penalty uses "
                 f"a reference model, got {self.reference_refresh_rollouts} with beta {self.beta}"
             )
+
+    def _check_iterations(self):
+        if self.replay_fraction >= 1:
+            raise ValueError(f"replay_fraction must be below 1, got {self.replay_fraction}")
+        if self.iterations == 1:
+            return
+        if self.reference_refresh_rollouts:
+            raise ValueError(
+                "reference_refresh_rollouts must be none with iterations, which say when the "
+                f"reference is refreshed, got {self.reference_refresh_rollouts}"
+            )
+        if self.max_steps % (self.iterations * self.steps_per_rollout):
+            raise ValueError(
+                "iterations must divide max_steps / (minibatches x num_iterations) = "
+                f"{self.max_steps / self.steps_per_rollout:g} rollouts, got {self.iterations}"
+            )
+
+    @property
+    def refresh_rollouts(self) -> int | None:
+        """Rollouts of an iteration, after which reference and reward model are refreshed."""
+        if self.iterations == 1:
+            return self.reference_refresh_rollouts
+        return self.max_steps // (self.iterations * self.steps_per_rollout)
 
     @property
     def objective_or_default(self) -> Any:
@@ -429,6 +479,21 @@ class TrainConfig(GRPOTrainerConfig):
         "reward functions: path.py:function, module:function, exact_match, math_verify, "
         "reasoning_gym, or the folder of a reward model",
     )
+    reward_model: str | None = option(
+        None,
+        "folder or Hub name of a reward model (a sequence classifier with one label) that is one "
+        "more reward, the last, and is trained further in every iteration",
+        mutable_on_resume=True,
+    )
+    preference: str | None = option(
+        None, "reward function that says which of two completions reward_model should prefer"
+    )
+    reward_data: str | None = option(
+        None,
+        "pairs that reward_model was trained on, to be replayed: rows with prompt, chosen and "
+        "rejected, as data",
+        mutable_on_resume=True,
+    )
     reward_weights: list[float] | None = option(None, "one weight per reward; none: 1 each")
     lora_rank: int = option(0, "rank of LoRA adapters; 0: train all weights", low=0)
     lora_alpha: float = option(32.0, "LoRA scale before division by the rank", above=0)
@@ -439,8 +504,16 @@ class TrainConfig(GRPOTrainerConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("model", "data", "rewards"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "rewards" and self.reward_model):
                 raise ValueError(f"{name} is required, got {getattr(self, name)!r}")
+        for name in ("preference", "reward_data"):
+            if getattr(self, name) and not self.reward_model:
+                raise ValueError(f"{name} requires reward_model, got {getattr(self, name)!r}")
+        if self.reward_model and not self.preference:
+            raise ValueError(
+                f"reward_model {self.reward_model} requires a preference to train it by, got none; "
+                "a reward model that stays as it is belongs in rewards"
+            )
         if self.lora_rank and (self.tensor_parallel_size > 1 or self.fully_shard):
             raise ValueError(
                 "lora_rank must be 0 with tensor_parallel_size or fully_shard, "
@@ -462,10 +535,10 @@ class TrainConfig(GRPOTrainerConfig):
                 "lora_target_modules requires lora_rank, "
                 f"got {self.lora_target_modules} with rank 0"
             )
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+        number = len(self.rewards) + bool(self.reward_model)
+        if self.reward_weights is not None and len(self.reward_weights) != number:
             raise ValueError(
-                f"reward_weights must be one per reward, {len(self.rewards)}, "
-                f"got {len(self.reward_weights)}"
+                f"reward_weights must be one per reward, {number}, got {len(self.reward_weights)}"
             )
 
 

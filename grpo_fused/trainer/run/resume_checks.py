@@ -47,6 +47,15 @@ def _adapters(current: dict | None, saved: dict | None) -> str:
     raise AssertionError("the adapters are equal")
 
 
+def _reward_model(current: dict | None, saved: dict | None) -> str:
+    if saved is None or current is None:
+        trains, trained = ("no", "one") if current is None else ("a", "none")
+        return (
+            f"{trains} reward model is trained, the checkpoint is of a run that trained {trained}"
+        )
+    return _difference("of the reward model", current, saved)
+
+
 def _difference(of_what: str, current: dict, saved: dict) -> str:
     """Names the first setting that differs."""
     name = min(k for k in current.keys() | saved.keys() if current.get(k) != saved.get(k))
@@ -68,12 +77,14 @@ FIXED: dict[str, Callable[[Any, Any], str]] = {
     ),
     "model": lambda current, saved: _difference("of the model", current or {}, saved or {}),
     "adapters": _adapters,
+    "reward model": _reward_model,
     "frozen weights": _frozen,
 }
 
 
 def run_metadata(trainer) -> dict[str, Any]:
     """Describes a run as JSON: its progress, its settings, and the data and model it uses."""
+    training = trainer.reward_training
     return {
         "step": trainer.step,
         "rollouts": trainer.rollouts,
@@ -85,6 +96,7 @@ def run_metadata(trainer) -> dict[str, Any]:
         "model": model_settings(trainer.unwrapped),
         "frozen weights": trainer.frozen_checksum,
         "adapters": adapter_settings(trainer.unwrapped),
+        "reward model": None if training is None else model_settings(training.model.model),
         "config": dataclasses.asdict(trainer.config),
     }
 
@@ -124,8 +136,8 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], config) -> No
         mutable = field.metadata.get("mutable_on_resume")
         if mutable is True or field.name not in saved["config"]:
             continue
-        if field.name == "max_steps" and is_constant:
-            continue  # the learning rate of earlier steps does not depend on it
+        if field.name == "max_steps" and is_constant and getattr(config, "iterations", 1) == 1:
+            continue  # neither learning rate nor iterations of earlier steps depend on it
         value, before = getattr(config, field.name), saved["config"][field.name]
         if value == before:
             continue

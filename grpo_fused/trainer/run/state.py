@@ -33,7 +33,7 @@ from grpo_fused.trainer.run.loading import absolute_base
 from grpo_fused.trainer.run.resume_checks import check_same_run, run_metadata
 from grpo_fused.trainer.run.summary import RunSummary
 
-METADATA, SHARDS = "trainer.json", "shards"
+METADATA, SHARDS, REWARD_TRAINING = "trainer.json", "shards", "reward_training.pt"
 
 
 def save_state(trainer) -> None:
@@ -54,6 +54,8 @@ def save_state(trainer) -> None:
         shared = reference is not None and reference.model is not None
         if reference is not None and not trainer.ranks.distributed and (main or not shared):
             torch.save(reference.state_dict(), folder / reference_file(trainer))
+        if main and trainer.reward_training is not None:
+            torch.save(trainer.reward_training.state_dict(), folder / REWARD_TRAINING)
         if main:
             metadata = run_metadata(trainer) | {"evaluation_due": trainer.evaluation_due}
             metadata["summary"] = asdict(trainer.summary) | {"seconds": trainer.seconds()}
@@ -109,6 +111,9 @@ def load_state(trainer, folder: str | Path) -> None:
                 f"{ranks.size} ranks cannot resume what {saved['ranks']} ranks saved"
             )
         trainer.reference.load_state_dict(state, trainer.unwrapped)
+    if trainer.reward_training is not None:
+        state = torch.load(folder / REWARD_TRAINING, map_location="cpu", weights_only=True)
+        trainer.reward_training.load_state_dict(state)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
     position = trainer.rollouts * trainer.config.prompts_per_rollout
     trainer.data_position = saved.get("data position", position)  # older checkpoints lack it
@@ -231,7 +236,7 @@ def exclude_frozen_weights(trainer) -> str | None:
 
 
 def save_pretrained(trainer) -> Path:
-    """Writes `model/` and, of a critic of its own, `critic/` for `from_pretrained`.
+    """Writes `model/` and, if they are trained, `critic/` and `reward_model/`.
 
     The model generates as it did in training: with the end tokens that ended completions, and the
     chat template. Every rank must call it; see `write_folder`.
@@ -260,6 +265,13 @@ def save_pretrained(trainer) -> Path:
         critic = trainer.critic.unwrapped
         write_folder(
             accelerator, folder / "critic", lambda path: critic.save_pretrained(path) if main else 0
+        )
+    training = trainer.reward_training
+    if training is not None:
+        write_folder(
+            accelerator,
+            folder / "reward_model",
+            training.save_pretrained if main else lambda path: None,
         )
     return folder / "model"
 
