@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,8 +27,10 @@ from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rewards.weighted import RewardFunction, TrainerState
 from grpo_fused.trainer.rollouts.rollout_fn import RolloutFn
 from grpo_fused.trainer.rollouts.sampler import Sampler
-from grpo_fused.trainer.run.checkpoint import resolve_checkpoint
+from grpo_fused.trainer.rollouts.source import make_source
+from grpo_fused.trainer.run.checkpoint import find_damage, resolve_checkpoint
 from grpo_fused.trainer.run.config import GRPOTrainerConfig, tracker_config
+from grpo_fused.trainer.run.errors import RolloutError
 from grpo_fused.trainer.run.evaluation import evaluate
 from grpo_fused.trainer.run.loading import load_model
 from grpo_fused.trainer.run.log import RunLog
@@ -182,8 +185,9 @@ class GRPOTrainer:
             num_training_steps=config.max_steps,
         )
         self.frozen_checksum, self.data_checksum = exclude_frozen_weights(self), checksum_rows(data)
-        self.step = self.rollouts = 0
+        self.step = self.rollouts = self.refreshed = 0
         self.experience: Experience | None = None
+        self.source = make_source(self)
 
     def train(self) -> TrainResult:
         """Trains until max_steps, or until the end of the step in which SIGTERM or SIGINT arrives.
@@ -200,6 +204,7 @@ class GRPOTrainer:
         """
         set_seed(self.config.seed + self.ranks.index)
         checkpoint = resolve_checkpoint(self.config.resume, self.config.output_dir)
+        self.source.start()
         self.accelerator.init_trackers("grpo_fused", tracker_config(self.config))
         if self.run_log is None and self.accelerator.is_main_process:
             self.run_log = RunLog(self.config.output_dir)
@@ -213,6 +218,7 @@ class GRPOTrainer:
                 raise lost from error
             raise
         finally:
+            self.source.close()
             if self.accelerator.is_main_process:
                 self.run_log.close()
             for tracker in self.accelerator.trackers:
@@ -231,7 +237,7 @@ class GRPOTrainer:
             while self.step < config.max_steps and not signal:
                 if self.experience is None:
                     self.refresh_reference()
-                    self.experience = collect(self)
+                    self.experience = self.collect()
                 metrics, signal = self.update(self.experience, signals)
                 self.step += 1
                 if self.experience.position == config.steps_per_rollout:
@@ -252,10 +258,26 @@ class GRPOTrainer:
     def refresh_reference(self) -> None:
         """Refreshes the reference every reference_refresh_rollouts rollouts (iterative GRPO)."""
         every = self.config.reference_refresh_rollouts
-        if every and self.rollouts and self.rollouts % every == 0:
+        due = every and self.rollouts and self.rollouts % every == 0
+        if due and self.refreshed != self.rollouts:  # not again after a rollout that failed
             self.reference.refresh(self.unwrapped)
             if self.on_refresh is not None:
                 self.on_refresh(self)
+            self.refreshed = self.rollouts
+
+    def collect(self) -> Experience:
+        """Collects experience; if its source fails, the steps so far are in a checkpoint."""
+        try:
+            return collect(self)
+        except RolloutError as error:
+            if self.step:
+                folder = Path(self.config.output_dir, f"checkpoint-{self.step}")
+                if self.ranks.from_main(lambda: find_damage(folder)):  # there may be none, too
+                    save_state(self)
+                raise RolloutError(
+                    f"{error}; all {self.step} steps are in {folder}: resume=latest continues"
+                ) from error
+            raise
 
     def update(
         self, experience: Experience, signals: StopSignals

@@ -24,6 +24,8 @@ class Rollout:
             the policy sampled all of them.
         support: for each completion (counts, ids), int64 and int32: how many tokens the sampler
             kept at each position, and which, one position after the other; None: all.
+        versions: for each completion token, the optimizer steps that the policy had taken when it
+            sampled it; None: as many as at the time of the rollout.
         columns: other columns of the data, and values returned by a rollout_fn, for rewards.
     """
 
@@ -35,6 +37,7 @@ class Rollout:
     completion_mask: list[list[int]] | None
     columns: dict[str, list[Any]]
     support: list[tuple[np.ndarray, np.ndarray]] | None = None
+    versions: list[list[int]] | None = None
 
 
 def pad(

@@ -10,10 +10,13 @@ from grpo_fused.corrections import LEVELS, MODES
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.objectives import LEVELS as RATIO_LEVELS
 from grpo_fused.trainer.run.options import check_field, option
+from grpo_fused.trainer.run.source_checks import check_source
 from grpo_fused.validation import check_objective
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
+SOURCES = ("generate", "vllm")
+SYNCS = ("folder", "adapter", "nccl")
 BASELINES = ("group", "leave_one_out", "length", "batch")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -67,6 +70,48 @@ class GRPOTrainerConfig:
         False, "exclude completions that reach max_completion_length from the loss (DAPO)"
     )
 
+    # Rollouts from vLLM servers (rollout_source vllm)
+    rollout_source: str = option(
+        "generate",
+        "who samples: generate of the policy itself, or vllm, the servers at vllm_servers",
+        choices=SOURCES,
+    )
+    vllm_servers: list[str] = option(
+        [],
+        "addresses of vLLM servers, which share the prompts, as http://host:8000",
+        mutable_on_resume=True,
+    )
+    vllm_model: str | None = option(
+        None, "name of the model on the servers; none: their first", mutable_on_resume=True
+    )
+    vllm_sync: str = option(
+        "folder",
+        "how servers get new weights: from a folder, as adapters in a folder, or over nccl",
+        choices=SYNCS,
+        mutable_on_resume=True,
+    )
+    vllm_folder: str | None = option(
+        None,
+        "folder for weights, which servers see under the same path; none: served/ in output_dir",
+        mutable_on_resume=True,
+    )
+    vllm_start_timeout: float = option(
+        300.0, "seconds to wait for servers that are starting", low=0, mutable_on_resume=True
+    )
+    vllm_timeout: float = option(
+        600.0,
+        "seconds to wait for the completions of a prompt, or for a step of a weight sync",
+        above=0,
+        mutable_on_resume=True,
+    )
+    vllm_retries: int = option(
+        3,
+        "times to repeat a request for completions after a fault that may pass, 1, 2, 4, ... "
+        "seconds later",
+        low=0,
+        mutable_on_resume=True,
+    )
+
     # Rewards and advantages
     scale_rewards: str = option(
         "group",
@@ -110,7 +155,7 @@ class GRPOTrainerConfig:
         choices=("hidden", "logits"),
     )
 
-    # Rollout correction, for a rollout_fn that returns the sampler's log-probabilities
+    # Rollout correction, for a rollout_fn or server that returns the sampler's log-probabilities
     rollout_correction: str | None = option(
         "truncate", "handling of correction weights out of bounds; none: no weights", choices=MODES
     )
@@ -206,6 +251,7 @@ class GRPOTrainerConfig:
                 f"got {self.minibatches}"
             )
         self._check_advantages()
+        check_source(self)
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
         if floor is not None and floor >= cap:
             raise ValueError(

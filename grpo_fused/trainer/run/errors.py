@@ -16,6 +16,10 @@ class TrainingError(RuntimeError):
     """
 
 
+class RolloutError(TrainingError):
+    """A source of rollouts failed. The trainer writes a checkpoint before it gives up."""
+
+
 def shorten(value: object, length: int = 80) -> str:
     """Returns `repr(value)` for an error message, cut after `length` characters."""
     text = repr(value)

@@ -17,6 +17,7 @@ def run_metadata(trainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "rollouts": trainer.rollouts,
+        "refreshed": trainer.refreshed,
         "ranks": trainer.ranks.size,
         "distributed": trainer.ranks.distributed,
         "rows": len(trainer.data),

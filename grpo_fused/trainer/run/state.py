@@ -1,14 +1,17 @@
 """Saves and restores all state that the next training step depends on."""
 
+import contextlib
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
+import transformers
 from accelerate.utils import SAFE_WEIGHTS_NAME, set_seed
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -97,6 +100,7 @@ def load_state(trainer, folder: str | Path) -> None:
             )
         trainer.reference.load_state_dict(state, trainer.unwrapped)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
+    trainer.refreshed = saved.get("refreshed", 0)
     if same:
         set_random_states(parts[0]["random"], device)
 
@@ -203,6 +207,43 @@ def exclude_frozen_weights(trainer) -> str | None:
     return f"{total:.6e}"  # rounded: devices sum in different orders
 
 
+def write_model(trainer, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the policy, or its adapters, as `save_pretrained` of transformers and peft do.
+
+    Every rank must call it; the main process writes.
+
+    Args:
+        trainer: GRPOTrainer.
+        folder: created if missing.
+        dtype: of the weights, and a tied head is then written too; None: as they are. A model
+            that transformers has distributed is written as it is.
+    """
+    distributed, main = trainer.ranks.distributed, trainer.accelerator.is_main_process
+    weights = None
+    if not distributed:
+        weights = trainer.accelerator.get_state_dict(trainer.model)  # gathers sharded weights
+    if dtype is not None and weights is not None:  # copies: what shares memory would be left out
+        weights = {
+            name: value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
+            for name, value in weights.items()
+        }
+    if main or distributed:  # of a distributed model, transformers gathers the weights
+        with absolute_base(trainer.unwrapped), silent_progress():
+            trainer.unwrapped.save_pretrained(folder, state_dict=weights, is_main_process=main)
+
+
+@contextlib.contextmanager
+def silent_progress() -> Iterator[None]:
+    """Shows no bar of transformers beside that of the run."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
 def save_pretrained(trainer) -> None:
     """Writes `model/` for `from_pretrained`, replacing an older one only when complete.
 
@@ -213,18 +254,13 @@ def save_pretrained(trainer) -> None:
         TrainingError: the model could not be written; the unfinished folder is deleted.
     """
     accelerator, error = trainer.accelerator, None
-    distributed, main = trainer.ranks.distributed, accelerator.is_main_process
-    weights = None
-    if not distributed:
-        weights = accelerator.get_state_dict(trainer.model)  # gathers sharded weights
+    main = accelerator.is_main_process
     final = Path(trainer.config.output_dir) / "model"
     partial = final.with_name(f"model{PARTIAL}")
     try:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
-        if main or distributed:  # of a distributed model, transformers gathers the weights
-            with absolute_base(trainer.unwrapped):
-                trainer.unwrapped.save_pretrained(partial, state_dict=weights, is_main_process=main)
+        write_model(trainer, partial)
         if main:
             trainer.tokenizer.save_pretrained(partial)
             sync_folder(partial)
