@@ -5,7 +5,7 @@ import ranks
 import torch
 from parallel_trainer import load_start, result, save_start, sgd, trainer_on
 
-MODULES = ("trainer_parallel_ranks",)
+MODULES = ("trainer_parallel_ranks", "served_ranks")
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,12 @@ def test_adapters_are_loaded_in_place(tmp_path, folder, stubs):
     assert stub.paths().count("/v1/load_lora_adapter") == 3
     names = {body["model"] for _, path, body in stub.log if path == "/v1/completions"}
     assert names == {vllm_weights.ADAPTER} and stub.adapters.keys() == names
+    torch.manual_seed(9)
+    trainer, _ = served(tmp_path, [stub], model=make_model(make_tokenizer()), **options)
+    trainer.train()  # after another run with adapters
+    stub.version = "model-1234-5"
+    with pytest.raises(ValueError, match="another run has changed its base model, to version mod"):
+        trainer.train()
 
 
 class Communicator:

@@ -55,7 +55,7 @@ class VLLMSource:
     @property
     def tag(self) -> str:
         """The version of the weights, as servers are told it."""
-        return f"{self.run}-{self.version}"
+        return f"{self.transfer.kind}-{self.run}-{self.version}"
 
     def start(self) -> None:
         """Waits for the servers and checks their settings.

@@ -43,10 +43,11 @@ class FolderTransfer:
     """Weights written to a folder, from which every server reloads its own.
 
     Attributes:
+        kind: of the weights; the versions that servers are told begin with it.
         sends_head: whether the LM head is among the weights.
     """
 
-    sends_head = True
+    kind, sends_head = "model", True
 
     def __init__(self, trainer):
         self.trainer, config = trainer, trainer.config
@@ -119,10 +120,10 @@ class FolderTransfer:
 class AdapterTransfer(FolderTransfer):
     """LoRA adapters in a folder, which every server loads in the place of the last ones."""
 
-    sends_head = False
+    kind, sends_head = "adapter", False
 
     def check(self, server: VLLMServer) -> None:
-        """Checks that a server takes adapters of this rank while it runs.
+        """Checks that a server takes adapters of this rank, and still has the base model.
 
         Raises:
             ServerError: how to start it instead.
@@ -134,6 +135,11 @@ class AdapterTransfer(FolderTransfer):
             raise ServerError(f"start it with --enable-lora --max-lora-rank {rank} or more")
         if not server.settings["environment"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             raise ServerError("start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment")
+        version = server.request("GET", "/weight_info")["weight_version"]
+        if version != "default" and not version.startswith(self.kind):
+            raise ServerError(
+                f"another run has changed its base model, to version {version}: restart it"
+            )
 
     @property
     def peft_config(self) -> Any:
@@ -162,7 +168,7 @@ class NCCLTransfer:
     group of trainer and workers is vLLM's own, so that vllm must be installed beside the trainer.
     """
 
-    sends_head = True
+    kind, sends_head = "model", True
 
     def __init__(self, trainer):
         self.trainer, self.group = trainer, None
