@@ -201,6 +201,7 @@ class GRPOTrainer:
             FloatingPointError: a gradient is not finite; the last checkpoint is untouched.
             TrainingError: a checkpoint or `model/` could not be written; a reward function raised;
                 another rank stopped.
+            RolloutError: all servers of rollouts failed; the steps so far are in a checkpoint.
         """
         set_seed(self.config.seed + self.ranks.index)
         checkpoint = resolve_checkpoint(self.config.resume, self.config.output_dir)

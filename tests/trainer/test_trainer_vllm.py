@@ -167,7 +167,7 @@ def test_the_task_of_the_demo_is_learned(tmp_path, servers):
             "largest mean difference": max(line["rollout/logp_difference"] for line in history),
         }
     )
-    assert first < 0.1 and last > 0.8
+    assert first < 0.2 and last > 0.8
 
 
 def test_seconds_per_rollout_by_source(tmp_path, servers):
@@ -195,11 +195,8 @@ def measure(tmp_path, servers, model, name, options):
     trainer, _ = served(tmp_path, servers, model=model, **options)
     trainer.source.start()
     prompts = [ids for ids in trainer.sampler.encode([row["prompt"] for row in ROWS[:8]])] * 8
-    never = [trainer.sampler.vocabulary - 1]  # an end token that is not drawn
-    with torch.no_grad():
-        model.lm_head.weight[never] = -1.0 * model.lm_head.weight[2]
-    trainer.sampler.eos_ids[:] = never
-    seconds, syncs, tokens = {}, [], {}
+    trainer.sampler.eos_ids.clear()  # all completions have 32 tokens
+    seconds, syncs = {}, []
     for kind, source in (("vllm", trainer.source), ("generate", GenerateSource(trainer))):
         times = []
         for version in range(4):
@@ -211,8 +208,8 @@ def measure(tmp_path, servers, model, name, options):
             if kind == "vllm":
                 syncs.append(synced - began)
         seconds[kind] = round(min(times[1:]), 2)
-        tokens[kind] = sum(map(len, found.completion_ids))
-    seconds |= {"sync": round(min(syncs[1:]), 3), "tokens": tokens}
+        assert [len(ids) for ids in found.completion_ids] == [32] * 64
+    seconds["sync"] = round(min(syncs[1:]), 3)
     note(**{f"seconds of a rollout of 64 x 32, {name}": seconds})
 
 
