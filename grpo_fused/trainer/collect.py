@@ -31,10 +31,15 @@ from grpo_fused.trainer.run.errors import any_rank, together
 from grpo_fused.trainer.run.metrics import completions_table, rollout_metrics
 from grpo_fused.trainer.run.state import share_random_states
 
+MISMATCH = 0.1  # mean difference of log-probabilities; bfloat16 servers are below 0.03
+
 
 def collect(trainer) -> Experience:
     """Samples a rollout, scores it, and computes everything that the loss needs besides logits."""
     config, accelerator, started = trainer.config, trainer.accelerator, time.perf_counter()
+    began = time.perf_counter()
+    trainer.source.sync(trainer.step)
+    synced = time.perf_counter() - began
     ranks, size = trainer.ranks, config.num_generations
     rounds, groups, drawing = draw_rounds(trainer, draw)
     punishment = config.max_completion_length, config.soft_punish_cache
@@ -83,11 +88,20 @@ def collect(trainer) -> Experience:
         batch.importance_sampling_ratio = correction_weights(batch, config)
         if batch.sampling_logps is not None:
             metrics |= rollout_ratios(ranks.gather(rollout_sums(batch, config)[None]))
+    if batch.versions is not None:
+        metrics["seconds/sync"] = synced
+        metrics["rollout/policy_version"] = mean_version(ranks, batch)
+        if metrics["rollout/logp_difference"] > MISMATCH:
+            warnings.warn(
+                "log-probabilities of the servers are far from those of the policy (see the "
+                "metric rollout/logp_difference): they do not have its weights, or other numerics",
+                stacklevel=2,
+            )
     if trainer.reference is not None:
         with trainer.reference.activate(trainer.model, trainer.unwrapped) as reference:
             batch.ref_logps = logps(trainer, reference, experience, over_support=False)
     if config.algorithm == "ppo":
-        of_policy = batch.old_logps if batch.support is None else None
+        of_policy = batch.old_logps if batch.support_ids is None else None
         if trainer.reference is not None and of_policy is None:
             of_policy = logps(trainer, trainer.model, experience, over_support=False)
         batch.values = values(trainer, experience)
@@ -103,11 +117,19 @@ def collect(trainer) -> Experience:
     return experience
 
 
+def mean_version(ranks, batch: Batch) -> float:
+    """Returns the mean of `Batch.versions` over the tokens of all ranks."""
+    versions = batch.versions[batch.attended].double()
+    parts = torch.stack([versions.sum(), versions.new_tensor(versions.numel())])
+    total, number = ranks.sum(parts).tolist()
+    return total / max(number, 1)
+
+
 def draw(trainer) -> Round:
     """Samples and scores the next prompts_per_rollout prompts, this rank's share of them."""
     accelerator, ranks = trainer.accelerator, trainer.ranks
     share_random_states(ranks, accelerator.device)
-    rollout = ranks.broadcast(together(accelerator, lambda: sample(trainer)))
+    rollout = ranks.broadcast(sample(trainer))
     ranks.check_agreement(
         {
             f"whether a rollout has {name}": getattr(rollout, name) is not None
@@ -120,32 +142,44 @@ def draw(trainer) -> Round:
 
 
 def sample(trainer) -> Rollout:
-    """Samples the next rollout of this rank, with the rollout_fn or with `generate`."""
-    config = trainer.config
-    prompts, columns = split_columns(next_rows(trainer))
+    """Samples the next rollout of this rank, with the rollout_fn or from the source."""
     if trainer.rollout_fn is not None:
-        output = trainer.rollout_fn(list(prompts), trainer)
-        rollout = convert_output(output, prompts, columns, trainer.sampler)
-        if config.has_filters and rollout.support is None and trainer.rollouts == 0:
-            warnings.warn(
-                "top_k, top_p, min_p or generation_kwargs leave tokens out, but rollout_fn "
-                "returned no support: the loss is over the whole vocabulary, another policy than "
-                "the one that sampled, and ratios are biased (see the metric rollout/weight_mean)",
-                stacklevel=2,
-            )
-        if config.has_penalties and rollout.logprobs is None and trainer.rollouts == 0:
-            warnings.warn(
-                "repetition_penalty or generation_kwargs change the probabilities of tokens, but "
-                "rollout_fn returned no logprobs: nothing corrects for the sampler's distribution",
-                stacklevel=2,
-            )
-        return rollout
-    with trainer.accelerator.autocast():
-        return trainer.sampler.rollout(
-            *(trainer.unwrapped, prompts, columns),
-            temperature=config.temperature,
-            with_notes=True,
+        return together(trainer.accelerator, lambda: call_rollout_fn(trainer))
+
+    def read():
+        prompts, columns = next_prompts(trainer)
+        return prompts, columns, trainer.sampler.encode(prompts, columns)
+
+    prompts, columns, prompt_ids = together(trainer.accelerator, read)
+    return Rollout.of(trainer.source.sample(prompt_ids), prompts, prompt_ids, columns)
+
+
+def call_rollout_fn(trainer) -> Rollout:
+    """Returns what the rollout_fn makes of this rank's prompts."""
+    config = trainer.config
+    prompts, columns = next_prompts(trainer)
+    output = trainer.rollout_fn(list(prompts), trainer)
+    rollout = convert_output(output, prompts, columns, trainer.sampler)
+    if config.has_filters and rollout.support is None and trainer.rollouts == 0:
+        warnings.warn(
+            "top_k, top_p, min_p or generation_kwargs leave tokens out, but rollout_fn "
+            "returned no support: the loss is over the whole vocabulary, another policy than "
+            "the one that sampled, and ratios are biased (see the metric rollout/weight_mean)",
+            stacklevel=2,
         )
+    if config.has_penalties and rollout.logprobs is None and trainer.rollouts == 0:
+        warnings.warn(
+            "repetition_penalty or generation_kwargs change the probabilities of tokens, but "
+            "rollout_fn returned no logprobs: nothing corrects for the sampler's distribution",
+            stacklevel=2,
+        )
+    return rollout
+
+
+def next_prompts(trainer) -> tuple[list, dict[str, list]]:
+    """Returns the prompts and columns of this rank's next rows."""
+    prompts, columns = split_columns(next_rows(trainer))
+    return list(prompts), columns
 
 
 def completions_of(trainer, rollout: Rollout) -> list[Prompt]:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from grpo_fused import agreement
-from grpo_fused.trainer.run.errors import TrainingError, together
+from grpo_fused.trainer.run.errors import OtherRankError, RolloutError, TrainingError, together
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -116,17 +116,6 @@ class Ranks:
         """
         return self.broadcast(together(self.accelerator, action if self.is_first else lambda: None))
 
-    def from_main(self, action: Callable[[], R]) -> R:
-        """Returns on every rank what an action returns on the main process, which alone calls it.
-
-        Raises:
-            TrainingError: the action raised, on the other ranks.
-            Exception: what the action raised, on the main process.
-        """
-        main = self.accelerator.is_main_process
-        value = [together(self.accelerator, action if main else lambda: None)]
-        return broadcast_object_list(value)[0]
-
     @property
     def is_first(self) -> bool:
         """Whether this rank is the first of those that share a batch."""
@@ -139,6 +128,32 @@ class Ranks:
         objects = [value]
         dist.broadcast_object_list(objects, group=self.tensor_group, group_src=0)
         return objects[0]
+
+    def from_main(self, action: Callable[[], R]) -> R:
+        """Returns what an action returns on the main process, on every rank.
+
+        Raises:
+            RolloutError: the action raised it.
+            OtherRankError: the action raised something else, on the other ranks.
+            Exception: what the action raised on this one.
+        """
+        outcome: list[Any] = [None, None]
+        own: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                own = error
+                outcome[1] = isinstance(error, RolloutError), str(error)
+        result, failure = broadcast_object_list(outcome)
+        if own is not None:
+            raise own
+        if failure is not None:
+            lost, message = failure
+            if lost:
+                raise RolloutError(message)
+            raise OtherRankError("another rank failed; see its message")
+        return result
 
     @contextlib.contextmanager
     def accumulation(self, model: nn.Module, is_last: bool) -> Iterator[None]:

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +31,11 @@ from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rewards.weighted import RewardFunction, TrainerState
 from grpo_fused.trainer.rollouts.rollout_fn import RolloutFn
 from grpo_fused.trainer.rollouts.sampler import Sampler
-from grpo_fused.trainer.run.checkpoint import resolve_checkpoint
+from grpo_fused.trainer.rollouts.source import make_source
+from grpo_fused.trainer.run.checkpoint import find_damage, resolve_checkpoint
 from grpo_fused.trainer.run.config import GRPOTrainerConfig, tracker_config
 from grpo_fused.trainer.run.data import check_rows
-from grpo_fused.trainer.run.errors import TrainingError, explain
+from grpo_fused.trainer.run.errors import RolloutError, TrainingError, explain
 from grpo_fused.trainer.run.evaluation import evaluate
 from grpo_fused.trainer.run.hub import push_to_hub, warn_without_token
 from grpo_fused.trainer.run.loading import load_model
@@ -204,13 +206,14 @@ class GRPOTrainer:
             num_training_steps=config.max_steps,
         )
         self.frozen_checksum = exclude_frozen_weights(self)
-        self.step, self.rollouts, self.has_logs = 0, 0, False
+        self.step, self.rollouts, self.refreshed, self.has_logs = 0, 0, 0, False
         self.data_position = 0  # prompts of all epochs that were trained on or left out
         if self.reward_training is not None:
             self.reward_training.start(self)
         self.experience: Experience | None = None
         self.evaluation_due = True  # of the current step; a signal defers one to the resumed run
         self.summary, self.started = RunSummary(), time.perf_counter()
+        self.source = make_source(self)
 
     def train(self) -> TrainResult:
         """Trains until max_steps, or until the end of the step in which SIGTERM or SIGINT arrives.
@@ -225,9 +228,11 @@ class GRPOTrainer:
             FloatingPointError: a gradient is not finite; the last checkpoint is untouched.
             TrainingError: a checkpoint, a log or `model/` could not be written; a reward function
                 raised; another rank stopped; the upload of push_to_hub failed, after all else.
+            RolloutError: all servers of rollouts failed; the steps so far are in a checkpoint.
         """
         set_seed(self.config.seed + self.ranks.index)
         checkpoint = resolve_checkpoint(self.config.resume, self.config.output_dir)
+        self.source.start()
         if self.run_log is None and self.accelerator.is_main_process:
             self.run_log = RunLog(self.config.output_dir, self.title)
         self.started = time.perf_counter()
@@ -241,6 +246,7 @@ class GRPOTrainer:
                 raise lost from error
             raise
         finally:
+            self.source.close()
             self.close_logs()
         if self.config.push_to_hub and signal is None and self.accelerator.is_main_process:
             push_to_hub(model, self.config)
@@ -258,7 +264,7 @@ class GRPOTrainer:
             while self.step < config.max_steps and not signal:
                 if self.experience is None:
                     self.refresh()
-                    self.experience = collect(self)
+                    self.experience = self.collect()
                     self.summary.add_rollout(self.experience.metrics, show=main)
                 metrics, signal = self.update(self.experience, signals)
                 self.step += 1
@@ -282,13 +288,31 @@ class GRPOTrainer:
     def refresh(self) -> None:
         """Refreshes reference and reward model when an iteration begins (iterative GRPO)."""
         every = self.config.refresh_rollouts
-        if every and self.rollouts and self.rollouts % every == 0:
+        due = every and self.rollouts and self.rollouts % every == 0
+        if due and self.refreshed != self.rollouts:  # not again after a rollout that failed
             if self.reference is not None:
                 self.reference.refresh(self.unwrapped)
             if self.reward_training is not None:
                 self.reward_training.train()
             if self.on_refresh is not None:
                 self.on_refresh(self)
+            self.refreshed = self.rollouts
+
+    def collect(self) -> Experience:
+        """Collects experience; if its source fails, the steps so far are in a checkpoint."""
+        position = self.data_position
+        try:
+            return collect(self)
+        except RolloutError as error:
+            self.data_position = position  # rounds of this rollout are drawn again
+            if self.step:
+                folder = Path(self.config.output_dir, f"checkpoint-{self.step}")
+                if self.ranks.from_main(lambda: find_damage(folder)):  # there may be none, too
+                    save_state(self)
+                raise RolloutError(
+                    f"{error}; all {self.step} steps are in {folder}: resume=latest continues"
+                ) from error
+            raise
 
     def update(
         self, experience: Experience, signals: StopSignals

@@ -15,7 +15,7 @@ from parallel_trainer import (
 )
 from reward_models import save_reward_model
 
-MODULES = ("trainer_parallel_ranks",)
+MODULES = ("trainer_parallel_ranks", "served_ranks")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,27 @@ Prompt = str | list[dict[str, str]]  # text, or a chat: messages with "role" and
 
 
 @dataclass
+class Samples:
+    """Completions of B prompts as lists of length B.
+
+    Attributes:
+        completion_ids: tokens, including the end token, if there is one.
+        truncated: whether a completion was cut off at the length limit.
+        logprobs: log-probability of each token under the source, over what it kept; None: not
+            known, the source is the policy itself.
+        support: as in `Rollout`, or None: nothing was left out.
+        versions: for each token the version of the policy that sampled it: the number of
+            optimizer steps that it had taken; None: that of the trainer.
+    """
+
+    completion_ids: list[list[int]]
+    truncated: list[bool]
+    logprobs: list[list[float]] | None = None
+    support: list[tuple[np.ndarray, np.ndarray]] | None = None
+    versions: list[list[int]] | None = None
+
+
+@dataclass
 class Rollout:
     """B completions as lists of length B; the completions of one prompt are adjacent.
 
@@ -27,6 +48,8 @@ class Rollout:
         support: for each completion (counts, ids), int64 and int32: how many tokens the sampler
             kept at each position, and which, one position after the other; None: all. A count of
             -1 - n says that it kept all but n, which are listed in their place.
+        versions: for each completion token, the optimizer steps that the policy had taken when it
+            sampled it; None: as many as at the time of the rollout.
         columns: other columns of the data, and values returned by a rollout_fn, for rewards.
     """
 
@@ -38,6 +61,28 @@ class Rollout:
     completion_mask: list[list[int]] | None
     columns: dict[str, list[Any]]
     support: list[tuple[np.ndarray, np.ndarray]] | None = None
+    versions: list[list[int]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        samples: Samples,
+        prompts: Sequence[Prompt],
+        prompt_ids: list[list[int]],
+        columns: dict[str, list[Any]],
+    ) -> "Rollout":
+        """Returns samples with their prompts and the other columns of the data."""
+        return cls(
+            list(prompts),
+            prompt_ids,
+            samples.completion_ids,
+            samples.truncated,
+            samples.logprobs,
+            None,
+            columns,
+            samples.support,
+            samples.versions,
+        )
 
 
 def expand_support(

@@ -23,7 +23,7 @@ from grpo_fused.trainer.rollouts.recording import (
     StopStrings,
     check_values,
 )
-from grpo_fused.trainer.rollouts.rollout import Prompt, Rollout, pad
+from grpo_fused.trainer.rollouts.rollout import Prompt, Rollout, Samples, pad
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 from grpo_fused.trainer.run.errors import shorten
 
@@ -189,26 +189,24 @@ class Sampler:
         skips = self.config.skip_special_tokens
         return self.tokenizer.batch_decode(completion_ids, skip_special_tokens=skips)
 
-    def rollout(
+    def sample(
         self,
         model: nn.Module,
-        prompts: Sequence[Prompt],
-        columns: dict[str, list],
+        prompt_ids: list[list[int]],
         *,
         temperature: float,
         with_notes: bool = False,
-    ) -> Rollout:
-        """Samples one completion per prompt; a group repeats its prompt num_generations times.
+    ) -> Samples:
+        """Samples one completion per prompt.
 
         Args:
             model: to sample from.
-            prompts: B prompts.
-            columns: of the data, B values each.
+            prompt_ids: B prompts.
             temperature: of the sampler; 0 is greedy.
             with_notes: whether to note the tokens that were kept, and log-probabilities, as far as
                 the config lets them differ from the policy's.
         """
-        prompt_ids, config = self.encode(prompts, columns), self.config
+        config = self.config
         differs = with_notes and temperature and (config.has_filters or config.has_penalties)
         notes = Notes() if differs else None
         completion_ids = self.generate(
@@ -218,16 +216,25 @@ class Sampler:
             batch_size=config.generation_batch_size,
             notes=notes,
         )
-        return Rollout(
-            list(prompts),
-            prompt_ids,
+        return Samples(
             completion_ids,
-            truncated=[self.is_truncated(ids) for ids in completion_ids],
+            [self.is_truncated(ids) for ids in completion_ids],
             logprobs=notes.logprobs if notes and config.has_penalties else None,
-            completion_mask=None,
-            columns=columns,
             support=notes.supports if notes else None,
         )
+
+    def rollout(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Prompt],
+        columns: dict[str, list],
+        *,
+        temperature: float,
+    ) -> Rollout:
+        """Encodes prompts and samples one completion each, without notes."""
+        prompt_ids = self.encode(prompts, columns)
+        found = self.sample(model, prompt_ids, temperature=temperature)
+        return Rollout.of(found, prompts, prompt_ids, columns)
 
 
 def find_eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[int]:

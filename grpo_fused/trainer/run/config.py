@@ -16,10 +16,13 @@ from grpo_fused.trainer.run.config_checks import (
     check_sampling,
 )
 from grpo_fused.trainer.run.options import check_options, option
+from grpo_fused.trainer.run.source_checks import check_source
 from grpo_fused.validation import check_objective
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
+SOURCES = ("generate", "vllm")
+SYNCS = ("folder", "adapter", "nccl")
 BASELINES = ("group", "leave_one_out", "length", "batch")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 ALGORITHMS = ("grpo", "ppo")
@@ -147,6 +150,48 @@ class GRPOTrainerConfig:
         "k1", "estimator of the KL penalty in PPO's rewards", choices=REWARD_KL_ESTIMATORS
     )
 
+    # Rollouts from vLLM servers (rollout_source vllm)
+    rollout_source: str = option(
+        "generate",
+        "who samples: generate of the policy itself, or vllm, the servers at vllm_servers",
+        choices=SOURCES,
+    )
+    vllm_servers: list[str] = option(
+        [],
+        "addresses of vLLM servers, which share the prompts, as http://host:8000",
+        mutable_on_resume=True,
+    )
+    vllm_model: str | None = option(
+        None, "name of the model on the servers; none: their first", mutable_on_resume=True
+    )
+    vllm_sync: str = option(
+        "folder",
+        "how servers get new weights: from a folder, as adapters in a folder, or over nccl",
+        choices=SYNCS,
+        mutable_on_resume=True,
+    )
+    vllm_folder: str | None = option(
+        None,
+        "folder for weights, which servers see under the same path; none: served/ in output_dir",
+        mutable_on_resume=True,
+    )
+    vllm_start_timeout: float = option(
+        300.0, "seconds to wait for servers that are starting", low=0, mutable_on_resume=True
+    )
+    vllm_timeout: float = option(
+        600.0,
+        "seconds to wait for the completions of a prompt, or for a step of a weight sync",
+        above=0,
+        mutable_on_resume=True,
+    )
+    vllm_retries: int = option(
+        3,
+        "times to repeat a request for completions after a fault that may pass, 1, 2, 4, ... "
+        "seconds later",
+        low=0,
+        mutable_on_resume=True,
+    )
+
     # Rewards and advantages
     soft_punish_cache: int | None = option(
         None,
@@ -200,7 +245,7 @@ class GRPOTrainerConfig:
         mutable_on_resume=ROUNDING,
     )
 
-    # Rollout correction, for a rollout_fn that returns the sampler's log-probabilities
+    # Rollout correction, for a rollout_fn or server that returns the sampler's log-probabilities
     rollout_correction: str | None = option(
         "truncate", "handling of correction weights out of bounds; none: no weights", choices=MODES
     )
@@ -346,6 +391,7 @@ class GRPOTrainerConfig:
         check_critic(self)
         if not self.reward_step_separator:
             raise ValueError(f"reward_step_separator must not be empty, got {''!r}")
+        check_source(self)
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
         if floor is not None and floor >= cap:
             raise ValueError(

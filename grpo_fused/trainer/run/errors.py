@@ -30,6 +30,10 @@ class OtherRankError(TrainingError):
     """A failure that another rank reports; the command line is silent about it on this one."""
 
 
+class RolloutError(TrainingError):
+    """A source of rollouts failed. The trainer writes a checkpoint before it gives up."""
+
+
 def shorten(value: object, length: int = 80) -> str:
     """Returns `repr(value)` for an error message, cut after `length` characters."""
     text = repr(value)

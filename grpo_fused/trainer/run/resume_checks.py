@@ -89,6 +89,7 @@ def run_metadata(trainer) -> dict[str, Any]:
         "step": trainer.step,
         "rollouts": trainer.rollouts,
         "data position": trainer.data_position,
+        "refreshed": trainer.refreshed,
         "ranks": trainer.ranks.size,
         "distributed": trainer.ranks.distributed,
         **trainer.order.content,

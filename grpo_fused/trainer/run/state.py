@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import SAFE_WEIGHTS_NAME, set_seed
 from safetensors.torch import load_file
@@ -120,6 +121,7 @@ def load_state(trainer, folder: str | Path) -> None:
     trainer.order.load_state_dict(saved.get("place in data"), trainer.data_position)
     trainer.evaluation_due = saved.get("evaluation_due", False)
     trainer.summary = RunSummary(**saved.get("summary", {}))
+    trainer.refreshed = saved.get("refreshed", 0)
     if same:
         set_random_states(parts[0]["random"], device)
 
@@ -235,6 +237,44 @@ def exclude_frozen_weights(trainer) -> str | None:
     return f"{total:.6e}"  # rounded: devices sum in different orders
 
 
+def write_model(trainer, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the policy, or its adapters, as `save_pretrained` of transformers and peft do.
+
+    Every rank must call it; the main process writes.
+
+    Args:
+        trainer: GRPOTrainer.
+        folder: created if missing.
+        dtype: of the weights, and a tied head is then written too; None: as they are. A model
+            that transformers has distributed is written as it is.
+    """
+    distributed, main = trainer.ranks.distributed, trainer.accelerator.is_main_process
+    weights = None
+    if not distributed:
+        weights = trainer.accelerator.get_state_dict(trainer.model)  # gathers sharded weights
+        weights = {k: v for k, v in weights.items() if "value_head" not in k.split(".")}
+    if dtype is not None and weights is not None:  # copies: what shares memory would be left out
+        weights = {
+            name: value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
+            for name, value in weights.items()
+        }
+    if main or distributed:  # of a distributed model, transformers gathers the weights
+        with absolute_base(trainer.unwrapped), silent_progress():
+            trainer.unwrapped.save_pretrained(folder, state_dict=weights, is_main_process=main)
+
+
+@contextlib.contextmanager
+def silent_progress() -> Iterator[None]:
+    """Shows no bar of transformers beside that of the run."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
 def save_pretrained(trainer) -> Path:
     """Writes `model/` and, if they are trained, `critic/` and `reward_model/`.
 
@@ -245,17 +285,12 @@ def save_pretrained(trainer) -> Path:
         The folder of the model.
     """
     accelerator, main = trainer.accelerator, trainer.accelerator.is_main_process
-    distributed, weights = trainer.ranks.distributed, None
-    if not distributed:
-        weights = accelerator.get_state_dict(trainer.model)  # gathers sharded weights
-        weights = {k: v for k, v in weights.items() if "value_head" not in k.split(".")}
 
     def write(folder):
-        if main or distributed:  # of a distributed model, transformers gathers the weights
-            with absolute_base(trainer.unwrapped), saved_generation(trainer) as generation:
-                trainer.unwrapped.save_pretrained(folder, state_dict=weights, is_main_process=main)
-                if main and generation is not None:  # which peft leaves out
-                    generation.save_pretrained(folder)
+        with saved_generation(trainer) as generation:
+            write_model(trainer, folder)
+            if main and generation is not None:  # which peft leaves out
+                generation.save_pretrained(folder)
         if main:
             trainer.tokenizer.save_pretrained(folder)
 
