@@ -48,7 +48,7 @@ aot: .venv/ready
 	$(BIN)/python -m benchmarks.aot
 
 trl-matrix: .venv/ready
-	$(BIN)/python tests/integrations/trl_matrix.py
+	$(BIN)/python tests/integrations/trl_matrix.py --docs docs/integrations.md
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -56,7 +56,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-trl build dist *.egg-info runs
+	rm -rf .venv build dist *.egg-info runs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

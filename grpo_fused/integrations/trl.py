@@ -35,10 +35,15 @@ __all__ = ["VERSION", "FusedGRPOTrainer"]
 
 
 def __getattr__(name):
-    if name == "FusedRLOOTrainer":  # where TRL has RLOO
+    """Import the other trainers when they are asked for: not every TRL has all of them."""
+    if name == "FusedRLOOTrainer":
         from grpo_fused.integrations.trl_rloo import FusedRLOOTrainer
 
         return FusedRLOOTrainer
+    if name == "FusedAsyncGRPOTrainer":
+        from grpo_fused.integrations.trl_async import FusedAsyncGRPOTrainer
+
+        return FusedAsyncGRPOTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
