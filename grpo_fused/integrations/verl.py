@@ -221,8 +221,9 @@ def clip_cov(config: "ActorConfig") -> Recipe:
 
 def kl_cov(config: "ActorConfig") -> Recipe:
     share, strength = _given(config.policy_loss, kl_cov_ratio=2e-4, ppo_kl_coef=1.0)
-    options = {"bounds": None, "limit": math.inf, "upper": _never_clipped}
-    return Recipe(KlCov(share, strength), kl=torch.abs, **options)
+    return Recipe(
+        KlCov(share, strength), bounds=None, limit=math.inf, upper=_never_clipped, kl=torch.abs
+    )
 
 
 def vespo(config: "ActorConfig") -> Recipe:
@@ -329,11 +330,10 @@ def aggregation(
         number, name = global_batch_size, "global_batch_size"
     if number is None and dp_size > 1 and loss_agg_mode != "token-sum":
         raise ValueError(f"{name} is required for {loss_agg_mode} if dp_size > 1, got None")
-    if global_batch_size is None:
-        global_batch_size = (response_mask != 0).any(1).sum().clamp(min=1)
+    with_tokens = (response_mask != 0).any(1).sum().clamp(min=1)
     divisors = {
         "num_items_in_batch": batch_num_tokens,
-        "num_sequences_in_batch": global_batch_size,
+        "num_sequences_in_batch": with_tokens if global_batch_size is None else global_batch_size,
         "max_completion_length": loss_scale_factor,
     }
     return loss_agg_mode, dp_size, divisors
