@@ -153,6 +153,18 @@ def test_fallback_warns_once(folder, tmp_path):
     torch.testing.assert_close(scores(trainer), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(VERSION.release < (1, 8), reason="TRL has no entropy bonus")
+@pytest.mark.parametrize("coefficient", [0.0, 0.1])
+def test_entropies_have_a_gradient_for_the_bonus_alone(folder, tmp_path, coefficient):
+    trainer = make_trainer(FusedGRPOTrainer, folder, tmp_path, entropy_coef=coefficient)
+    ids = torch.ones(4, 9, dtype=torch.int64)
+    arguments = (trainer.model, ids, ids, 5)
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        *arguments, compute_entropy=True
+    )
+    assert logps.requires_grad and entropies.requires_grad == bool(coefficient)
+
+
 def test_images(folder, tmp_path, monkeypatch):
     """TRL computes both log-probabilities and loss, and gets all inputs."""
     seen = []
