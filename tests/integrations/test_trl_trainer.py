@@ -90,7 +90,9 @@ if RECENT:
         for loss in LOSSES
     }
     CASES |= {name: entropy.pop(name) for name in ("entropy-grpo", "entropy-dapo", "entropy-vespo")}
-    CASES["entropy-adaptive"] = {"use_adaptive_entropy": True, "entropy_target": 2.0} | ACCUMULATED
+    adaptive = {"use_adaptive_entropy": True, "entropy_coef_delta": 0.02} | ACCUMULATED
+    CASES["entropy-adaptive"] = {"entropy_target": 9.0} | adaptive  # raised after every step
+    entropy["entropy-lowered"] = {"entropy_target": 0.1, "entropy_coef": 0.05} | adaptive
     SLOW |= entropy
 CASES |= SLOW
 EACH_CASE = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
