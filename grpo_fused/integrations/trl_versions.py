@@ -69,20 +69,21 @@ def returns_aux_loss(trainer_class: type) -> bool:
 def why_signatures_differ(trainer_class: type) -> str | None:
     """Return how the private methods of a TRL trainer differ from those known, or None.
 
-    Parameters may follow those known if they have a default.
+    Parameters may follow those known if they have a default, and *args may stand for them.
     """
     for name, known in OVERRIDDEN.items():
         method = getattr(trainer_class, name, None)
         if method is None:
             return f"{trainer_class.__name__} of trl {VERSION} has no method {name}"
-        parameters = list(inspect.signature(method).parameters.values())
-        found = tuple(parameter.name for parameter in parameters)
-        required = [p.name for p in parameters[len(known) :] if p.default is p.empty]
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        required = [p.name for p in parameters if p.name in required and p.kind not in variable]
-        if found[: len(known)] != known or required:
+        parameters = inspect.signature(method).parameters.values()
+        found = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        variable = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        length = len(found) if variable else len(known)
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        required = {p.name for p in parameters if p.default is p.empty and p.kind not in kinds}
+        if tuple(found[:length]) != known[:length] or required - set(known):
             return (
                 f"{trainer_class.__name__}.{name} of trl {VERSION} has the parameters "
-                f"({', '.join(found)}), expected ({', '.join(known)})"
+                f"({', '.join(map(str, parameters))}), expected ({', '.join(known)})"
             )
     return None

@@ -17,6 +17,7 @@ import trl_newer_ranks  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 from trl_runs import differences, make_trainer, save_model, train  # noqa: E402
 
+from grpo_fused.integrations import trl_versions  # noqa: E402
 from grpo_fused.integrations.trl import VERSION, FusedGRPOTrainer  # noqa: E402
 from grpo_fused.integrations.trl_compare import SWITCH, drift, two_sequences  # noqa: E402
 
@@ -195,6 +196,25 @@ def test_another_signature_is_trls(folder, tmp_path, monkeypatch):
     monkeypatch.delattr(GRPOTrainer, "_compute_loss")
     trainer = make_trainer(fused, folder, tmp_path)
     assert "has no method _compute_loss" in trainer._why_unfused
+
+
+def test_signatures():
+    def why(loss, score=score):
+        methods = {"_compute_loss": loss, "_get_per_token_logps_and_entropies": score}
+        return trl_versions.why_signatures_differ(type("Trainer", (), methods))
+
+    assert why(compute_loss) is None
+    assert why(lambda self, model, inputs, steps=1, **others: 0) is None
+    assert why(compute_loss, lambda self, model, *args, batch_size=None, **others: 0) is None
+    for other in (
+        lambda self, inputs, model: 0,
+        lambda self, model: 0,
+        lambda self, model, inputs, steps: 0,
+        lambda self, model, inputs, *, steps: 0,
+        lambda self, inputs, *args: 0,
+    ):
+        assert "Trainer._compute_loss of trl" in why(other)
+    assert "_get_per_token_logps" in why(compute_loss, lambda self, ids, model, *args: 0)
 
 
 def test_an_error_of_ours_leaves_the_loss_to_trl(folder, tmp_path, monkeypatch):
