@@ -54,7 +54,7 @@ aot: .venv/ready
 	$(BIN)/python -m benchmarks.aot
 
 trl-matrix: .venv/ready
-	$(BIN)/python tests/integrations/trl_matrix.py
+	$(BIN)/python tests/integrations/trl_matrix.py --docs docs/integrations.md
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -62,7 +62,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-trl .venv-vllm build dist *.egg-info runs
+	rm -rf .venv .venv-vllm build dist *.egg-info runs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

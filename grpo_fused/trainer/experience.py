@@ -304,7 +304,7 @@ def rollout_sums(batch: Batch, config: GRPOTrainerConfig) -> torch.Tensor:
     weights = rollout_weights(*inputs, mask, cap=None)[mask].double()
     level = config.rollout_correction_level
     of_level = weights
-    if level == "sequence":
+    if level != "token":
         of_level = rollout_weights(*inputs, mask, level=level, cap=None)[mask.any(1)].double()
     low, high = config.rollout_correction_floor or 0.0, config.rollout_correction_cap
     cut = (of_level < low) | (of_level > high)
