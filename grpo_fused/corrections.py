@@ -16,7 +16,7 @@ from grpo_fused.collectives import check_group, reduce_over_ranks
 from grpo_fused.sequences import advantages_of, as_given, lay_out_sequences
 
 LIMIT = 80.0  # exponents are clamped to +-80, as everywhere in the package
-LEVELS = ("token", "sequence")
+LEVELS = ("token", "sequence", "sequence_mean")
 MODES = ("truncate", "mask")
 
 
@@ -36,8 +36,9 @@ def rollout_weights(
     """Importance weights of the old policy in the training engine relative to the sampling policy.
 
         d_t = old_logps_t - sampling_logps_t
-        w = exp(d_t)                    (level "token")
-          | exp(sum over active t d_t)  (level "sequence")
+        w = exp(d_t)                     (level "token")
+          | exp(sum over active t d_t)   (level "sequence")
+          | exp(mean over active t d_t)  (level "sequence_mean", the geometric mean)
         min(max(w, floor), cap)               (mode "truncate")
         w if floor <= w <= cap else 0         (mode "mask")
 
@@ -48,7 +49,7 @@ def rollout_weights(
         sampling_logps: of the shape of old_logps, log-probabilities reported by the sampler (vLLM,
             SGLang); NaN = unknown.
         mask: of the shape of old_logps, nonzero = active; None = all active.
-        level: "token" or "sequence".
+        level: "token", "sequence" or "sequence_mean".
         mode: "truncate" or "mask".
         cap: upper bound > 0; None = unbounded. The default is that of TRL 1.16.
         floor: lower bound in [0, cap); None = unbounded.
@@ -58,7 +59,7 @@ def rollout_weights(
 
     Returns:
         float32, for `importance_sampling_ratio`. Level "token": the shape of old_logps, 1 where
-        masked. Level "sequence": (B, 1), packed (B,).
+        masked. Levels of sequences: (B, 1), packed (B,).
 
     Raises:
         ValueError: mismatched shapes or devices; unknown level or mode; bounds that violate
@@ -69,6 +70,8 @@ def rollout_weights(
         https://fengyao.notion.site/off-policy-rl.
         When Speed Kills Stability (level "sequence", mode "mask"),
         https://richardli.xyz/rl-collapse.
+        NeMo-RL's seq-mask-tis keeps the weights of tokens, where those of level "sequence_mean" and
+        mode "mask" are not 0.
     """
     check_choice("level", level, LEVELS)
     check_choice("mode", mode, MODES)
@@ -80,7 +83,8 @@ def rollout_weights(
         mask, cu_seqlens, sequence_group, old_logps=old_logps, sampling_logps=sampling_logps
     )
     difference = _difference(old_logps, sampling_logps)
-    difference = sequences.sum(difference) if level == "sequence" else sequences.select(difference)
+    reduce = {"sequence": sequences.sum, "sequence_mean": sequences.mean}
+    difference = reduce.get(level, sequences.select)(difference)
     weights = difference.clamp(-LIMIT, LIMIT).exp()
     low, high = 0.0 if floor is None else floor, math.inf if cap is None else cap
     if mode == "truncate":

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from grpo_fused.trainer import GRPOTrainer, GRPOTrainerConfig
 from grpo_fused.trainer.run.checkpoint import delete_checkpoint, list_checkpoints
 from grpo_fused.trainer.run.log import RunLog
+from grpo_fused.trainer.run.summary import TrainResult, last_line
 
 ANSWER_LENGTH = 2  # a digit and the end token
 
@@ -21,9 +22,9 @@ class DemoOptions(NamedTuple):
     """Options of `grpo-fused demo`; the command line documents them and sets their defaults."""
 
     output_dir: Path
-    steps: int
+    max_steps: int
     seed: int
-    prompts_per_step: int
+    prompts_per_rollout: int
     num_generations: int
     loss_type: str
     beta: float
@@ -44,9 +45,9 @@ def reward_of(text: str, answer: str) -> float:
     return float(text.partition("<eos>")[:2] == (answer, "<eos>"))
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with one token per character, 14 in total."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789?="])}
+def make_tokenizer(characters: str = "0123456789?=") -> PreTrainedTokenizerFast:
+    """Returns a tokenizer with one token per character, after a padding and an end token."""
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
     characters = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     characters.decoder = decoders.Fuse()
@@ -91,22 +92,21 @@ def make_trainer(options: DemoOptions) -> GRPOTrainer:
         [{"prompt": prompt, "answer": answer} for prompt, answer in problems]
         for problems in make_problems()
     )
-    updates = options.steps * options.num_iterations
     config = GRPOTrainerConfig(
         output_dir=str(options.output_dir),
-        max_steps=updates,
+        max_steps=options.max_steps,
         seed=options.seed,
-        prompts_per_rollout=options.prompts_per_step,
+        prompts_per_rollout=options.prompts_per_rollout,
         num_generations=options.num_generations,
         num_iterations=options.num_iterations,
-        micro_batch_size=options.prompts_per_step * options.num_generations,
+        micro_batch_size=options.prompts_per_rollout * options.num_generations,
         max_completion_length=ANSWER_LENGTH,
         loss_type=options.loss_type,
         beta=options.beta,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         adam_betas=[0.9, 0.99],
-        eval_steps=max(1, updates // 10),
+        eval_steps=max(1, options.max_steps // 10),
         save_steps=None,
         report_to=[],
     )
@@ -121,12 +121,8 @@ def make_trainer(options: DemoOptions) -> GRPOTrainer:
     )
 
 
-def run_demo(options: DemoOptions) -> int:
-    """Trains a new model; writes metrics.jsonl during training, then reward.png and model/.
-
-    Returns:
-        The exit code: 0, or 128 + the signal that stopped training (130 for Ctrl-C).
-    """
+def run_demo(options: DemoOptions) -> TrainResult:
+    """Trains a new model; writes metrics.jsonl during training, then reward.png and model/."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
@@ -136,18 +132,8 @@ def run_demo(options: DemoOptions) -> int:
     weights = f"{trainer.unwrapped.num_parameters():,} weights on {trainer.accelerator.device}"
     print(f"{weights}, loss {options.loss_type}")
     result = trainer.train()
-
-    saved = f"saved metrics.jsonl, reward.png and model/ in {options.output_dir}"
-    if result.signal:
-        print(f"interrupted after {result.step} of {trainer.config.max_steps} updates; {saved}")
-        return 128 + result.signal
-    print(saved)
-    history = trainer.run_log.history
-    print(f"held-out accuracy: {history[-1]['eval/reward']:.2f} (20 prompts, greedy)")
-    rewards = [line["reward"] for line in history if "reward" in line][:: options.num_iterations]
-    first, last = rewards[:10], rewards[-10:]
-    print(
-        f"mean reward: {sum(first) / len(first):.2f} (first {len(first)} rollouts)"
-        f" -> {sum(last) / len(last):.2f} (last {len(last)} rollouts)"
-    )
-    return 0
+    print(last_line(result, trainer.config, can_resume=False))
+    if not result.signal:
+        held_out = trainer.run_log.history[-1]["eval/reward"]
+        print(f"held-out accuracy: {held_out:.2f} (20 prompts, greedy)")
+    return result

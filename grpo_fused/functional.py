@@ -69,7 +69,8 @@ def grpo_loss(
             `entropy_quantile_mask`); divisors stay as they are.
         loss_type: a row of LOSSES.
         objective: e.g. Clip(epsilon_low=0.2, epsilon_high=0.28); None = the row's.
-        importance_sampling_level: "token", "sequence" or "sequence_token"; None = the row's.
+        importance_sampling_level: "token", "sequence", "sequence_sum" or "sequence_token"; None =
+            the row's.
         normalizer: a rule of `token_weights`; None = the row's.
         kl_normalizer: the rule of the KL penalty; None = the normalizer.
         reduction: "sum", or "none": unweighted losses per token, exactly 0 where masked.

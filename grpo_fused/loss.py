@@ -22,8 +22,8 @@ class LossOutput(NamedTuple):
         metrics: dict of () float32 on the device, local means:
             `clip_ratio/low_mean`, `clip_ratio/high_mean`, `clip_ratio/region_mean` (their sum),
             `ratio/mean`, `ratio/max`; `kl` with ref_logps, `entropy` if it was computed. Means are
-            over active tokens; those of sequence-level ratios (level "sequence", advantages (B,))
-            over sequences.
+            over active tokens; those of ratios of sequences (level "sequence" or "sequence_sum",
+            advantages (B,)) over sequences.
         sums: (8,) float32, see `grpo_fused.losses.metrics`, for exact means over ranks and
             micro-batches. The first rank of a sequence_group counts ratios of sequences.
         logps: (B, T) float32, 0 where masked.

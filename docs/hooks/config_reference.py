@@ -81,4 +81,6 @@ def type_of(hint: object) -> str:
 
 
 def value_of(default: object) -> str:
+    if isinstance(default, str) and not default.isprintable():
+        return repr(default)
     return "none" if default is None else str(default)

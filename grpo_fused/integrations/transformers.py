@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,8 @@ def fuse_lm_head(model: "PreTrainedModel") -> None:
     (B, L, H), or its last `logits_to_keep` positions, weight (V, H), and bias (V,) or None. The
     function runs inside the module call of the LM head, where FSDP and DeepSpeed gather the weight
     and reduce its gradient. Calls without `head` return logits as before, and `generate` works
-    unchanged.
+    unchanged. A mixture of experts that is called with output_router_logits=True returns a pair,
+    with the loss of its router, as `forward` computes it, behind the result of the function.
 
     Args:
         model: transformers model with an LM head, before DDP, FSDP, peft or Accelerate wraps it.
@@ -92,12 +95,35 @@ def why_not_fused(model: "PreTrainedModel") -> str | None:
         return f"its weight is a DTensor {list(weight.placements)} on the mesh {mesh}"
     if model.base_model is model or getattr(model.config, "is_encoder_decoder", False):
         return f"{type(model).__name__} has no backbone that returns hidden states"
-    # FSDP1 leaves no parameters here, or empty slices of them: a forward would be a collective
-    # call, which other ranks may not make.
-    weights = [parameter.data for parameter in model.parameters()]
-    complete = all(type(w) is torch.Tensor and w.numel() and not w.is_meta for w in weights)
-    if weights and complete and not is_fused(model):
+    if _is_complete(model) and not is_fused(model):
         return _why_logits_differ(model)
+    return None
+
+
+def why_no_router_loss(model: "PreTrainedModel") -> str | None:
+    """Return the reason why `model(..., head=..., output_router_logits=True)` fails, or None.
+
+    Unless the weights are sharded, the check includes a forward of four tokens, which compares the
+    loss of the router with that of the model's own forward.
+    """
+    if _load_balancing_loss(model) is None:
+        return f"the load-balancing loss of {type(model).__name__} is not known"
+    if not _is_complete(model):
+        return None
+
+    def no_head(hidden, weight, **head):
+        return None
+
+    options = {"input_ids": _four_tokens(model), "output_router_logits": True}
+    options["attention_mask"] = torch.ones_like(options["input_ids"])
+    try:
+        with torch.no_grad(), _in_evaluation(model):
+            expected = model(**options).aux_loss
+            actual = _forward_with_head(model, no_head, **options)[1]
+    except Exception as error:
+        return f"a forward of four tokens failed with {type(error).__name__}: {error}"
+    if not torch.allclose(expected.float(), actual.float(), rtol=1e-2, equal_nan=True):
+        return f"the load-balancing loss of {type(model).__name__} is {expected}, not {actual}"
     return None
 
 
@@ -122,10 +148,22 @@ def head_scaling(config: "PretrainedConfig") -> dict[str, Any]:
     return {"logit_scale": scale, "logit_softcap": first_of("final_logit_softcapping")}
 
 
+def _is_complete(model):
+    """Whether the weights are whole.
+
+    FSDP1 leaves no parameters here, or empty slices of them: a forward would be a collective call,
+    which other ranks may not make.
+    """
+    weights = [parameter.data for parameter in model.parameters()]
+    complete = all(type(w) is torch.Tensor and w.numel() and not w.is_meta for w in weights)
+    return bool(weights) and complete
+
+
 def _forward_with_head(model, head, *args, logits_to_keep=0, **kwargs):
     """Run the backbone, then the LM head's module call with `head` as its forward."""
     kwargs["use_cache"] = False
-    hidden = model.base_model(*args, **kwargs).last_hidden_state
+    outputs = model.base_model(*args, **kwargs)
+    hidden = outputs.last_hidden_state
     if logits_to_keep:
         hidden = hidden[:, -logits_to_keep:]
     lm_head = model.get_output_embeddings()  # looked up in each call: FSDP and peft replace it
@@ -136,7 +174,32 @@ def _forward_with_head(model, head, *args, logits_to_keep=0, **kwargs):
         return head(hidden, linear.weight, bias=linear.bias, **scaling)
 
     with _replaced_forward(linear, forward):
-        return lm_head(hidden.to(linear.weight.device))
+        result = lm_head(hidden.to(linear.weight.device))
+    if not kwargs.get("output_router_logits"):
+        return result
+    mask = kwargs.get("attention_mask")
+    return result, _load_balancing_loss(model)(outputs.router_logits, attention_mask=mask)
+
+
+def _load_balancing_loss(model):
+    """Return the function of (router_logits, attention_mask) that the model's forward adds.
+
+    It lies in the module of the model's class, and takes two numbers that `forward` reads from the
+    model or, in multimodal ones, from the config; None if there is no such function.
+    """
+    modules = (sys.modules.get(base.__module__) for base in type(model).__mro__)
+    found = (getattr(module, "load_balancing_loss_func", None) for module in modules)
+    function = next((function for function in found if function is not None), None)
+    if function is None:
+        return None
+    config, arguments = model.config.get_text_config(), {}
+    for name, argument in (("num_experts", "num_experts"), ("num_experts_per_tok", "top_k")):
+        value = getattr(model, name, None)
+        value = getattr(config, name, None) if value is None else value
+        if value is None or argument not in inspect.signature(function).parameters:
+            return None
+        arguments[argument] = value
+    return functools.partial(function, **arguments)
 
 
 def _unwrap_fsdp1(lm_head):
@@ -160,6 +223,22 @@ def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = original
 
 
+def _four_tokens(model):
+    return torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+
+
+@contextlib.contextmanager
+def _in_evaluation(model):
+    """Put all modules into evaluation mode for a while, each then back into its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _why_logits_differ(model):
     """Compare the logits of four tokens, to detect transforms that the config does not mention."""
 
@@ -168,18 +247,13 @@ def _why_logits_differ(model):
         logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias) * logit_scale
         return logits if not logit_softcap else logit_softcap * torch.tanh(logits / logit_softcap)
 
-    modes = [(module, module.training) for module in model.modules()]
-    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    model.eval()
+    ids = _four_tokens(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _in_evaluation(model):
             expected = model(input_ids=ids).logits
             actual = _forward_with_head(model, plain_head, input_ids=ids)
     except Exception as error:
         return f"a forward of four tokens failed with {type(error).__name__}: {error}"
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if expected.shape != actual.shape:
         return f"its logits have shape {tuple(expected.shape)}, expected {tuple(actual.shape)}"
     finite = expected.isfinite()  # a bias of -inf takes columns out of the vocabulary

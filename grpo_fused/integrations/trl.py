@@ -5,31 +5,48 @@ Change one import; configuration, metrics and numbers stay those of TRL:
     from grpo_fused.integrations.trl import FusedGRPOTrainer as GRPOTrainer
 """
 
-import inspect
-import warnings
+import math
+from typing import NamedTuple
 
 import torch
-import trl
-from packaging.version import Version
 from trl import GRPOTrainer
 
-from grpo_fused import Cispo, Clip, Sapo, Vespo, linear_grpo_loss, linear_selective_log_softmax
-from grpo_fused.integrations.transformers import fuse_lm_head, why_not_fused
-from grpo_fused.integrations.trl_metrics import RankSums, clip_ratio_extremes, vespo_weights
+from grpo_fused import (
+    Cispo,
+    Clip,
+    Sapo,
+    Vespo,
+    grpo_loss_from_logps,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+)
+from grpo_fused.integrations.trl_head import FusedHead, has_other_inputs
+from grpo_fused.integrations.trl_metrics import RankSums, clip_counts, vespo_weights
+from grpo_fused.integrations.trl_versions import (
+    BONUS_IS_MEAN,
+    DIVIDES_BY_WINDOW,
+    LUSPO_SUMS_TOKENS,
+    PHI_OVER_ACTIVE,
+    VERSION,
+)
 from grpo_fused.losses.metrics import SUMS
 
-TESTED = ("1.0", "1.8", "1.12", "1.16")
-VERSION = Version(trl.__version__)
-if f"{VERSION.major}.{VERSION.minor}" not in TESTED:
-    raise ImportError(
-        f"FusedGRPOTrainer overrides private methods of TRL and supports only the versions "
-        f"{', '.join(TESTED)}, got trl {trl.__version__}"
-    )
+__all__ = ["VERSION", "FusedGRPOTrainer"]
 
-SIGNATURE = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
-RETURNS_AUX_LOSS = "compute_aux_loss" in SIGNATURE.parameters
-# LUSPO, the entropy bonus, the token divisor and the reduction of metrics changed in TRL 1.12.
-BEFORE_1_12 = VERSION < Version("1.12")
+
+def __getattr__(name):
+    """Import the other trainers when they are asked for: not every TRL has all of them."""
+    if name == "FusedRLOOTrainer":
+        from grpo_fused.integrations.trl_rloo import FusedRLOOTrainer
+
+        return FusedRLOOTrainer
+    if name == "FusedAsyncGRPOTrainer":
+        from grpo_fused.integrations.trl_async import FusedAsyncGRPOTrainer
+
+        return FusedAsyncGRPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 CLIP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 # Losses whose divisor, the number of tokens, already accounts for gradient accumulation.
 TOKEN_MEAN_LOSSES = ("dapo", "cispo", "vespo")
@@ -38,16 +55,22 @@ TOKEN_MEAN_LOSSES = ("dapo", "cispo", "vespo")
 NORMALIZERS = dict.fromkeys(("bnpo", "luspo", *TOKEN_MEAN_LOSSES), "seq-mean-token-sum")
 NORMALIZERS |= dict.fromkeys(("grpo", "sapo"), "seq-mean-token-mean")
 NORMALIZERS |= {"dr_grpo": "seq-mean-token-sum-norm"}
-VESPO_PARAMETERS = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
-# Inputs of text-only models. With any other input, TRL computes the log-probabilities.
-TEXT_INPUTS = {
-    *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "advantages"),
-    *("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"),
-    *("importance_sampling_ratio", "num_items_in_batch"),
-}
+LEAST_LAMBDA = 1e-4  # of VESPO, as TRL clamps it
 
 
-class FusedGRPOTrainer(GRPOTrainer):
+class EntropyBonus(NamedTuple):
+    """coefficient * sum of entropies / items, with the tokens summed over for items of None."""
+
+    coefficient: float | torch.Tensor
+    items: float | None = None
+
+    def evaluate(self, entropy, tokens):
+        return (
+            self.coefficient * entropy / (tokens.clamp(min=1) if self.items is None else self.items)
+        )
+
+
+class FusedGRPOTrainer(FusedHead, GRPOTrainer):
     """`trl.GRPOTrainer` whose loss is `grpo_fused.linear_grpo_loss`.
 
     The loss replaces the LM head inside the forward of the wrapped model: it stores neither logits
@@ -55,241 +78,248 @@ class FusedGRPOTrainer(GRPOTrainer):
     states chunk by chunk. All of TRL's metrics are logged, from one collective call and one device
     synchronisation per micro-batch.
 
-    Entropy-quantile and off-policy masks, the adaptive entropy bonus and the other options in
-    `_uses_trl_loss` combine the log-probabilities of `linear_selective_log_softmax` with TRL's own
-    loss. If the LM head cannot be fused, or the inputs are not text only, TRL computes everything
-    and a single warning gives the reason.
+    Masks by entropy quantile and off-policy masks need the log-probabilities before the loss:
+    `linear_selective_log_softmax` computes them, and `grpo_loss_from_logps` the loss. What remains
+    with TRL's loss is in `_why_trl_loss`, and uses the fused log-probabilities. If the LM head
+    cannot be fused, or the inputs are not text only, TRL computes everything and a single warning
+    gives the reason. With a version of TRL that is newer than those tested, so it does if ours and
+    TRL's numbers differ on the first micro-batch.
 
     Arguments, attributes and methods are those of `trl.GRPOTrainer`.
 
     Raises:
-        ValueError: use_liger_kernel=True with TRL before 1.14, which would select Liger's loss.
+        ValueError: nothing is trainable; use_liger_kernel=True with TRL before 1.14, which would
+            select Liger's loss.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if VERSION < Version("1.14") and self.args.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel must be False, because it selects Liger's loss; got True"
-            )
-        self._warned = set()
-        # TRL has wrapped the reference model by now: FSDP and DeepSpeed gather weights in the
-        # forward of the wrapper.
-        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
-        models = [_base_model(self.accelerator.unwrap_model(model)) for model in models]
-        self._why_unfused = self._why_not_fused(models)
-        if not self._why_unfused:
-            for model in models:
-                fuse_lm_head(model)
-
-    def _why_not_fused(self, models) -> str | None:
-        config = getattr(self.model, "active_peft_config", None)
-        if getattr(config, "is_prompt_learning", False):
-            return "prompt-learning adapters shift the positions of the hidden states"
-        if self.args.torch_compile:
-            return "torch_compile=True would recompile the forward for every batch"
-        if self.args.n_gpu > 1:
-            return "DataParallel would split the hidden states but not the other loss inputs"
-        if any(len(set(getattr(m, "hf_device_map", {}).values())) > 1 for m in models):
-            return "the model is split over several devices"
-        return next((reason for model in models if (reason := why_not_fused(model))), None)
-
-    def _warn_fallback(self, reason: str):
-        """Warn, once per reason, that TRL computes the loss."""
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"TRL computes the loss, without grpo_fused: {reason}", stacklevel=3)
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        **others,
-    ):
-        """Compute (log-probabilities (B, T), entropies (B, T) or None), from TRL 1.8 on also None.
-
-        The third element is the auxiliary loss, which only TRL's own method computes.
-        """
-        aux_loss = others.pop("compute_aux_loss", False)
-        given = {name: value for name, value in others.items() if value is not None}
-        if self._why_unfused or given or aux_loss:
-            reason = self._why_unfused or "the inputs are not text only"
-            self._warn_fallback(
-                "an auxiliary loss of the model is requested" if aux_loss else reason
-            )
-            options = {"compute_aux_loss": aux_loss} if RETURNS_AUX_LOSS else {}
-            return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size=batch_size,
-                compute_entropy=compute_entropy,
-                **options,
-                **others,
-            )
-        # LUSPO of TRL before 1.12 reads masked tokens too.
-        ignore_mask, parts = BEFORE_1_12 and self.loss_type == "luspo", []
-        for ids, mask in zip(
-            input_ids.split(batch_size or len(input_ids)),
-            attention_mask.split(batch_size or len(input_ids)),
-            strict=True,
+    def _why_trl_loss(self, inputs) -> str | None:
+        """Return why TRL's own loss runs, on fused log-probabilities where possible, or None."""
+        if has_other_inputs(inputs):
+            return "the inputs are not text only"
+        if self.loss_type not in NORMALIZERS:
+            return f"the loss {self.loss_type!r} is not known"
+        if self.importance_sampling_level not in ("token", "sequence"):
+            return "TRL has no such level of ratios, and says so"
+        if (
+            self.loss_type == "luspo"
+            and not LUSPO_SUMS_TOKENS
+            and not self._is_of_sequences(inputs)
         ):
+            return "LUSPO before TRL 1.10 reads masked tokens where its loss is one of tokens"
+        if self.loss_type == "vespo":
+            corrects_kl = self.beta != 0.0 and self.args.use_bias_correction_kl
+            if self.importance_sampling_level == "sequence" and corrects_kl:
+                return "a KL times the ratio of sequences, which the loss of VESPO does not have"
+            if _is_extreme(self.args):
+                return "VESPO with a k below 0, or so large that phi overflows"
+        return None
 
-            def head(hidden, weight, *, ids=ids, mask=mask, **head):
-                return linear_selective_log_softmax(
-                    hidden,
-                    weight,
-                    ids[:, -logits_to_keep:],
-                    None if ignore_mask else mask[:, -logits_to_keep:],
-                    temperature=self.temperature,
-                    compute_entropy=compute_entropy,
-                    upcast=self.args.cast_lm_head_to_fp32,
-                    **head,
-                )
-
-            parts.append(self._forward(model, ids, mask, logits_to_keep, head))
-        logps = torch.cat([logps for logps, _ in parts])
-        entropies = torch.cat([entropies for _, entropies in parts]) if compute_entropy else None
-        return (logps, entropies, None) if RETURNS_AUX_LOSS else (logps, entropies)
-
-    def _forward(self, model, input_ids, attention_mask, logits_to_keep, head):
-        with self.accelerator.autocast():
-            return model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                logits_to_keep=logits_to_keep + 1,
-                head=head,
-            )
-
-    def _uses_trl_loss(self, inputs) -> bool:
-        """Return whether TRL's own loss runs, on fused log-probabilities where possible."""
-        return bool(
-            self._why_unfused
-            or self.loss_type not in NORMALIZERS
-            or self.importance_sampling_level not in ("token", "sequence")
-            or (self.loss_type == "vespo" and self._has_unsupported_vespo())
-            or (BEFORE_1_12 and (self.loss_type == "luspo" or self._has_entropy_bonus))
-            or getattr(self, "use_adaptive_entropy", False)
-            or getattr(self, "aux_loss_enabled", False)
-            # TRL counts clipped ratios after capping them at delta.
-            or (self.args.delta is not None and self.args.delta <= 1 + self.epsilon_high)
-            or self.top_entropy_quantile < 1.0
-            or self.off_policy_mask_threshold is not None
-            or any(inputs[name] is not None for name in inputs.keys() - TEXT_INPUTS)
+    def _is_of_sequences(self, inputs):
+        """Whether the loss before the average is one number a sequence."""
+        ratio = self._rollout_ratio(inputs)
+        return (
+            self.importance_sampling_level == "sequence"
+            and self.beta == 0.0
+            and self.top_entropy_quantile >= 1.0
+            and inputs["advantages"].dim() == 1
+            and (ratio is None or ratio.shape[1] == 1)
         )
 
-    def _has_unsupported_vespo(self):
-        """Return whether VESPO has a parameter of 0, or sequence ratios, which change the KL."""
-        parameters = [getattr(self.args, name) for name in VESPO_PARAMETERS]
-        return self.importance_sampling_level != "token" or min(parameters) <= 1e-4
-
     @property
-    def _has_entropy_bonus(self):
-        return getattr(self, "_entropy_bonus_enabled", False)
+    def _sums_log_ratios(self):
+        return self.loss_type == "vespo"
 
-    def _compute_loss(self, model, inputs):
-        """Compute the loss of a micro-batch, scaled for accumulation, and log its metrics."""
-        if self._uses_trl_loss(inputs):
-            return super()._compute_loss(model, inputs)
+    def _fused_loss(self, model, inputs):
         completion_ids, mask = inputs["completion_ids"], inputs["completion_mask"]
         input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], mask], dim=1)
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
-        mode = "train" if self.model.training else "eval"
-        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
-        if self.loss_type == "vespo":  # TRL's VESPO uses a ratio even if the correction is off
-            ratio = inputs.get("importance_sampling_ratio")
-        else:
-            corrected = self.use_vllm and self.vllm_importance_sampling_correction
-            ratio = inputs["importance_sampling_ratio"] if corrected else None
-        entropy_coef = self.entropy_coef / steps if self._has_entropy_bonus else 0.0
-        objective = self._objective()
+        steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
+        selects = self.top_entropy_quantile < 1.0 or self.off_policy_mask_threshold is not None
+        options, bonus = self._loss_options(inputs, mask, steps), self._bonus(inputs, mask, steps)
 
         def head(hidden, weight, **head):
+            head |= {"temperature": self.temperature, "upcast": self._upcast}
+            head |= {"compute_entropy": True}
+            if selects:
+                return linear_selective_log_softmax(hidden, weight, completion_ids, mask, **head)
             return linear_grpo_loss(
                 hidden,
                 weight,
                 completion_ids,
                 mask,
                 inputs["advantages"],
-                old_logps=inputs.get("old_per_token_logps"),
-                ref_logps=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
-                importance_sampling_ratio=ratio,
-                loss_type=self.loss_type,
-                objective=objective,
-                importance_sampling_level=self.importance_sampling_level,
-                normalizer=NORMALIZERS[self.loss_type],
-                num_sequences_in_batch=self._divisor(inputs, mask, steps, mode),
-                max_completion_length=self.max_completion_length,
-                beta=self.beta,
-                use_bias_correction_kl=self.args.use_bias_correction_kl,
-                temperature=self.temperature,
-                entropy_coef=entropy_coef,
-                compute_entropy=True,
-                upcast=self.args.cast_lm_head_to_fp32,
+                entropy_coef=bonus.coefficient,
+                num_entropy_items_in_batch=bonus.items,
+                **options,
                 **head,
             )
 
-        out = self._forward(model, input_ids, attention_mask, completion_ids.shape[1], head)
-        self._log_loss(mode, steps, out, inputs, mask, objective, entropy_coef)
-        return out.loss
+        rows = (model, input_ids, attention_mask, completion_ids.shape[1], head)
+        out, aux_loss = self._forward(*rows, aux_loss=self._has_aux_loss)
+        counted = mask  # tokens of the entropy bonus
+        if selects:
+            out, counted = self._loss_of_selected(*out, mask, inputs, options, bonus)
+        self._log_loss(out, aux_loss, mask, counted, inputs, options, bonus, steps)
+        if aux_loss is None:
+            return out.loss
+        return out.loss + self.router_aux_loss_coef * aux_loss / steps
+
+    def _loss_options(self, inputs, mask, steps):
+        """Return keywords of `linear_grpo_loss` and of `grpo_loss_from_logps`."""
+        return {
+            "old_logps": inputs.get("old_per_token_logps"),
+            "ref_logps": inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
+            "importance_sampling_ratio": self._rollout_ratio(inputs),
+            "loss_type": self.loss_type,
+            "objective": self._objective(),
+            # VESPO makes its own ratio of sequences.
+            "importance_sampling_level": (
+                "token" if self.loss_type == "vespo" else self.importance_sampling_level
+            ),
+            "normalizer": NORMALIZERS[self.loss_type],
+            "num_sequences_in_batch": self._divisor(inputs, mask, steps),
+            "max_completion_length": self.max_completion_length,
+            "beta": self.beta,
+            "use_bias_correction_kl": self.args.use_bias_correction_kl,
+        }
+
+    def _rollout_ratio(self, inputs):
+        if self.loss_type == "vespo":  # TRL's VESPO uses a ratio even if the correction is off
+            return inputs.get("importance_sampling_ratio")
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        return inputs["importance_sampling_ratio"] if corrected else None
 
     def _objective(self):
+        args = self.args
         if self.loss_type == "cispo":
             return Cispo(max_ratio=self.epsilon_high)
         if self.loss_type == "sapo":
-            return Sapo(self.args.sapo_temperature_pos, self.args.sapo_temperature_neg)
+            return Sapo(args.sapo_temperature_pos, args.sapo_temperature_neg)
         if self.loss_type == "vespo":
-            return Vespo(*(getattr(self.args, name) for name in VESPO_PARAMETERS))
-        return Clip(self.epsilon_low, self.epsilon_high, self.args.delta)
+            lambdas = args.vespo_lambda_pos, args.vespo_lambda_neg
+            lambda_pos, lambda_neg = (max(value, LEAST_LAMBDA) for value in lambdas)
+            return Vespo(args.vespo_k_pos, lambda_pos, args.vespo_k_neg, lambda_neg)
+        return Clip(self.epsilon_low, self.epsilon_high, args.delta)
 
-    def _divisor(self, inputs, mask, steps, mode):
+    def _divisor(self, inputs, mask, steps):
         """Return the number that the sum over tokens is divided by, accumulation included."""
         if self.loss_type == "bnpo":
             return mask.sum().clamp(min=1) * steps
         if self.loss_type not in TOKEN_MEAN_LOSSES:
             return len(mask) * steps
         items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        rescaled = not BEFORE_1_12 and mode == "train"
+        rescaled = DIVIDES_BY_WINDOW and self._mode == "train"
         return items * steps / self.args.steps_per_generation if rescaled else items
 
-    def _log_loss(self, mode, steps, out, inputs, mask, objective, entropy_coef):
+    def _bonus(self, inputs, mask, steps):
+        """Return the `EntropyBonus` of a micro-batch."""
+        if not self._has_entropy_bonus:
+            return EntropyBonus(0.0)
+        coefficient = self.entropy_coef
+        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
+            coefficient = 0.0
+        if BONUS_IS_MEAN or self.loss_type not in TOKEN_MEAN_LOSSES:
+            return EntropyBonus(coefficient / steps)
+        return EntropyBonus(coefficient / self._divisor(inputs, mask, steps), 1.0)
+
+    def _loss_of_selected(self, logps, entropies, mask, inputs, options, bonus):
+        """Return (`LossOutput` without what the masks drop, the tokens that the bonus counts)."""
+        advantages, policy_mask, counted = inputs["advantages"], None, mask
+        if self.off_policy_mask_threshold is not None:
+            old_logps = inputs.get("old_per_token_logps")
+            old_logps = logps.detach() if old_logps is None else old_logps
+            policy_mask = self.get_off_policy_mask(
+                advantages=advantages[:, None] if advantages.dim() == 1 else advantages,
+                per_token_logps=logps,
+                sampling_per_token_logps=inputs.get("sampling_per_token_logps", old_logps),
+                mask=mask,
+                off_policy_threshold=self.off_policy_mask_threshold,
+            )
+        if self.top_entropy_quantile < 1.0:
+            quantile = 1 - self.top_entropy_quantile
+            counted = self.get_high_entropy_mask(entropies.detach(), mask, quantile)
+            policy_mask = counted if policy_mask is None else counted * policy_mask
+        out = grpo_loss_from_logps(
+            logps,
+            mask,
+            advantages,
+            entropies=entropies.detach(),
+            policy_mask=policy_mask,
+            **options,
+        )
+        if self._has_entropy_bonus:
+            entropy = torch.where(counted != 0, entropies, 0.0).sum()
+            out = out._replace(loss=out.loss - bonus.evaluate(entropy, counted.sum()))
+        return out, counted
+
+    def _log_loss(self, out, aux_loss, mask, counted, inputs, options, bonus, steps):
         """Append the metrics that TRL logs, over all ranks, with one gather and one device sync."""
         sums = dict(zip(SUMS, out.sums.unbind(), strict=True))
-        sums["total_loss"] = out.loss.detach()
-        tokens = (out.logps, inputs.get("old_per_token_logps"), inputs["advantages"], mask)
+        tokens = (out.logps, options["old_logps"], inputs["advantages"], mask)
+        objective, log = options["objective"], self._metrics[self._mode]
         if self.loss_type in CLIP_LOSSES:
-            sequence_level = self.importance_sampling_level == "sequence"
-            sums |= clip_ratio_extremes(objective, *tokens, sequence_level=sequence_level)
+            sums |= clip_counts(objective, *tokens, level=self.importance_sampling_level)
         elif self.loss_type == "vespo":
-            ratio = inputs.get("importance_sampling_ratio")
-            sums |= vespo_weights(objective, *tokens, ratio, include_masked=BEFORE_1_12)
-        values = torch.stack([value.float() for value in sums.values()])
-        gathered = self.accelerator.gather(values[None]).tolist()
-        ranks, log = RankSums(sums, gathered, average_ranks=BEFORE_1_12), self._metrics[mode]
+            ratio, include = options["importance_sampling_ratio"], not PHI_OVER_ACTIVE
+            sums |= vespo_weights(objective, *tokens, ratio, include_masked=include)
         if self._has_entropy_bonus:
+            stats = (out.entropies * counted).sum(), counted.sum().float()
             scale = 1 if self.loss_type in TOKEN_MEAN_LOSSES else steps
-            log["policy_loss"].append(ranks.policy_loss(entropy_coef, scale))
-            if mode == "train" and self.accelerator.sync_gradients:
-                log["entropy_coef"].append(self.entropy_coef)
+            sums["policy_loss"] = (out.loss.detach() + bonus.evaluate(*stats)) * scale
+        if aux_loss is not None:
+            sums["aux_loss"] = aux_loss.detach()
+        ranks = RankSums.gather(self.accelerator, sums)
+        if self._has_entropy_bonus:
+            log["policy_loss"].append(ranks.average("policy_loss"))
+            if self._mode == "train":
+                self._adapt_entropy_coef(torch.stack(stats))
+        if aux_loss is not None:
+            log["aux_loss"].append(ranks.average("aux_loss"))
         if self.beta != 0.0:
             log["kl"].append(ranks.mean("kl", count="tokens"))
         log["entropy"].append(ranks.mean("entropy", count="tokens"))
         if self.loss_type in CLIP_LOSSES:
-            for name, value in ranks.clip_ratios().items():
-                log[f"clip_ratio/{name}"].append(value)
+            ranks.log_clip_ratios(log)
         elif self.loss_type == "cispo":
             log["cispo_clip_ratio"].append(ranks.mean("clipped_high", count="ratios"))
         elif self.loss_type == "vespo":
             log["vespo/phi_seq_mean"].append(ranks.mean("phi", count="phis"))
 
+    def _adapt_entropy_coef(self, stats):
+        """Log the coefficient of the bonus after an optimizer step, and adapt it as TRL does.
 
-def _base_model(model):
-    """Return the transformers model, which peft may have wrapped."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+        Args:
+            stats: (2,), sum and number of the entropies of this micro-batch.
+        """
+        if self.use_adaptive_entropy:
+            window = self._entropy_window_stats
+            self._entropy_window_stats = stats if window is None else window + stats
+        if not self.accelerator.sync_gradients:
+            return
+        if self.use_adaptive_entropy:
+            window = self.accelerator.reduce(self._entropy_window_stats, reduction="sum")
+            entropy, args = (window[0] / window[1].clamp(min=1)).item(), self.args
+            if entropy <= args.entropy_target:
+                raised = self.entropy_coef + args.entropy_coef_delta
+                self.entropy_coef = min(raised, args.entropy_coef_max)
+            else:
+                lowered = self.entropy_coef - args.entropy_coef_delta
+                self.entropy_coef = max(lowered, args.entropy_coef_min)
+            self._last_world_entropy, self._entropy_window_stats = entropy, None
+        self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
+
+
+def _is_extreme(args):
+    """Whether VESPO has a k below 0, or weights phi that may overflow: TRL has 0 for those."""
+    for k, rate in (
+        (args.vespo_k_pos, args.vespo_lambda_pos),
+        (args.vespo_k_neg, args.vespo_lambda_neg),
+    ):
+        rate = max(rate, LEAST_LAMBDA)
+        # The maximum of rate + k S - rate e^S over the range of S.
+        s = min(max(math.log(max(k, 1e-8) / rate), math.log(1e-8)), 20.0)
+        if k < 0 or rate + k * s - rate * math.exp(s) > 80.0:
+            return True
+    return False

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from grpo_fused import Clip, Vespo
+from grpo_fused.integrations.trl_versions import METRICS_OVER_RANKS
+from grpo_fused.losses.objectives import clamped_exp
 from grpo_fused.sequences import Padded
 
 
@@ -13,10 +16,10 @@ class RankSums:
     """Sums of every rank, on the host, and the means that TRL logs.
 
     Args:
-        names: names of the n sums: those of `grpo_fused.losses.metrics.SUMS`, "total_loss" (with
-            the entropy bonus), and the keys of `clip_ratio_extremes` or `vespo_weights`.
+        names: names of the n sums: those of `grpo_fused.losses.metrics.SUMS`, the keys of
+            `clip_counts` or `vespo_weights`, and values of a rank, of which `average` is the mean.
         gathered: (ranks, n) as a list of lists.
-        average_ranks: average the means of ranks, as TRL does before 1.12, instead of dividing the
+        average_ranks: average the means of ranks, as TRL does before 1.9, instead of dividing the
             total of all ranks by their count. Extremes are then those of the ranks' means instead
             of those of sequences.
     """
@@ -26,6 +29,12 @@ class RankSums:
         self.columns = dict(zip(names, columns, strict=True))
         self.average_ranks = average_ranks
 
+    @classmethod
+    def gather(cls, accelerator: Any, sums: dict[str, torch.Tensor]) -> "RankSums":
+        """Exchange the sums () of every rank, with one collective call and one device sync."""
+        values = torch.stack([value.float() for value in sums.values()])
+        return cls(sums, accelerator.gather(values[None]).tolist(), not METRICS_OVER_RANKS)
+
     def mean(self, *names: str, count: str) -> float:
         """Divide a sum, or the sum of several sums, by the count of that name."""
         total = sum(self.columns[name] for name in names)
@@ -33,13 +42,12 @@ class RankSums:
             return (total / self.columns[count].clamp(min=1)).mean().item()
         return (total.sum() / self.columns[count].sum().clamp(min=1)).item()
 
-    def policy_loss(self, entropy_coef: float, scale: float) -> float:
-        """Average over ranks the loss without its entropy bonus, times `scale`."""
-        entropy = self.columns["entropy"] / self.columns["tokens"].clamp(min=1)
-        return ((self.columns["total_loss"] + entropy_coef * entropy) * scale).nanmean().item()
+    def average(self, name: str) -> float:
+        """Average a value over the ranks that have one."""
+        return self.columns[name].nanmean().item()
 
-    def clip_ratios(self) -> dict[str, float]:
-        """Return TRL's metrics "clip_ratio/*", keyed by the part behind the slash."""
+    def log_clip_ratios(self, log: dict[str, list[float]]) -> None:
+        """Append TRL's metrics "clip_ratio/*" to its lists."""
         means = {
             "low_mean": self.mean("clipped_low", count="ratios"),
             "high_mean": self.mean("clipped_high", count="ratios"),
@@ -50,19 +58,22 @@ class RankSums:
             lowest, highest = (self.columns[f"clipped_{side}"] / ratios for side in ("low", "high"))
         else:
             lowest, highest = (self.columns[name] for name in ("low_min", "high_max"))
-        return means | {"low_min": _ignore_nan(min, lowest), "high_max": _ignore_nan(max, highest)}
+        means |= {"low_min": _ignore_nan(min, lowest), "high_max": _ignore_nan(max, highest)}
+        for name, value in means.items():
+            log[f"clip_ratio/{name}"].append(value)
 
 
-def clip_ratio_extremes(
+@torch.no_grad()
+def clip_counts(
     objective: Clip,
     logps: torch.Tensor,
     old_logps: torch.Tensor | None,
     advantages: torch.Tensor,
     mask: torch.Tensor,
     *,
-    sequence_level: bool,
+    level: str,
 ) -> dict[str, torch.Tensor]:
-    """Reduce the share of clipped ratios in each sequence to its extremes over the batch.
+    """Count the ratios that are clipped, as TRL does: after the cap at delta.
 
     Args:
         objective: supplies the bounds.
@@ -70,27 +81,36 @@ def clip_ratio_extremes(
         old_logps: (B, T) float32; None on policy.
         advantages: (B,) or (B, T).
         mask: (B, T), nonzero = active.
-        sequence_level: ratios of sequences instead of tokens.
+        level: of the ratios, "token", "sequence" or "sequence_sum".
 
     Returns:
-        {"low_min": the smallest share clipped below, "high_max": the largest share clipped above},
-        () tensors; NaN if no sequence has an active token.
+        () tensors: "clipped_low" and "clipped_high", and of the shares of the sequences "low_min",
+        the smallest below, and "high_max", the largest above; NaN if no sequence has an active
+        token.
     """
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    active, lengths = mask != 0, mask.sum(-1, keepdim=True)
+    active, lengths = mask != 0, mask.sum(-1)
     log_ratio = _log_ratio(logps, old_logps, active)
-    if sequence_level:
-        log_ratio = log_ratio.sum(-1, keepdim=True) / lengths.clamp(min=1)
-    clipped = objective.evaluate(log_ratio, log_ratio, advantages)[2]
+    if level != "token":
+        log_ratio = log_ratio.sum(-1, keepdim=True)
+    if level == "sequence":
+        log_ratio = log_ratio / lengths[:, None].clamp(min=1)
+    ratio = clamped_exp(log_ratio)[0]
+    ratio = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
+    low = (ratio < 1 - objective.epsilon_low) & (advantages < 0)
+    high = (ratio > 1 + objective.epsilon_high) & (advantages > 0)
 
-    def share(hits):  # (B, 1) or (B, T) -> (B,) or (B, 1)
-        return hits.float() if hits.shape[1] == 1 else (hits & active).sum(-1) / lengths[:, 0]
+    def shares(hits):  # (B, 1) or (B, T) -> (B,)
+        return hits[:, 0].float() if hits.shape[1] == 1 else (hits & active).sum(-1) / lengths
 
-    low, high = share(clipped < 0), share(clipped > 0)
-    low_min = torch.where(low.isnan(), math.inf, low).amin()
-    high_max = torch.where(high.isnan(), -math.inf, high).amax()
+    def count(hits):
+        return hits.sum() if hits.shape[1] == 1 else (hits & active).sum()
+
+    low_min = torch.where(shares(low).isnan(), math.inf, shares(low)).amin()
+    high_max = torch.where(shares(high).isnan(), -math.inf, shares(high)).amax()
     extremes = {"low_min": low_min, "high_max": high_max}
-    return {name: torch.where(x.isinf(), math.nan, x) for name, x in extremes.items()}
+    extremes = {name: torch.where(x.isinf(), math.nan, x) for name, x in extremes.items()}
+    return {"clipped_low": count(low), "clipped_high": count(high)} | extremes
 
 
 @torch.no_grad()
@@ -113,7 +133,7 @@ def vespo_weights(
         advantages: (B,) or (B, T); only their signs matter.
         mask: (B, T), nonzero = active.
         ratio: rollout correction (B, T) or (B, 1), or None.
-        include_masked: include masked tokens in the sum over tokens, as TRL does before 1.12.
+        include_masked: include masked tokens in the sum over tokens, as TRL does before 1.9.
 
     Returns:
         {"phi": sum of the weights, "phis": their number}, () tensors.

@@ -10,6 +10,10 @@ divisors and metrics are those of verl. Each loss corresponds to verl's loss of 
     grpo_fused_cispo      Cispo with weights in [1 - clip_ratio_low, 1 + clip_ratio_high]
     grpo_fused_geo_mean   Gmpo with clip_ratio; always seq-mean-token-mean
     grpo_fused_gpg        PolicyGradient
+    grpo_fused_dppo_tv    DppoTv with clip_ratio_low, clip_ratio_high, clip_ratio_c; and dppo_kl
+    grpo_fused_dro        Dro with policy_loss.dro_beta
+    grpo_fused_clip_cov   ClipCov with policy_loss.clip_cov_*, which draws nothing at random
+    grpo_fused_kl_cov     KlCov with policy_loss.kl_cov_ratio, ppo_kl_coef
     grpo_fused_vespo      Vespo, which verl does not have
 
 verl computes log-probabilities and entropies before it calls a loss; `verl_kernels` replaces those
@@ -26,7 +30,12 @@ from verl.trainer.ppo.core_algos import register_policy_loss
 from grpo_fused import (
     Cispo,
     Clip,
+    ClipCov,
+    DppoKl,
+    DppoTv,
+    Dro,
     Gmpo,
+    KlCov,
     LossOutput,
     PolicyGradient,
     Sapo,
@@ -35,6 +44,7 @@ from grpo_fused import (
 )
 from grpo_fused.checks import check_choice
 from grpo_fused.losses.objectives import Objective
+from grpo_fused.selections import large_covariances
 from grpo_fused.sequences import Padded
 
 if TYPE_CHECKING:
@@ -50,13 +60,28 @@ AGGREGATIONS = (
 LIMIT = 20.0  # verl clamps log-ratios of tokens to +-20
 
 
-def _clipped_by_objective(log_ratio, advantages):
+class Told(NamedTuple):
+    """What metrics are made of: (B, T) each, 0 under the mask.
+
+    Attributes:
+        log_ratio: clamped by the limit of the recipe.
+        advantages, logps: of the tokens.
+        active: bool.
+    """
+
+    log_ratio: torch.Tensor
+    advantages: torch.Tensor
+    logps: torch.Tensor
+    active: torch.Tensor
+
+
+def _clipped_by_objective(told):
     """Return None: `metrics` then reports the clip ratio of the objective."""
     return None
 
 
-def _never_clipped(log_ratio, advantages):
-    return torch.zeros_like(log_ratio)
+def _never_clipped(told):
+    return torch.zeros_like(told.log_ratio)
 
 
 class Recipe(NamedTuple):
@@ -68,9 +93,10 @@ class Recipe(NamedTuple):
         bounds: its log_ratio_bounds, which clamp the log-ratio at that level.
         limit: clamp of the token log-ratios that enter the metrics, such as actor/ppo_kl.
         aggregation: the loss_agg_mode of a loss that supports only one; None = the configured one.
-        upper: (log_ratio, advantages), (B, T) each -> (B, T) indicator of the tokens that
-            actor/pg_clipfrac counts; None instead of a tensor = the clip ratio of the objective.
+        upper: `Told` -> (B, T) indicator of the tokens that actor/pg_clipfrac counts; None instead
+            of a tensor = the clip ratio of the objective.
         lower: the same for actor/pg_clipfrac_lower.
+        kl: log-ratios -> the values of which actor/ppo_kl is the mean.
     """
 
     objective: Objective
@@ -78,8 +104,9 @@ class Recipe(NamedTuple):
     bounds: tuple[float, float] | None = (-LIMIT, LIMIT)
     limit: float = LIMIT
     aggregation: str | None = None
-    upper: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None] = _clipped_by_objective
-    lower: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _never_clipped
+    upper: Callable[[Told], torch.Tensor | None] = _clipped_by_objective
+    lower: Callable[[Told], torch.Tensor] = _never_clipped
+    kl: Callable[[torch.Tensor], torch.Tensor] = torch.neg
 
 
 def clip_ratios(config: "ActorConfig") -> tuple[float, float]:
@@ -99,7 +126,10 @@ def vanilla(config: "ActorConfig") -> Recipe:
         raise ValueError(
             f"clip_ratio_c must be > 1 and at least 1 + clip_ratio_high = {1 + high}, got {cap}"
         )
-    return Recipe(Clip(low, high, cap), lower=lambda d, A: ((d > math.log(cap)) & (A < 0)).float())
+    return Recipe(
+        Clip(low, high, cap),
+        lower=lambda told: ((told.log_ratio > math.log(cap)) & (told.advantages < 0)).float(),
+    )
 
 
 def gspo(config: "ActorConfig") -> Recipe:
@@ -117,7 +147,7 @@ def cispo(config: "ActorConfig") -> Recipe:
     log_high = math.log1p(high)
     return Recipe(
         Cispo(1 + high, max(1 - low, 0.0)),
-        upper=lambda d, A: ((d < log_low) | (d > log_high)).float(),
+        upper=lambda told: ((told.log_ratio < log_low) | (told.log_ratio > log_high)).float(),
     )
 
 
@@ -133,8 +163,8 @@ def geo_mean(config: "ActorConfig") -> Recipe:
         bounds=None,
         limit=math.inf,
         aggregation="seq-mean-token-mean",
-        upper=lambda d, A: ((d.abs() > low) & (A > 0)).float(),
-        lower=lambda d, A: ((d.abs() > low) & (A < 0)).float(),
+        upper=lambda told: ((told.log_ratio.abs() > low) & (told.advantages > 0)).float(),
+        lower=lambda told: ((told.log_ratio.abs() > low) & (told.advantages < 0)).float(),
     )
 
 
@@ -142,11 +172,71 @@ def gpg(config: "ActorConfig") -> Recipe:
     return Recipe(PolicyGradient(), upper=_never_clipped)
 
 
+def _dppo(objective):
+    def outside(told):
+        # verl counts tokens without an advantage as it does those below 0.
+        advantages = torch.where(told.advantages == 0, -1.0, told.advantages)
+        return objective.evaluate(told.logps, told.log_ratio, advantages)[2] != 0
+
+    def capped(told):
+        return ((told.log_ratio > math.log(objective.max_ratio)) & ~outside(told)).float()
+
+    return Recipe(objective, bounds=None, upper=lambda told: outside(told).float(), lower=capped)
+
+
+def dppo_tv(config: "ActorConfig") -> Recipe:
+    return _dppo(DppoTv(*clip_ratios(config), config.get("clip_ratio_c", 20.0)))
+
+
+def dppo_kl(config: "ActorConfig") -> Recipe:
+    return _dppo(DppoKl(*clip_ratios(config), config.get("clip_ratio_c", 20.0)))
+
+
+def dro(config: "ActorConfig") -> Recipe:
+    strength = config.policy_loss.dro_beta
+    if strength is None or strength <= 0:
+        raise ValueError(f"policy_loss.dro_beta must be > 0, got {strength}")
+    return Recipe(Dro(strength), bounds=None, limit=math.inf, upper=_never_clipped)
+
+
+def _given(options, **defaults):
+    """Values of a configuration, or their defaults where it has None."""
+    found = {name: getattr(options, name) for name in defaults}
+    return (defaults[name] if value is None else value for name, value in found.items())
+
+
+def clip_cov(config: "ActorConfig") -> Recipe:
+    shares = _given(config.policy_loss, clip_cov_ratio=2e-4, clip_cov_lb=1.0, clip_cov_ub=5.0)
+    objective = ClipCov(*clip_ratios(config), *shares)
+    clip = Clip(objective.epsilon_low, objective.epsilon_high)
+
+    def selected(told):
+        clipped = clip.evaluate(told.logps, told.log_ratio, told.advantages)[2]
+        bounds = (objective.share, objective.low, objective.high)
+        arguments = (told.advantages, told.logps, told.active, *bounds)
+        return large_covariances(*arguments, eligible=clipped == 0).float()
+
+    return Recipe(objective, bounds=None, limit=math.inf, upper=selected)
+
+
+def kl_cov(config: "ActorConfig") -> Recipe:
+    share, strength = _given(config.policy_loss, kl_cov_ratio=2e-4, ppo_kl_coef=1.0)
+    return Recipe(
+        KlCov(share, strength), bounds=None, limit=math.inf, upper=_never_clipped, kl=torch.abs
+    )
+
+
 def vespo(config: "ActorConfig") -> Recipe:
     return Recipe(Vespo(), upper=_never_clipped)
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (vanilla, gspo, sapo, cispo, geo_mean, gpg, vespo)}
+RECIPES: dict[str, Callable[["ActorConfig"], Recipe]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        *(vanilla, gspo, sapo, cispo, geo_mean, gpg),
+        *(dppo_tv, dppo_kl, dro, clip_cov, kl_cov, vespo),
+    )
+}
 
 
 def policy_loss(
@@ -190,7 +280,7 @@ def policy_loss(
             # The ratio of GMPO is a geometric mean over tokens; so is its correction.
             weights = sequences.mean(weights.float().clamp(min=1e-10).log()).exp()
         normalizer, dp_size, divisors = aggregation(
-            configured.aggregation or loss_agg_mode, sequences, **config.global_batch_info
+            configured.aggregation or loss_agg_mode, response_mask, **config.global_batch_info
         )
         out = grpo_loss_from_logps(
             log_prob,
@@ -211,7 +301,7 @@ def policy_loss(
 
 def aggregation(
     loss_agg_mode: str,
-    sequences: Padded,
+    response_mask: torch.Tensor,
     *,
     dp_size: int = 1,
     batch_num_tokens: int | None = None,
@@ -222,6 +312,11 @@ def aggregation(
 
     Without global_batch_size, verl counts only sequences with an active token. It multiplies the
     loss by dp_size, because gradients are averaged over ranks.
+
+    Args:
+        loss_agg_mode: one of AGGREGATIONS.
+        response_mask: (B, T), nonzero = active.
+        dp_size, batch_num_tokens, global_batch_size, loss_scale_factor: as verl's.
 
     Returns:
         (normalizer, factor of the loss, divisors as keywords of `grpo_loss_from_logps`).
@@ -235,11 +330,10 @@ def aggregation(
         number, name = global_batch_size, "global_batch_size"
     if number is None and dp_size > 1 and loss_agg_mode != "token-sum":
         raise ValueError(f"{name} is required for {loss_agg_mode} if dp_size > 1, got None")
-    if global_batch_size is None:
-        global_batch_size = (sequences.counts > 0).sum().clamp(min=1)
+    with_tokens = (response_mask != 0).any(1).sum().clamp(min=1)
     divisors = {
         "num_items_in_batch": batch_num_tokens,
-        "num_sequences_in_batch": global_batch_size,
+        "num_sequences_in_batch": with_tokens if global_batch_size is None else global_batch_size,
         "max_completion_length": loss_scale_factor,
     }
     return loss_agg_mode, dp_size, divisors
@@ -260,9 +354,10 @@ def metrics(
     def mean(values):
         return sequences.select(values).sum() / sequences.total.clamp(min=1)
 
-    upper = recipe.upper(log_ratio, advantages)
+    told = Told(log_ratio, sequences.select(advantages), out.logps, sequences.active)
+    upper = recipe.upper(told)
     region = out.metrics["clip_ratio/region_mean"] if upper is None else mean(upper)
-    values = (region, mean(-log_ratio), mean(recipe.lower(log_ratio, advantages)))
+    values = (region, mean(recipe.kl(log_ratio)), mean(recipe.lower(told)))
     names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
     return dict(zip(names, torch.stack(values).tolist(), strict=True))
 

@@ -27,7 +27,7 @@ def logprobs_from_logits(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16, already divided by the temperature.
-        labels: (...) integer, all in [0, V).
+        labels: (...) integer, all in [0, V), with or without dimensions of 1.
         inplace_backward: allow backward to overwrite the logits with their gradient. Logits that
             are a leaf, or a view of one, are never overwritten.
 
@@ -35,15 +35,19 @@ def logprobs_from_logits(
         (...) float32, differentiable in logits.
 
     Raises:
-        ValueError: labels whose shape is not that of logits without V; and as
-            `selective_log_softmax`.
+        ValueError: labels whose shape is not that of logits without V, but for dimensions of 1;
+            and as `selective_log_softmax`.
         RuntimeError: a second backward in place; or autograd's version error, if another operation
             saved the logits for its backward.
 
     References:
         verl 0.9.1, verl/utils/torch_functional.py.
     """
-    check_tensor("labels", labels, tuple(logits.shape[:-1]), logits.device, integer=True)
+    shape = logits.shape[:-1]
+    check_tensor("labels", labels)
+    if _without_ones(labels.shape) == _without_ones(shape):  # verl has (1, N) for logits (N, V)
+        labels = labels.reshape(shape)
+    check_tensor("labels", labels, tuple(shape), logits.device, integer=True)
     inplace = bool(inplace_backward) and logits.requires_grad
     inplace = inplace and not holds_values_of_a_leaf(logits)
     # Keep three dimensions: flattening logits[:, :-1] would copy them.
@@ -229,6 +233,10 @@ def _megatron_shards(columns):
     from megatron.core import parallel_state
 
     return _shards(parallel_state.get_tensor_model_parallel_group(), columns)
+
+
+def _without_ones(shape):
+    return [size for size in shape if size != 1]
 
 
 def _flatten(values, ids):

@@ -17,7 +17,8 @@ from torch import Tensor
 from grpo_fused.kernels.objective import OBJECTIVES, exp, greater, jit, lesser, tl
 from grpo_fused.kernels.objective import clamped_exp as jit_clamped_exp
 
-LEVELS = ("token", "sequence", "sequence_token")
+LEVELS = ("token", "sequence", "sequence_sum", "sequence_token")
+OF_SEQUENCES = ("sequence", "sequence_sum")  # levels at which a sequence has one ratio
 
 
 def clamped_exp(x):

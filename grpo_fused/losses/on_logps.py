@@ -12,7 +12,7 @@ import torch
 from grpo_fused.bundles import LossResults, OverSupport
 from grpo_fused.losses.kl import KL_ESTIMATORS, corrected, weighted
 from grpo_fused.losses.metrics import Terms, total, without_ratios
-from grpo_fused.losses.objectives import Objective, clamped_exp
+from grpo_fused.losses.objectives import OF_SEQUENCES, Objective, clamped_exp
 
 
 class LogpsFormula(NamedTuple):
@@ -64,10 +64,10 @@ def _without_masked(tokens, sequences):
 
 
 def _log_ratios(logps, tokens, formula, sequences):
-    """(log-ratio of tokens, of the level, both (B, T), means), differentiable in logps.
+    """(log-ratio of tokens, of the level, both (B, T), of sequences), differentiable in logps.
 
-    The log-ratio of the level lies within the formula's bounds; outside it has no gradient. The
-    means (B,) are None at level "token".
+    The log-ratio of the level lies within the formula's bounds; outside it has no gradient. Those
+    of sequences (B,), means or at level "sequence_sum" sums, are None at level "token".
     """
     if tokens.old_logps is None:
         zero = torch.where(logps.isnan(), logps, 0.0).detach()
@@ -75,15 +75,16 @@ def _log_ratios(logps, tokens, formula, sequences):
     else:
         log_ratio = logps - tokens.old_logps
     log_ratio = level_log_ratio = sequences.select(log_ratio)
-    means = None
+    of_sequences = None
     if formula.level != "token" and formula.needs_level:
-        means = sequences.mean(log_ratio)
-        level_log_ratio = mean = sequences.spread(means).expand_as(log_ratio)
+        reduce = sequences.sum if formula.level == "sequence_sum" else sequences.mean
+        of_sequences = reduce(log_ratio)
+        level_log_ratio = spread = sequences.spread(of_sequences).expand_as(log_ratio)
     if formula.level == "sequence_token":
-        level_log_ratio = _Derivative.apply(log_ratio, mean.detach(), torch.ones_like(mean))
+        level_log_ratio = _Derivative.apply(log_ratio, spread.detach(), torch.ones_like(spread))
     if formula.log_ratio_bounds is not None:
         level_log_ratio = level_log_ratio.clamp(*formula.log_ratio_bounds)
-    return log_ratio, level_log_ratio, means
+    return log_ratio, level_log_ratio, of_sequences
 
 
 def _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences):
@@ -117,7 +118,7 @@ def _penalty(logps, level_log_ratio, tokens, formula):
     """
     ratio, dratio = clamped_exp(level_log_ratio)
     one_softmax = formula.over.policy == formula.over.kl
-    of_own_token = formula.bias_correction and formula.level != "sequence" and one_softmax
+    of_own_token = formula.bias_correction and formula.level not in OF_SEQUENCES and one_softmax
     estimator, difference = KL_ESTIMATORS[formula.kl_estimator], tokens.ref_logps - logps.detach()
     if of_own_token:
         value, slope = corrected(estimator, difference, ratio.detach(), dratio.detach())
@@ -143,7 +144,7 @@ def loss_on_logps(found, tokens, formula, sequences):
     """
     (logps, _), (_, entropies) = found.over(formula.over.policy), found.over(formula.over.entropy)
     tokens = _without_masked(tokens, sequences)
-    log_ratio, level_log_ratio, means = _log_ratios(logps, tokens, formula, sequences)
+    log_ratio, level_log_ratio, of_sequences = _log_ratios(logps, tokens, formula, sequences)
     loss, clipped = _policy(logps, log_ratio, level_log_ratio, tokens, formula, sequences)
     kl = torch.zeros_like(logps)
     if tokens.ref_logps is not None:
@@ -162,9 +163,9 @@ def loss_on_logps(found, tokens, formula, sequences):
         units = active
         if formula.objective.couples == "sequence":
             ratio = clamped_exp(log_ratio)[0]
-        elif formula.level == "sequence" and tokens.advantages.dim() == 1:
+        elif formula.level in OF_SEQUENCES and tokens.advantages.dim() == 1:
             units = torch.ones(sequences.number, dtype=torch.bool, device=logps.device)
-            ratio = clamped_exp(means)[0]
+            ratio = clamped_exp(of_sequences)[0]
             clipped = sequences.mean(clipped)
         ratio = torch.where(units, ratio, 0.0)
         entropy = 0.0 if entropies is None else entropies.detach()

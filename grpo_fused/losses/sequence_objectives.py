@@ -50,7 +50,7 @@ class Vespo(SequenceObjective):
         k_neg, lambda_neg: shape of the weight for A < 0.
 
     Raises:
-        ValueError: a parameter is not a finite number > 0.
+        ValueError: a k is not a finite number >= 0, or a lambda not one > 0.
 
     References:
         VESPO, https://arxiv.org/abs/2602.10693; clamps as in the authors' code and TRL.
@@ -64,7 +64,8 @@ class Vespo(SequenceObjective):
     lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
-        check_params(self, "k_pos", "lambda_pos", "k_neg", "lambda_neg")
+        check_params(self, "k_pos", "k_neg", zero=True)
+        check_params(self, "lambda_pos", "lambda_neg")
 
     def evaluate(
         self,

@@ -23,7 +23,7 @@ class Loss:
         objective: with the parameters of the paper.
         normalizer: a rule of `token_weights`.
         paper, url, equation: the source.
-        level: importance sampling level, "token", "sequence" or "sequence_token".
+        level: importance sampling level, one of `objectives.LEVELS`.
     """
 
     objective: Objective

@@ -1,7 +1,6 @@
 """Collecting experience: rollout, rewards, advantages, old and reference log-probabilities."""
 
 import functools
-import random
 import time
 import warnings
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from grpo_fused.trainer.critic import judge, token_rewards
+from grpo_fused.trainer.dynamic_sampling import Round, draw_rounds, take_rows
 from grpo_fused.trainer.experience import (
     Batch,
     Experience,
@@ -21,31 +21,41 @@ from grpo_fused.trainer.experience import (
     rollout_sums,
     step_advantages,
 )
+from grpo_fused.trainer.order import next_rows
 from grpo_fused.trainer.rewards import RewardScores
-from grpo_fused.trainer.rollouts.rollout import Rollout
+from grpo_fused.trainer.rewards.overlong import punish_overlong
+from grpo_fused.trainer.rollouts.rollout import Prompt, Rollout
 from grpo_fused.trainer.rollouts.rollout_fn import convert_output
 from grpo_fused.trainer.run.data import split_columns
 from grpo_fused.trainer.run.errors import any_rank, together
 from grpo_fused.trainer.run.metrics import completions_table, rollout_metrics
 from grpo_fused.trainer.run.state import share_random_states
 
+MISMATCH = 0.1  # mean difference of log-probabilities; bfloat16 servers are below 0.03
+
 
 def collect(trainer) -> Experience:
     """Samples a rollout, scores it, and computes everything that the loss needs besides logits."""
     config, accelerator, started = trainer.config, trainer.accelerator, time.perf_counter()
-    ranks = trainer.ranks
-    share_random_states(ranks, accelerator.device)
-    rollout = ranks.broadcast(together(accelerator, lambda: sample(trainer)))
-    ranks.check_agreement(
-        {
-            f"whether a rollout has {name}": getattr(rollout, name) is not None
-            for name in ("logprobs", "support")
-        }
-    )
-    scores = ranks.share(lambda: score(trainer, rollout))
+    began = time.perf_counter()
+    trainer.source.sync(trainer.step)
+    synced = time.perf_counter() - began
+    ranks, size = trainer.ranks, config.num_generations
+    rounds, groups, drawing = draw_rounds(trainer, draw)
+    punishment = config.max_completion_length, config.soft_punish_cache
+    rounds = [Round(r, punish_overlong(s, r.completion_ids, *punishment)) for r, s in rounds]
+    metrics, rewards, each = rollout_metrics(ranks, rounds, size)
+    rollout, scores = rounds[0]
+    if drawing:
+        rows = [row for group in groups for row in range(group * size, (group + 1) * size)]
+        rollout, scores = take_rows(ranks, rounds, rows)
+        rewards, each = rewards[rows], each[rows]
+        metrics |= drawing | {"dynamic_sampling/reward": float(rewards.nanmean())}
     batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
 
-    metrics, rewards, each = rollout_metrics(ranks, rollout, scores, config.num_generations)
+    if trainer.reward_training is not None:
+        completions = completions_of(trainer, rollout)
+        metrics |= trainer.reward_training.add_rollout(rollout, completions, scores)
     mine = slice(ranks.index * trainer.rows_per_rank, (ranks.index + 1) * trainer.rows_per_rank)
     has_steps = any_rank(accelerator, scores.steps is not None)
     if config.algorithm == "ppo":  # advantages need values, below
@@ -78,11 +88,20 @@ def collect(trainer) -> Experience:
         batch.importance_sampling_ratio = correction_weights(batch, config)
         if batch.sampling_logps is not None:
             metrics |= rollout_ratios(ranks.gather(rollout_sums(batch, config)[None]))
+    if batch.versions is not None:
+        metrics["seconds/sync"] = synced
+        metrics["rollout/policy_version"] = mean_version(ranks, batch)
+        if metrics["rollout/logp_difference"] > MISMATCH:
+            warnings.warn(
+                "log-probabilities of the servers are far from those of the policy (see the "
+                "metric rollout/logp_difference): they do not have its weights, or other numerics",
+                stacklevel=2,
+            )
     if trainer.reference is not None:
         with trainer.reference.activate(trainer.model, trainer.unwrapped) as reference:
             batch.ref_logps = logps(trainer, reference, experience, over_support=False)
     if config.algorithm == "ppo":
-        of_policy = batch.old_logps if batch.support is None else None
+        of_policy = batch.old_logps if batch.support_ids is None else None
         if trainer.reference is not None and of_policy is None:
             of_policy = logps(trainer, trainer.model, experience, over_support=False)
         batch.values = values(trainer, experience)
@@ -90,68 +109,95 @@ def collect(trainer) -> Experience:
         metrics |= judge(experience, rewards.to(accelerator.device), of_policy, config, ranks)
     trainer.rollouts += 1
     every = config.completions_steps
-    if every and trainer.rollouts % every == 0 and accelerator.is_main_process:
+    due = every and (trainer.rollouts % every == 0 or trainer.rollouts == 1)  # 1: the baseline
+    if due and accelerator.is_main_process:
         texts = trainer.sampler.decode(rollout.completion_ids[: config.completions_rows])
-        trainer.run_log.completions(trainer.step, completions_table(rollout, texts, scores))
+        trainer.run_log.completions(trainer.step + 1, completions_table(rollout, texts, scores))
     metrics["seconds/rollout"] = time.perf_counter() - started
     return experience
 
 
+def mean_version(ranks, batch: Batch) -> float:
+    """Returns the mean of `Batch.versions` over the tokens of all ranks."""
+    versions = batch.versions[batch.attended].double()
+    parts = torch.stack([versions.sum(), versions.new_tensor(versions.numel())])
+    total, number = ranks.sum(parts).tolist()
+    return total / max(number, 1)
+
+
+def draw(trainer) -> Round:
+    """Samples and scores the next prompts_per_rollout prompts, this rank's share of them."""
+    accelerator, ranks = trainer.accelerator, trainer.ranks
+    share_random_states(ranks, accelerator.device)
+    rollout = ranks.broadcast(sample(trainer))
+    ranks.check_agreement(
+        {
+            f"whether a rollout has {name}": getattr(rollout, name) is not None
+            for name in ("logprobs", "support")
+        }
+    )
+    scores = ranks.share(lambda: score(trainer, rollout))
+    trainer.data_position += trainer.config.prompts_per_rollout
+    return Round(rollout, scores)
+
+
 def sample(trainer) -> Rollout:
-    """Samples the next rollout of this rank, with the rollout_fn or with `generate`."""
-    config = trainer.config
-    rows = [trainer.data[i] for i in next_rows(trainer)]
-    prompts, columns = split_columns(rows)
+    """Samples the next rollout of this rank, with the rollout_fn or from the source."""
     if trainer.rollout_fn is not None:
-        output = trainer.rollout_fn(list(prompts), trainer)
-        rollout = convert_output(output, prompts, columns, trainer.sampler)
-        if config.has_filters and rollout.support is None and trainer.rollouts == 0:
-            warnings.warn(
-                "top_k, top_p or min_p leave tokens out, but rollout_fn returned no support: the "
-                "loss is over the whole vocabulary, another policy than the one that sampled, and "
-                "ratios are biased (see the metric rollout/weight_mean)",
-                stacklevel=2,
-            )
-        return rollout
-    with trainer.accelerator.autocast():
-        return trainer.sampler.rollout(
-            *(trainer.unwrapped, prompts, columns),
-            temperature=config.temperature,
-            with_support=True,
+        return together(trainer.accelerator, lambda: call_rollout_fn(trainer))
+
+    def read():
+        prompts, columns = next_prompts(trainer)
+        return prompts, columns, trainer.sampler.encode(prompts, columns)
+
+    prompts, columns, prompt_ids = together(trainer.accelerator, read)
+    return Rollout.of(trainer.source.sample(prompt_ids), prompts, prompt_ids, columns)
+
+
+def call_rollout_fn(trainer) -> Rollout:
+    """Returns what the rollout_fn makes of this rank's prompts."""
+    config = trainer.config
+    prompts, columns = next_prompts(trainer)
+    output = trainer.rollout_fn(list(prompts), trainer)
+    rollout = convert_output(output, prompts, columns, trainer.sampler)
+    if config.has_filters and rollout.support is None and trainer.rollouts == 0:
+        warnings.warn(
+            "top_k, top_p, min_p or generation_kwargs leave tokens out, but rollout_fn "
+            "returned no support: the loss is over the whole vocabulary, another policy than "
+            "the one that sampled, and ratios are biased (see the metric rollout/weight_mean)",
+            stacklevel=2,
         )
+    if config.has_penalties and rollout.logprobs is None and trainer.rollouts == 0:
+        warnings.warn(
+            "repetition_penalty or generation_kwargs change the probabilities of tokens, but "
+            "rollout_fn returned no logprobs: nothing corrects for the sampler's distribution",
+            stacklevel=2,
+        )
+    return rollout
 
 
-def next_rows(trainer) -> list[int]:
-    """Returns the index of each of this rank's next rows; every epoch shuffles the data anew.
-
-    A group of num_generations rows has the same index; it may straddle ranks.
-    """
-    config, size = trainer.config, len(trainer.data)
-    first = trainer.ranks.index * trainer.rows_per_rank
-    rows = range(first, first + trainer.rows_per_rank)
-    prompts = [row // config.num_generations for row in rows]
-    places = [trainer.rollouts * config.prompts_per_rollout + prompt for prompt in prompts]
-    return [epoch_order(config.seed, place // size, size)[place % size] for place in places]
+def next_prompts(trainer) -> tuple[list, dict[str, list]]:
+    """Returns the prompts and columns of this rank's next rows."""
+    prompts, columns = split_columns(next_rows(trainer))
+    return list(prompts), columns
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
-    """Returns a permutation of `size` rows that depends on seed and epoch alone."""
-    return random.Random(f"{seed} {epoch}").sample(range(size), size)
+def completions_of(trainer, rollout: Rollout) -> list[Prompt]:
+    """Returns completions as text; the completion of a chat is a list of one message."""
+    texts = trainer.sampler.decode(rollout.completion_ids)
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(rollout.prompts, texts, strict=True)
+    ]
 
 
 def score(trainer, rollout: Rollout) -> RewardScores:
-    """Scores a rollout; the completion of a chat is a list of one message.
+    """Scores a rollout.
 
     Raises:
         ValueError: the total rewards have the wrong shape or are infinite.
     """
-    texts = trainer.sampler.decode(rollout.completion_ids)
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(rollout.prompts, texts, strict=True)
-    ]
-    ids = rollout.completion_ids
+    completions, ids = completions_of(trainer, rollout), rollout.completion_ids
     scores = trainer.rewards(rollout.prompts, completions, ids, rollout.columns)
     if scores.total.shape != (len(ids),):
         raise ValueError(

@@ -15,7 +15,7 @@ from grpo_fused import (
     process_advantages,
     rollout_weights,
 )
-from grpo_fused.trainer.rollouts.rollout import Rollout, pad
+from grpo_fused.trainer.rollouts.rollout import Rollout, expand_support, pad
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
 
@@ -29,8 +29,9 @@ class Batch:
         completion_ids: (B, T) int64, padded on the right.
         attended: (B, T) bool, tokens of the completion, which the model attends to.
         completion_mask: (B, T) bool, tokens that enter the loss.
+        versions: (B, T) int32, optimizer steps of the policy that sampled the token.
         advantages: (B,) or (B, T) float32.
-        support_counts: (B, T) int64, how many tokens the sampler kept.
+        support_counts: (B, T) int64, how many tokens the sampler kept; -1 - n: all but n.
         support_ids: (B, S) int32, those of all positions one after the other, padded on the right.
         sampling_logps, old_logps, ref_logps: (B, T) float32; the first two over what was kept.
         values, returns: (B, T) float32, PPO's: predictions of the critic, and what they should be.
@@ -44,6 +45,7 @@ class Batch:
     completion_mask: torch.Tensor
     support_counts: torch.Tensor | None = None
     support_ids: torch.Tensor | None = None
+    versions: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     sampling_logps: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
@@ -62,14 +64,16 @@ class Batch:
         """(B, P + T) int64."""
         return torch.cat([self.prompt_mask, self.attended], dim=1).long()
 
-    @property
-    def support(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def support(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(offsets, ids), the keyword of the losses, or None: nothing was left out."""
         if self.support_counts is None or self.support_ids is None:
             return None
         counts, ids = self.support_counts, self.support_ids
+        if bool((counts[self.completion_mask] == -1).all()):
+            return None
         columns = torch.arange(ids.shape[1], device=ids.device)
-        return F.pad(counts.flatten().cumsum(0), (1, 0)), ids[columns < counts.sum(1)[:, None]]
+        lengths = torch.where(counts < 0, -1 - counts, counts).sum(1)
+        return expand_support(counts.flatten(), ids[columns < lengths[:, None]], vocabulary)
 
     def select(self, rows: slice, prompt_length: int, completion_length: int) -> "Batch":
         """Returns some rows, trimmed to the given lengths."""
@@ -209,6 +213,8 @@ def collate(rollout: Rollout, pad_id: int, mask_truncated_completions: bool) -> 
         counts, ids = zip(*rollout.support, strict=True)
         batch.support_counts, _ = pad(counts, 0)
         batch.support_ids, _ = pad(ids, 0, dtype=torch.int32)
+    if rollout.versions is not None:
+        batch.versions = pad(rollout.versions, 0, dtype=torch.int32)[0]
     if rollout.logprobs is not None:
         batch.sampling_logps = pad(rollout.logprobs, 0.0, dtype=torch.float32)[0]
     return batch
@@ -289,7 +295,7 @@ def step_advantages(
 
 
 def rollout_sums(batch: Batch, config: GRPOTrainerConfig) -> torch.Tensor:
-    """Returns (6,) float64 for `rollout_ratios`, of the tokens of this rank.
+    """Returns (7,) float64 for `rollout_ratios`, of the tokens of this rank.
 
     Weights are those of `rollout_weights` without bounds; of an exact sampler they are 1.
     """
@@ -298,7 +304,7 @@ def rollout_sums(batch: Batch, config: GRPOTrainerConfig) -> torch.Tensor:
     weights = rollout_weights(*inputs, mask, cap=None)[mask].double()
     level = config.rollout_correction_level
     of_level = weights
-    if level == "sequence":
+    if level != "token":
         of_level = rollout_weights(*inputs, mask, level=level, cap=None)[mask.any(1)].double()
     low, high = config.rollout_correction_floor or 0.0, config.rollout_correction_cap
     cut = (of_level < low) | (of_level > high)
@@ -306,17 +312,20 @@ def rollout_sums(batch: Batch, config: GRPOTrainerConfig) -> torch.Tensor:
         cut = torch.zeros_like(cut)
     lowest = weights.min() if weights.numel() else weights.new_tensor(float("inf"))
     tokens, number = (weights.new_tensor(t.numel()) for t in (weights, cut))
-    parts = (tokens, weights.sum(), lowest, -weights.log().sum(), cut.sum().double(), number)
+    difference = weights.log()
+    parts = (tokens, weights.sum(), lowest, -difference.sum(), cut.sum().double(), number)
+    parts += (difference.abs().sum(),)
     return torch.stack(parts)
 
 
 def rollout_ratios(sums: torch.Tensor) -> dict[str, float]:
-    """Returns metrics of a sampler against the policy from `rollout_sums` of all ranks, (R, 6)."""
-    tokens, total, _, difference, cut, number = sums.sum(0).tolist()
+    """Returns metrics of a sampler against the policy from `rollout_sums` of all ranks, (R, 7)."""
+    tokens, total, _, difference, cut, number, distance = sums.sum(0).tolist()
     return {
         "rollout/weight_mean": total / max(tokens, 1),
         "rollout/weight_min": float(sums[:, 2].min()) if tokens else 0.0,
         "rollout/kl": difference / max(tokens, 1),
+        "rollout/logp_difference": distance / max(tokens, 1),
         "rollout/cut_ratio": cut / max(number, 1),
     }
 

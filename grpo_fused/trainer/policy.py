@@ -107,6 +107,7 @@ class Policy:
         self.config, self.unwrapped = config, model
         self.objective = config.objective_or_default
         self.value_head = getattr(base_model(model), "value_head", None)
+        self.vocabulary = base_model(model).config.get_text_config().vocab_size
         # A mean over the tokens of a micro-batch would depend on the size of micro-batches.
         self.normalizer = LOSSES[config.loss_type].normalizer
         if self.normalizer == "token-mean-local":
@@ -123,7 +124,7 @@ class Policy:
         """
         arguments = (batch.completion_ids, batch.completion_mask)
         functions = linear_selective_log_softmax, selective_log_softmax
-        support = batch.support if over_support else None
+        support = batch.support(self.vocabulary) if over_support else None
         return self._through_head(model, batch, functions, arguments, support=support)[0]
 
     @torch.no_grad()
@@ -152,7 +153,7 @@ class Policy:
             "ref_logps": batch.ref_logps,
             "sampling_logps": batch.sampling_logps,
             "importance_sampling_ratio": batch.importance_sampling_ratio,
-            "support": batch.support,
+            "support": batch.support(self.vocabulary),
             "loss_type": config.loss_type,
             "objective": self.objective,
             "importance_sampling_level": config.importance_sampling_level,

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from grpo_fused import agreement
-from grpo_fused.trainer.run.errors import TrainingError, together
+from grpo_fused.trainer.run.errors import OtherRankError, RolloutError, TrainingError, together
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -128,6 +128,32 @@ class Ranks:
         objects = [value]
         dist.broadcast_object_list(objects, group=self.tensor_group, group_src=0)
         return objects[0]
+
+    def from_main(self, action: Callable[[], R]) -> R:
+        """Returns what an action returns on the main process, on every rank.
+
+        Raises:
+            RolloutError: the action raised it.
+            OtherRankError: the action raised something else, on the other ranks.
+            Exception: what the action raised on this one.
+        """
+        outcome: list[Any] = [None, None]
+        own: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                own = error
+                outcome[1] = isinstance(error, RolloutError), str(error)
+        result, failure = broadcast_object_list(outcome)
+        if own is not None:
+            raise own
+        if failure is not None:
+            lost, message = failure
+            if lost:
+                raise RolloutError(message)
+            raise OtherRankError("another rank failed; see its message")
+        return result
 
     @contextlib.contextmanager
     def accumulation(self, model: nn.Module, is_last: bool) -> Iterator[None]:

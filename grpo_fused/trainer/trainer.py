@@ -2,8 +2,10 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +23,7 @@ from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.critic import Critic, add_value_head, load_critic, loss_of_values
 from grpo_fused.trainer.experience import Experience
 from grpo_fused.trainer.optimizer import make_optimizer
+from grpo_fused.trainer.order import make_order
 from grpo_fused.trainer.policy import Policy, prepare_model
 from grpo_fused.trainer.ranks import Ranks, clip_gradients, explain_lost_rank
 from grpo_fused.trainer.reference import Reference, is_peft_model, trainable_parameters
@@ -28,13 +31,17 @@ from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rewards.weighted import RewardFunction, TrainerState
 from grpo_fused.trainer.rollouts.rollout_fn import RolloutFn
 from grpo_fused.trainer.rollouts.sampler import Sampler
-from grpo_fused.trainer.run.checkpoint import resolve_checkpoint
+from grpo_fused.trainer.rollouts.source import make_source
+from grpo_fused.trainer.run.checkpoint import find_damage, resolve_checkpoint
 from grpo_fused.trainer.run.config import GRPOTrainerConfig, tracker_config
+from grpo_fused.trainer.run.data import check_rows
+from grpo_fused.trainer.run.errors import RolloutError, TrainingError, explain
 from grpo_fused.trainer.run.evaluation import evaluate
+from grpo_fused.trainer.run.hub import push_to_hub, warn_without_token
 from grpo_fused.trainer.run.loading import load_model
 from grpo_fused.trainer.run.log import RunLog
 from grpo_fused.trainer.run.metrics import progress_summary, step_metrics
-from grpo_fused.trainer.run.resume_checks import agreed_values, checksum_rows
+from grpo_fused.trainer.run.resume_checks import agreed_values
 from grpo_fused.trainer.run.signals import StopSignals
 from grpo_fused.trainer.run.state import (
     exclude_frozen_weights,
@@ -42,23 +49,20 @@ from grpo_fused.trainer.run.state import (
     save_pretrained,
     save_state,
 )
+from grpo_fused.trainer.run.summary import RunSummary, TrainResult
 from grpo_fused.trainer.run.validation import (
     check_accelerator,
+    check_config,
     check_model,
-    check_rows,
+    check_output_dir,
     check_trackers,
     count_rows_per_rank,
+    create_output_dir,
 )
 
 if TYPE_CHECKING:
+    from datasets import IterableDataset
     from peft import PeftConfig
-
-
-class TrainResult(NamedTuple):
-    """How training ended: the optimizer steps taken, and the signal that stopped it, if any."""
-
-    step: int
-    signal: int | None
 
 
 class GRPOTrainer:
@@ -71,32 +75,34 @@ class GRPOTrainer:
         rewards: one or more reward functions with TRL's signature, or a `Rewards`, which
             documents what they may return.
         config: GRPOTrainerConfig.
-        data: training rows, a sequence of dicts: "prompt", a str or a list of messages, and
-            columns for the reward functions.
+        data: training rows, dicts: "prompt", a str or a list of messages, perhaps
+            "chat_template_kwargs", a dict, and columns for the reward functions. A sequence of
+            them, or a `datasets.IterableDataset`, which the main process reads for all ranks as it
+            goes.
         tokenizer: None = the tokenizer of `model`, which must then be a name.
-        eval_data: held-out rows, or None.
+        eval_data: a sequence of held-out rows, or None.
         peft_config: PeftConfig of adapters to train; the reference is then the model without
             adapters. A PeftModel as `model` goes on with its adapters, and they are the reference.
         rollout_fn: `rollout_fn(prompts, trainer)`, called instead of `generate`. Each prompt is
             repeated num_generations times, over all ranks. It returns a dict of lists with one
             entry per prompt: "completion_ids"; optionally "prompt_ids", "logprobs" (log-probability
-            of each token under the sampler, for rollout correction), "support" (for each token the
-            ids that the sampler's top-k, top-p or min-p kept, whose probabilities "logprobs" then
-            are; ratios and entropies are over these alone), "completion_mask" or "env_mask" (0 for
-            tokens that the policy did not sample), "truncated". Other entries
-            become columns for the reward functions. Evaluation always calls `generate`. Every rank
-            calls it; of ranks that share a batch, the result of the first counts.
-        on_refresh: called with the trainer after the reference was refreshed, for instance to
-            train the reward model further (DeepSeekMath, Algorithm 1, line 12). A reward function
-            that is an object can collect the completions to train on.
+            of each token under the sampler, for rollout correction; NaN = not known), "support"
+            (for each token the ids that the sampler kept, whose probabilities "logprobs" then are;
+            ratios and entropies are over these alone), "completion_mask" or "env_mask" (0 for
+            tokens that the policy did not sample), "truncated" (default: ends neither with an end
+            token nor with a stop string). Other entries become columns for the reward functions.
+            Evaluation always calls `generate`. Every rank calls it; of ranks that share a batch,
+            the result of the first counts.
+        on_refresh: called with the trainer when an iteration begins, after its reference and
+            reward model were refreshed.
         run_log: writes metrics and tables of completions on the main process, in addition to the
             trackers; None = a `RunLog` in output_dir.
         accelerator: Accelerator to use instead of one with default settings; it then decides on
             the trackers.
 
     Raises:
-        ValueError: there are no rows; the tokenizer has no end token; settings are incompatible
-            with the model, the data or the number of ranks.
+        ValueError: there are no rows, or one has no valid prompt; the tokenizer has no end token;
+            settings are incompatible with the model, the data or the number of ranks.
 
     Example:
         def exact(completions, answer, **columns):
@@ -114,7 +120,7 @@ class GRPOTrainer:
         model: PreTrainedModel | str,
         rewards: Rewards | RewardFunction | str | Sequence[RewardFunction | str],
         config: GRPOTrainerConfig,
-        data: Sequence[dict[str, Any]],
+        data: "Sequence[dict[str, Any]] | IterableDataset",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         eval_data: Sequence[dict[str, Any]] | None = None,
@@ -124,7 +130,10 @@ class GRPOTrainer:
         run_log: RunLog | None = None,
         accelerator: Accelerator | None = None,
     ):
+        check_config(config)
         check_trackers(config.report_to)
+        check_output_dir(config.output_dir)
+        warn_without_token(config)
         self.config = config
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.rewards.trainer_state = TrainerState(self)
@@ -136,13 +145,21 @@ class GRPOTrainer:
             project_dir=config.output_dir,
         )
         check_accelerator(config, self.accelerator)
+        self.reward_training = self.rewards.training
+        if config.iterations > 1 and not config.beta and self.reward_training is None:
+            raise ValueError(
+                "iterations requires beta > 0 or the training of a reward model, because nothing "
+                f"else is refreshed, got {config.iterations}"
+            )
         self.data, self.eval_data = check_rows("data", data), None
         if config.eval_steps is not None:
             if eval_data is None:
                 raise ValueError(f"eval_steps = {config.eval_steps} requires eval_data, got None")
-            self.eval_data = check_rows("eval_data", eval_data)
+            self.eval_data = check_rows("eval_data", eval_data, may_stream=False)
 
         set_seed(config.seed)  # initialises adapters alike on every rank
+        name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+        self.title = f"{name or type(model).__name__}, {config.loss_type} loss"
         if isinstance(model, str):
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
             model = load_model(model, torch.float32)
@@ -150,7 +167,8 @@ class GRPOTrainer:
             raise ValueError("tokenizer is required unless model is a name, got None")
         check_model(model, config)
         self.ranks = Ranks(self.accelerator, model)
-        self.ranks.check_agreement(agreed_values(config, data, model))
+        self.order = make_order(self.data, config, self.ranks)
+        self.ranks.check_agreement(agreed_values(config, self.order.content, model))
         self.ranks.check_options(config, peft_config)
         self.rows_per_rank = count_rows_per_rank(config, self.ranks.size)
         self.tokenizer, self.sampler = tokenizer, Sampler(tokenizer, model, config)
@@ -187,57 +205,67 @@ class GRPOTrainer:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.max_steps,
         )
-        self.frozen_checksum, self.data_checksum = exclude_frozen_weights(self), checksum_rows(data)
-        self.step = self.rollouts = 0
+        self.frozen_checksum = exclude_frozen_weights(self)
+        self.step, self.rollouts, self.refreshed, self.has_logs = 0, 0, 0, False
+        self.data_position = 0  # prompts of all epochs that were trained on or left out
+        if self.reward_training is not None:
+            self.reward_training.start(self)
         self.experience: Experience | None = None
+        self.evaluation_due = True  # of the current step; a signal defers one to the resumed run
+        self.summary, self.started = RunSummary(), time.perf_counter()
+        self.source = make_source(self)
 
     def train(self) -> TrainResult:
         """Trains until max_steps, or until the end of the step in which SIGTERM or SIGINT arrives.
 
-        In both cases it writes `model/` to output_dir, for `from_pretrained`. A signal also writes
+        In both cases it writes `model/` to output_dir, for `from_pretrained`; a run to the end is
+        uploaded with push_to_hub. A signal also writes
         a checkpoint, from which `resume` continues bit-identically (on a GPU, as far as its
         kernels are deterministic).
 
         Raises:
             ValueError: the checkpoint belongs to another run; a row or a reward is invalid.
             FloatingPointError: a gradient is not finite; the last checkpoint is untouched.
-            TrainingError: a checkpoint or `model/` could not be written; a reward function raised;
-                another rank stopped.
+            TrainingError: a checkpoint, a log or `model/` could not be written; a reward function
+                raised; another rank stopped; the upload of push_to_hub failed, after all else.
+            RolloutError: all servers of rollouts failed; the steps so far are in a checkpoint.
         """
         set_seed(self.config.seed + self.ranks.index)
         checkpoint = resolve_checkpoint(self.config.resume, self.config.output_dir)
-        self.accelerator.init_trackers("grpo_fused", tracker_config(self.config))
+        self.source.start()
         if self.run_log is None and self.accelerator.is_main_process:
-            self.run_log = RunLog(self.config.output_dir)
+            self.run_log = RunLog(self.config.output_dir, self.title)
+        self.started = time.perf_counter()
         try:
             if checkpoint is not None:
                 load_state(self, checkpoint)
             signal = self.run()
-            save_pretrained(self)
+            model = save_pretrained(self)
         except RuntimeError as error:
             if lost := explain_lost_rank(error):
                 raise lost from error
             raise
         finally:
-            if self.accelerator.is_main_process:
-                self.run_log.close()
-            for tracker in self.accelerator.trackers:
-                tracker.finish()  # `end_training` would also end the process group
-        return TrainResult(self.step, signal)
+            self.source.close()
+            self.close_logs()
+        if self.config.push_to_hub and signal is None and self.accelerator.is_main_process:
+            push_to_hub(model, self.config)
+        return self.summary.result(self.step, signal, self.seconds(), self.config.output_dir)
 
     def run(self) -> int | None:
         """Runs the training loop from the current step; returns the signal that stopped it."""
         config = self.config
         show = config.progress_bar and self.accelerator.is_main_process
         bar = tqdm(total=config.max_steps, initial=self.step, disable=not show, dynamic_ncols=True)
-        signal = None
-        if self.step == 0 and self.eval_data is not None:
-            self.log(evaluate(self))
-        with StopSignals() as signals, bar:
+        signal, main = None, self.accelerator.is_main_process
+        if self.evaluation_due and self.eval_data is not None:
+            self.log(evaluate(self), extend=True)
+        with StopSignals(show=main) as signals, bar:
             while self.step < config.max_steps and not signal:
                 if self.experience is None:
-                    self.refresh_reference()
-                    self.experience = collect(self)
+                    self.refresh()
+                    self.experience = self.collect()
+                    self.summary.add_rollout(self.experience.metrics, show=main)
                 metrics, signal = self.update(self.experience, signals)
                 self.step += 1
                 if self.experience.position == config.steps_per_rollout:
@@ -245,9 +273,11 @@ class GRPOTrainer:
 
                 done = self.step == config.max_steps
                 due = self.eval_data is not None and (self.step % config.eval_steps == 0 or done)
-                if due and not signal:  # a stopped run ends without an evaluation
+                self.evaluation_due = due and signal is not None  # a stop does not wait for it
+                if due and not signal:
                     metrics |= evaluate(self)
                 self.log(metrics)
+                self.summary.add_step(metrics, config, show=main)
                 bar.set_postfix_str(progress_summary(metrics), refresh=False)
                 bar.update()
                 every = config.save_steps
@@ -255,13 +285,34 @@ class GRPOTrainer:
                     save_state(self)
         return signal
 
-    def refresh_reference(self) -> None:
-        """Refreshes the reference every reference_refresh_rollouts rollouts (iterative GRPO)."""
-        every = self.config.reference_refresh_rollouts
-        if every and self.rollouts and self.rollouts % every == 0:
-            self.reference.refresh(self.unwrapped)
+    def refresh(self) -> None:
+        """Refreshes reference and reward model when an iteration begins (iterative GRPO)."""
+        every = self.config.refresh_rollouts
+        due = every and self.rollouts and self.rollouts % every == 0
+        if due and self.refreshed != self.rollouts:  # not again after a rollout that failed
+            if self.reference is not None:
+                self.reference.refresh(self.unwrapped)
+            if self.reward_training is not None:
+                self.reward_training.train()
             if self.on_refresh is not None:
                 self.on_refresh(self)
+            self.refreshed = self.rollouts
+
+    def collect(self) -> Experience:
+        """Collects experience; if its source fails, the steps so far are in a checkpoint."""
+        position = self.data_position
+        try:
+            return collect(self)
+        except RolloutError as error:
+            self.data_position = position  # rounds of this rollout are drawn again
+            if self.step:
+                folder = Path(self.config.output_dir, f"checkpoint-{self.step}")
+                if self.ranks.from_main(lambda: find_damage(folder)):  # there may be none, too
+                    save_state(self)
+                raise RolloutError(
+                    f"{error}; all {self.step} steps are in {folder}: resume=latest continues"
+                ) from error
+            raise
 
     def update(
         self, experience: Experience, signals: StopSignals
@@ -320,7 +371,7 @@ class GRPOTrainer:
                     f"{name} is {metrics[name]} in step {self.step + 1}; the step is not applied"
                 )
         metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
-        metrics["epoch"] = self.rollouts * config.prompts_per_rollout / len(self.data)
+        metrics["epoch"] = self.order.epochs(self.data_position)
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
@@ -331,8 +382,41 @@ class GRPOTrainer:
         metrics["seconds/update"] = time.perf_counter() - started
         return experience.metrics | metrics, signal
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Logs metrics of the last step to the trackers and the run's log."""
-        self.accelerator.log(metrics, step=self.step)
+    def log(self, metrics: dict[str, float], *, extend: bool = False) -> None:
+        """Logs metrics of the last step to the trackers and the run's log.
+
+        Args:
+            metrics: by name.
+            extend: whether other metrics of the step may have been logged before.
+
+        Raises:
+            ValueError: output_dir cannot be created.
+            TrainingError: they could not be written.
+        """
+        accelerator, folder = self.accelerator, self.config.output_dir
+        try:
+            if not self.has_logs:  # not earlier: a refused run leaves no folder behind
+                create_output_dir(folder)
+                accelerator.init_trackers("grpo_fused", tracker_config(self.config))
+                self.has_logs = True
+            accelerator.log(metrics, step=self.step)
+            if accelerator.is_main_process:
+                (self.run_log.extend if extend else self.run_log.write)(self.step, metrics)
+        except OSError as error:
+            reason = explain(error, folder)
+            raise TrainingError(f"step {self.step} could not be logged ({reason})") from error
+
+    def close_logs(self) -> None:
+        """Draws the plot and ends the trackers; of a failure it warns, as another may be raised."""
         if self.accelerator.is_main_process:
-            self.run_log.write(self.step, metrics)
+            self.run_log.close()
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.finish()  # `end_training` would also end the process group
+            except OSError as error:
+                reason = explain(error, self.config.output_dir)
+                warnings.warn(f"{tracker.name} could not be ended ({reason})", stacklevel=2)
+
+    def seconds(self) -> float:
+        """Returns the time of training so far, that before a resume included."""
+        return self.summary.seconds + time.perf_counter() - self.started

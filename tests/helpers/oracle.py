@@ -51,7 +51,8 @@ ROWS = {  # loss_type -> (objective, knobs, ratio level, rule of the average); a
 _EACH = "grpo cispo sapo vespo gmpo gpg dppo_tv dppo_kl importance_sampling rollout_is dro ipo"
 _EACH += " topr fipo clip_cov kl_cov m2po"
 DEFAULTS = {ROWS[row][0]: ROWS[row][1] for row in _EACH.split()}  # knobs
-LEVELS = dict.fromkeys(DEFAULTS, ("token", "sequence", "sequence_token"))  # that have a meaning
+_ALL_LEVELS = ("token", "sequence", "sequence_sum", "sequence_token")
+LEVELS = dict.fromkeys(DEFAULTS, _ALL_LEVELS)  # that have a meaning
 TOKEN_LEVEL = "Vespo PolicyGradient DppoTv DppoKl RolloutIs Dro Ipo".split()
 TOKEN_LEVEL += "Topr Fipo ClipCov KlCov M2po".split()
 LEVELS.update(dict.fromkeys(TOKEN_LEVEL, ("token",)))
@@ -168,6 +169,8 @@ def _ratios(logps, log_ratios, level):
     mean = _mean(log_ratios)
     if level == "sequence":  # GSPO, the length-normalised likelihood ratio
         return [_exp(mean) for _ in logps]
+    if level == "sequence_sum":  # RLOO: the likelihood ratio of the whole completion
+        return [_exp(sum(log_ratios)) for _ in logps]
     return [_exp(logp - logp.detach() + mean.detach()) for logp in logps]  # GSPO-token
 
 
@@ -365,7 +368,7 @@ def grpo_loss(
             (r.item(), d.item(), a, knobs, logp.item(), s, c)
             for r, d, a, logp, s, c in zip(told, log_ratios, A, own, q, chosen, strict=True)
         ]
-        if level == "sequence" and name != "Gmpo" and advantages.ndim == 1:
+        if level in ("sequence", "sequence_sum") and name != "Gmpo" and advantages.ndim == 1:
             # One unit per sequence, the masked ones too.
             told = told[:1] or [(1.0, 0.0, 0.0, knobs, 0.0, 0.0, False)]
         units += [(token[0], *_clipped(name, *token)) for token in told]

@@ -8,11 +8,13 @@ import random
 
 import torch
 import torch.distributed as dist
+from reward_models import first_digit, load_reward_model, pairs_of
 from trainer_runs import trainer_of, weights_of
 from transformers import AutoModelForCausalLM, DistributedConfig
 
 from grpo_fused.demo import make_model, make_tokenizer
-from grpo_fused.trainer.collect import next_rows
+from grpo_fused.trainer import Rewards, RewardTraining
+from grpo_fused.trainer.order import next_rows
 from grpo_fused.trainer.rewards import RewardScores
 
 T = 5
@@ -37,7 +39,7 @@ def fixed(prompts, trainer):
     first = trainer.ranks.index * trainer.rows_per_rank
     completions = []
     for place, (prompt, row) in enumerate(zip(prompts, next_rows(trainer), strict=True)):
-        assert trainer.data[row]["prompt"] == prompt
+        assert row["prompt"] == prompt
         draw = random.Random(f"{prompt} {(first + place) % 4}")
         completions.append([draw.randrange(2, 14) for _ in range(draw.randrange(0, T))] + [1])
     return {"completion_ids": completions}
@@ -48,10 +50,38 @@ def by_tokens(prompts, completions, completion_ids, columns):
     return RewardScores(totals, {"mod": totals})
 
 
+def by_parity(prompts, completions, completion_ids, columns):
+    """Rewards of which some groups are equal, by the prompt."""
+    pairs = zip(prompts, completion_ids, strict=True)
+    totals = torch.tensor([float(len(ids) % 2) * (p[0] > "3") for p, ids in pairs])
+    return RewardScores(totals, {"parity": totals})
+
+
+DYNAMIC = {"rewards": by_parity, "dynamic_sampling_rounds": 4}
+
+
 def trainer_on(folder, model=None, **options):
     """(trainer, records) of a run; the caller has put `sgd` in the place of AdamW."""
     given = {"rewards": by_tokens, "rollout_fn": fixed, "loss_type": "gspo"} | RUN | options
     return trainer_of(folder, model=model, **given)
+
+
+def reward_run(folder, kind, output, seed=None, history=None, **options):
+    """(trainer, records) of a run whose reward is a reward model that is trained further.
+
+    Args:
+        folder: of "start" and "reward", the policy and the reward model.
+        kind: as in `load_start`.
+        output: folder of the run.
+        seed: of other weights of the reward model.
+        history: pairs to replay.
+    """
+    model = load_reward_model(folder / "reward", seed)
+    training = RewardTraining(model, first_digit, pairs_of(20) if history is None else history)
+    options |= {"rewards": Rewards(model, training=training), "beta": 0.0}
+    options |= {"iterations": 3, "reference_refresh_rollouts": None, "reference_mix": 1.0}
+    options |= {"reward_learning_rate": 0.1, "reward_batch_size": 5}
+    return trainer_on(output, load_start(folder / "start", kind), **options)
 
 
 def save_start(folder):

@@ -23,7 +23,7 @@ MODELS = {
 
 def tiny(name="qwen3", **options):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **TINY | MODELS[name] | options)
+    config = AutoConfig.for_model(name, **TINY | MODELS.get(name, {}) | options)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

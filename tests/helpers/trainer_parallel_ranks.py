@@ -1,7 +1,8 @@
 """The trainer on several ranks: checks for `ranks`, which test_trainer_ranks.py starts.
 
 The folder has "start", the model, "one", the run of one process with its checkpoints, and
-"expected.pt", its results.
+"expected-one.pt", its results; "reward", a reward model, and "reward.pt", the results of its
+training.
 """
 
 import functools
@@ -12,11 +13,23 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from batches import relative_error
-from parallel_trainer import PPO, by_tokens, load_start, result, sgd, trainer_on
+from parallel_trainer import (
+    DYNAMIC,
+    PPO,
+    by_tokens,
+    fixed,
+    load_start,
+    result,
+    reward_run,
+    sgd,
+    trainer_on,
+)
 from ranks import raises
-from trainer_runs import HELD_OUT, partial_credit
+from reward_models import pairs_of
+from trainer_runs import HELD_OUT, ROWS, partial_credit
 from transformers import AutoModelForCausalLM
 
+import grpo_fused.trainer.reward_training
 import grpo_fused.trainer.trainer
 from grpo_fused.trainer import TrainingError
 from grpo_fused.trainer.collect import collect
@@ -25,6 +38,7 @@ from grpo_fused.trainer.reference import local_tensor
 from grpo_fused.trainer.run.checkpoint import list_checkpoints
 
 grpo_fused.trainer.trainer.make_optimizer = sgd  # of this process alone
+grpo_fused.trainer.reward_training.make_optimizer = sgd
 # GRPO_FUSED_SLOW=1 runs all.
 KINDS = {2: ("ddp", "fsdp", "tp") if "GRPO_FUSED_SLOW" in os.environ else ("ddp",), 4: ("2x2",)}
 TENSOR_PARALLEL = {2: "tp", 4: "2x2"}
@@ -43,7 +57,7 @@ def compare(found, expected, steps, where):
 
 def check_runs(rank):
     """Equal to one process; resumed on as many ranks bit by bit; one checkpoint of the whole."""
-    expected = torch.load(f"{rank.folder}/expected.pt")
+    expected = torch.load(f"{rank.folder}/expected-one.pt")
     for kind in KINDS[rank.size]:
         folder = f"{rank.folder}/{kind}{rank.size}"
         if Path(folder, "model").exists():
@@ -68,7 +82,7 @@ def check_runs(rank):
 
 def check_another_number_of_ranks(rank):
     """What one process, or four, has saved, in the middle of a rollout and behind one."""
-    expected = torch.load(f"{rank.folder}/expected.pt")
+    expected = torch.load(f"{rank.folder}/expected-one.pt")
     sources = {"ddp": "one", "tp": "2x24"} if rank.size == 2 else {"2x2": "tp2"}
     for kind, source in sources.items():
         for path in list_checkpoints(f"{rank.folder}/{source}")[2:4]:
@@ -77,6 +91,33 @@ def check_another_number_of_ranks(rank):
             resumed, records = trainer_on(folder, model, resume=str(path))
             resumed.train()
             compare(result(resumed, records), expected, records, (kind, source, path.name))
+
+
+def check_dynamic_sampling(rank):
+    """Groups that straddle ranks: the batches of one process, whose checkpoint is resumed, too."""
+    expected = torch.load(f"{rank.folder}/expected-dynamic.pt")
+    for kind in KINDS[rank.size]:
+        start = functools.partial(load_start, f"{rank.folder}/start", kind)
+        folder = f"{rank.folder}/dynamic-{kind}{rank.size}"
+        if Path(folder, "model").exists():
+            continue  # of an earlier start
+        options = DYNAMIC | {"save_steps": 1, "save_total_limit": None}
+        trainer, records = trainer_on(folder, start(), **options)
+        trainer.train()
+        compare(result(trainer, records), expected, range(1, 7), kind)
+        names = [name for name in records[1] if name.startswith("dynamic_sampling/")]
+        for step in range(1, 7):
+            want = expected["records"][step]
+            assert [records[step][n] for n in names] == [want[n] for n in names], (kind, step)
+        assert len({records[step]["dynamic_sampling/rounds"] for step in (1, 3, 5)}) > 1
+        path = list_checkpoints(folder)[2]  # in the middle of a rollout
+        resumed, later = trainer_on(f"{folder}-again", start(), resume=str(path), **options)
+        resumed.train()
+        assert later == {step: records[step] for step in (4, 5, 6)}, kind
+        path = list_checkpoints(f"{rank.folder}/dynamic")[1]  # behind a rollout
+        resumed, later = trainer_on(f"{folder}-one", start(), resume=str(path), **DYNAMIC)
+        resumed.train()
+        compare(result(resumed, later), expected, later, (kind, path.name))
 
 
 def check_sampling(rank):
@@ -92,14 +133,19 @@ def check_sampling(rank):
 
     options = {"rollout_fn": None, "max_completion_length": 2, "eval_data": HELD_OUT[:5]}
     options |= {"eval_steps": 1, "rewards": counted, "max_steps": 2, "max_prompt_length": None}
+    options |= {"repetition_penalty": 1.5, "stop_strings": ["3"]}
+    options["generation_kwargs"] = {"suppress_tokens": [4]}
     trainer, records = trainer_on(folder, load_start(f"{rank.folder}/start", kind), **options)
     batch = collect(trainer).batch
     assert bool(calls) == (rank.rank % 2 == 0)
     shape = torch.tensor(batch.completion_ids.shape)
     assert torch.equal(rank.gather(shape)[rank.rank // 2 * 2], shape)
+    assert not (batch.completion_ids == 4).any() and batch.support(14) is not None
+    total = torch.stack([batch.sampling_logps.sum(), batch.support_ids.sum()]).float()
+    assert torch.equal(rank.gather(total)[rank.rank // 2 * 2], total), "of the first"
     trainer.train()
     assert "eval/reward" in records[1] and records[2]["num_tokens"] > 0
-    for name in ("reward", "loss", "eval/reward", "grad_norm"):
+    for name in ("reward", "loss", "eval/reward", "grad_norm", "rollout/kl"):
         values = rank.gather(torch.tensor(records[2][name]))
         assert all(torch.equal(value, values[0]) for value in values), name
 
@@ -121,7 +167,7 @@ def check_mixed_precision(rank):
 
 def check_ppo(rank):
     """Advantages are whitened over all ranks; the critic's gradients are averaged, too."""
-    expected = torch.load(f"{rank.folder}/expected_ppo.pt")
+    expected = torch.load(f"{rank.folder}/expected-ppo-one.pt")
     if rank.size > 2:
         return
     model = load_start(f"{rank.folder}/start", "ddp")
@@ -172,6 +218,80 @@ def check_disagreement(rank):
         raises(
             ValueError, f"disagree on {name}", lambda m=model, o=options: trainer_on(folder, m, **o)
         )
+
+
+def check_streams(rank):
+    """The main process alone reads a stream; every rank has its share, after a resume too.
+
+    Five rows, three a rollout: an epoch ends in the second rollout.
+    """
+    import datasets
+
+    folder, seen = f"{rank.folder}/stream{rank.size}", []
+
+    def rows():
+        seen.append([])
+        for row in ROWS[:5]:
+            seen[-1].append(row)
+            yield row
+        if len(seen) == faulty:
+            yield {"question": "?"}
+
+    def checked(prompts, trainer):
+        for place, prompt in enumerate(prompts):
+            group = (trainer.ranks.index * trainer.rows_per_rank + place) // 4
+            assert prompt == ROWS[(3 * trainer.rollouts + group) % 5]["prompt"]
+        return fixed(prompts, trainer)
+
+    faulty = None
+    options = {"data": datasets.IterableDataset.from_generator(rows), "shuffle": False}
+    options |= {"rollout_fn": checked, "save_total_limit": None}
+
+    def run(where, **more):
+        seen.clear()
+        model = load_start(f"{rank.folder}/start", "ddp")
+        trainer, records = trainer_on(where, model, **options, **more)
+        trainer.train()
+        return records
+
+    records = run(folder, save_steps=1)
+    main = rank.rank == 0
+    assert sum(map(len, seen)) - 2 == 9 * main, "besides the first row, which all have checked"
+    assert [records[step]["epoch"] for step in range(1, 7)] == [0, 0, 1, 1, 1, 1]
+    path = list_checkpoints(folder)[2]  # in the middle of the second rollout
+    later = run(f"{folder}-again", resume=str(path))
+    assert later == {step: records[step] for step in (4, 5, 6)}
+    faulty = 4  # the fourth reading, after two of the first row alone, and one of an epoch
+    error, text = (ValueError, "epoch 2, row 6 (the") if main else (TrainingError, "another rank")
+    raises(error, text, lambda: run(f"{folder}-faulty", max_steps=20))
+
+
+def check_reward_training(rank):
+    """A reward model is trained as by one process, and stays equal to the bit on all ranks."""
+    root = Path(rank.folder)
+    expected = torch.load(root / "reward.pt")
+    for kind in ("ddp", TENSOR_PARALLEL[rank.size]):
+        output = root / f"reward-{kind}{rank.size}"
+        seed = 1 if rank.rank else None  # the weights of rank 0 count
+        trainer, records = reward_run(root, kind, output, seed, save_steps=3)
+        trainer.train()
+        for name in ("reward_model/loss", "reward_model/accuracy", "reward_model/preference"):
+            wanted = expected["records"][5][name]
+            assert records[5][name] == pytest.approx(wanted, abs=1e-5), (kind, name)
+        found = trainer.reward_training.model.model.state_dict()
+        for name, weight in expected["weights"].items():
+            rank.assert_same_bits(found[name])
+            error = relative_error(found[name], weight)
+            assert error < 1e-5, (kind, name, error)
+        again = (root, kind, f"{output}-again", 2)
+        resumed, later = reward_run(*again, resume=str(output / "checkpoint-3"))
+        resumed.train()
+        assert all(later[step] == records[step] for step in (4, 5, 6)), kind
+        for name, weight in resumed.reward_training.model.model.state_dict().items():
+            assert torch.equal(weight, found[name]), (kind, name)
+    history = pairs_of(2 + rank.rank)
+    call = functools.partial(reward_run, root, "ddp", root / "other", history=history)
+    raises(ValueError, "disagree on the history of pairs", call)
 
 
 def check_errors(rank):

@@ -19,6 +19,17 @@ SMALL |= {"max_completion_length": 2, "learning_rate": 1e-2, "report_to": [], "s
 SMALL |= {"progress_bar": False}
 
 
+def each(rows):
+    yield from rows
+
+
+def stream_of(rows):
+    """A stream in one shard; `from_generator` would make one of every row of a list."""
+    import datasets
+
+    return datasets.IterableDataset.from_generator(each, gen_kwargs={"rows": tuple(rows)})
+
+
 class FunctionRewards(Rewards):
     """Rewards computed by one function with the signature of `Rewards.__call__`."""
 
@@ -38,8 +49,11 @@ class MemoryLog:
     def write(self, step, metrics):
         self.steps[step] = json.loads(json.dumps(metrics))
 
-    def completions(self, step, rows):
-        self.tables[step] = rows
+    def extend(self, step, metrics):
+        self.write(step, self.steps.get(step, {}) | metrics)
+
+    def completions(self, name, rows):
+        self.tables[name] = rows
 
     def close(self):
         self.closed += 1
@@ -86,9 +100,9 @@ def trainer_of(
     records = {}
     log = trainer.log
 
-    def record(metrics):
+    def record(metrics, **options):
         records[trainer.step] = {k: v for k, v in metrics.items() if "seconds" not in k}
-        log(metrics)
+        log(metrics, **options)
 
     trainer.log = record
     return trainer, records

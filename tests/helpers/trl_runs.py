@@ -42,12 +42,25 @@ def save_model(folder, **options):
     return folder
 
 
+def mixture():
+    """Make a mixture of experts, whose router has an auxiliary loss."""
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    tokenizer = make_tokenizer()
+    config = AutoConfig.for_model("qwen3_moe", **TINY | experts | {"vocab_size": len(tokenizer)})
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config.bos_token_id = None
+    return AutoModelForCausalLM.from_config(config)
+
+
 def score(prompts, completions, **columns):
     """Return deterministic rewards that differ within a group."""
     return [sum(map(ord, text)) % 7 / 7 + len(text) / 10 for text in completions]
 
 
-def make_trainer(trainer_class, model, output_dir, *, peft_config=None, **options):
+def make_trainer(
+    trainer_class, model, output_dir, *, peft_config=None, config_class=GRPOConfig, **options
+):
     """Make a trainer for STEPS optimizer steps of a model, or of the one in a folder."""
     torch.set_num_threads(1)
     torch.manual_seed(0)  # for adapters
@@ -72,7 +85,7 @@ def make_trainer(trainer_class, model, output_dir, *, peft_config=None, **option
     data = Dataset.from_dict({"prompt": prompts})
     return trainer_class(
         model=model if isinstance(model, torch.nn.Module) else str(model),
-        args=GRPOConfig(**config | options),
+        args=config_class(**config | options),
         reward_funcs=score,
         train_dataset=data,
         eval_dataset=data.select(range(4)),

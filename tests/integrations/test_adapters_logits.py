@@ -93,7 +93,9 @@ def test_nemo_rl(kind, beta, monkeypatch):
     counts = {"global_valid_seqs": torch.tensor(9.0), "global_valid_toks": torch.tensor(50.0)}
     loss, metrics = loss_fn(data=data, **counts, **given)
     where = mask[:, 1:] * data["sample_mask"][:, None]
-    terms = clipped(logps, old[:, 1:], advantages[:, 1:], cap=1.5) + beta * k3(logps, ref[:, 1:])
+    # NeMo-RL's KL has the gradient of the sampling probability too, since 2026-06-24.
+    kl = torch.exp(logps - logps.detach()) * k3(logps, ref[:, 1:])
+    terms = clipped(logps, old[:, 1:], advantages[:, 1:], cap=1.5) + beta * kl
     assert_same(loss, (terms * where).sum() / 50, logits)
     ratio = (torch.exp(logps - old[:, 1:]) * where).sum() / 50
     assert metrics["probs_ratio"] == pytest.approx(ratio.item(), rel=1e-5)

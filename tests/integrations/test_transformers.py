@@ -19,7 +19,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from grpo_fused import grpo_loss, linear_grpo_loss
-from grpo_fused.integrations.transformers import fuse_lm_head, head_scaling, why_not_fused
+from grpo_fused.integrations.transformers import (
+    fuse_lm_head,
+    head_scaling,
+    why_no_router_loss,
+    why_not_fused,
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -161,3 +166,35 @@ def test_head_sharded_over_unknown_ranks(tmp_path):
     reason = why_not_fused(model)
     torch.distributed.destroy_process_group()
     assert reason == "its weight is a DTensor [Shard(dim=0)] on the mesh None"
+
+
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS |= {"moe_intermediate_size": 8, "n_routed_experts": 4}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "granitemoe"])
+def test_loss_of_the_router(name):
+    """Beside the head, as the model's own forward computes it; its gradient reaches the router."""
+    model = tiny(name, **EXPERTS)
+    assert why_not_fused(model) is None and why_no_router_loss(model) is None
+    input_ids, *tokens = batch()
+    mask = torch.ones_like(input_ids)
+    mask[:2, 0] = 0
+    call = {"attention_mask": mask, "output_router_logits": True}
+    expected = model(input_ids, **call)
+    expected.aux_loss.backward()
+    wanted = {name: g for name, g in gradients(model).items() if g.any()}
+    model.zero_grad()
+
+    fuse_lm_head(model)
+    shapes, aux_loss = model(input_ids, **call, head=lambda hidden, weight, **head: weight.shape)
+    aux_loss.backward()
+    assert shapes == (V, 16)
+    assert torch.equal(aux_loss, expected.aux_loss)
+    found = {name: g for name, g in gradients(model).items() if g.any()}
+    assert found.keys() == wanted.keys() and wanted
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_model_without_a_router():
+    assert "load-balancing loss of Qwen3ForCausalLM is not known" in why_no_router_loss(tiny())

@@ -15,7 +15,8 @@ from accelerate import Accelerator  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 from trl_runs import differences, save_model, train  # noqa: E402
 
-from grpo_fused.integrations.trl import BEFORE_1_12, VERSION, FusedGRPOTrainer  # noqa: E402
+from grpo_fused.integrations import trl_versions  # noqa: E402
+from grpo_fused.integrations.trl import VERSION, FusedGRPOTrainer  # noqa: E402
 
 BOUND = 1e-5
 RECENT = VERSION.release >= (1, 8)
@@ -47,6 +48,7 @@ CASES |= {
         "kl-corrected-sequence": CORRECTED_KL | SEQUENCE | OFF_POLICY,
         "shaped": {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 2.0} | OFF_POLICY,
         "flat": {"vespo_k_pos": 0.0, "vespo_lambda_neg": 0.0} | OFF_POLICY,
+        "negative": {"vespo_k_pos": -0.1} | OFF_POLICY,
     }.items()
 }
 CASES |= {
@@ -88,15 +90,16 @@ if RECENT:
         for loss in LOSSES
     }
     CASES |= {name: entropy.pop(name) for name in ("entropy-grpo", "entropy-dapo", "entropy-vespo")}
-    CASES["entropy-adaptive"] = {"use_adaptive_entropy": True, "entropy_target": 2.0} | ACCUMULATED
+    adaptive = {"use_adaptive_entropy": True, "entropy_coef_delta": 0.02} | ACCUMULATED
+    CASES["entropy-adaptive"] = {"entropy_target": 9.0} | adaptive  # raised after every step
+    entropy["entropy-lowered"] = {"entropy_target": 0.1, "entropy_coef": 0.05} | adaptive
     SLOW |= entropy
 CASES |= SLOW
 EACH_CASE = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
 # Cases in which TRL's own loss runs, on fused log-probabilities.
-TRL_LOSS = {"delta-low", "delta-at-the-bound", "quantile", "off_policy_mask", "entropy-adaptive"}
-TRL_LOSS |= {"vespo-sequence", "vespo-kl-corrected-sequence", "vespo-flat"}
-if BEFORE_1_12:  # LUSPO and the entropy bonus changed in TRL 1.12
-    TRL_LOSS |= {name for name in CASES if "luspo" in name or name.startswith("entropy-")}
+TRL_LOSS = {"vespo-kl-corrected-sequence", "vespo-negative"}
+if not trl_versions.LUSPO_SUMS_TOKENS:  # which is one of tokens but for ratios of sequences alone
+    TRL_LOSS |= {name for name in CASES if "luspo" in name} - {"luspo-sequence"}
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +272,8 @@ class Collectives:
 
 
 @pytest.mark.parametrize(
-    "trainer, calls", [(GRPOTrainer, 5 if BEFORE_1_12 else 7), (FusedGRPOTrainer, 1)]
+    "trainer, calls",
+    [(GRPOTrainer, 7 if trl_versions.METRICS_OVER_RANKS else 5), (FusedGRPOTrainer, 1)],
 )
 def test_one_collective_call_for_all_metrics(folder, tmp_path, trainer, calls):
     counts = []

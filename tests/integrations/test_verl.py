@@ -17,6 +17,7 @@ from grpo_fused.integrations import verl as integration
 
 MODES = integration.AGGREGATIONS
 NAMES = ["vanilla", "gspo", "sapo", "cispo", "gpg"]
+ADDITIVE = [*NAMES, "geo_mean", "dppo_tv", "dppo_kl", "vespo"]
 INFOS = {
     "local": {},
     "global": {
@@ -138,7 +139,7 @@ def test_micro_batches_of_geo_mean_add_up():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", integration.RECIPES)
+@pytest.mark.parametrize("name", ADDITIVE)
 def test_micro_batches_and_ranks_add_up(name, mode):
     """2 micro-batches on each of 2 ranks, averaged over ranks, give the gradient of the batch."""
     batch = make_verl_batch(1, lengths=(6, 4, 2, 3, 5, 1, 6, 2))
@@ -150,6 +151,42 @@ def test_micro_batches_and_ranks_add_up(name, mode):
     assert sum(part.loss for part in parts) / 2 == pytest.approx(whole.loss.item(), rel=1e-5)
     gradient = torch.cat([part.gradient for part in parts]) / 2
     assert relative_error(gradient, whole.gradient) < 1e-6
+
+
+@pytest.mark.parametrize("rollout", [False, True], ids=["", "rollout weights"])
+@pytest.mark.parametrize("info", INFOS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_dppo(name, mode, info, rollout):
+    """Of probabilities: those of `make_verl_batch` may be above 1."""
+    batch = make_verl_batch(4, rollout=rollout)
+    batch = batch._replace(old_log_prob=batch.old_log_prob.clamp(max=-0.0625))
+    bounds = {"clip_ratio_low": 0.02, "clip_ratio_high": 0.04, "clip_ratio_c": 1.25}
+    wanted = compare(name, batch, actor_config(INFOS[info], **bounds), mode)
+    assert all(wanted.metrics.values())
+
+
+@pytest.mark.parametrize("rollout", [False, True], ids=["", "rollout weights"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("dro", {"dro_beta": 0.3}),
+        ("kl_cov", {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.7}),
+        ("kl_cov", {"kl_cov_ratio": None, "ppo_kl_coef": None}),
+        # A share of all those between the bounds, where verl draws at random.
+        ("clip_cov", {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 0.6}),
+    ],
+)
+def test_losses_with_options_of_their_own(name, options, mode, rollout):
+    from verl.workers.config import PolicyLossConfig
+
+    batch = make_verl_batch(1, rollout=rollout)
+    policy_loss = PolicyLossConfig(loss_mode=name, **options)
+    bounds = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3}
+    config = actor_config(INFOS["global"], policy_loss=policy_loss, **bounds)
+    metrics = compare(name, batch, config, mode).metrics
+    assert all(metrics.values())
 
 
 def test_vespo_is_grpo_loss_from_logps():
@@ -217,6 +254,14 @@ def test_invalid_arguments_raise(match, name, mode, options):
     config = actor_config(info, **{key: options[key] for key in options.keys() - info.keys()})
     with pytest.raises(ValueError, match=match):
         run(f"grpo_fused_{name}", make_verl_batch(), config, mode)
+
+
+def test_dro_needs_a_strength():
+    from verl.workers.config import PolicyLossConfig
+
+    config = actor_config(policy_loss=PolicyLossConfig(loss_mode="dro"))
+    with pytest.raises(ValueError, match="policy_loss.dro_beta must be > 0, got None"):
+        run("grpo_fused_dro", make_verl_batch(), config)
 
 
 def test_config_is_required():

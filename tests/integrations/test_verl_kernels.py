@@ -75,6 +75,16 @@ def test_bfloat16_is_more_accurate():
     assert relative_error(mine[1], truth[1]) < 2e-3 < relative_error(peer[1], truth[1])
 
 
+def test_labels_with_a_dimension_of_one():
+    """verl passes (1, N) with rows (N, V), which its flash path flattens."""
+    logits, labels, upstream, _ = make_rows(7)
+    expected = gradient_of(ours.logprobs_from_logits, logits, upstream, labels)
+    got = gradient_of(ours.logprobs_from_logits, logits, upstream, labels[None])
+    assert got[0].shape == (7,) and all(map(torch.equal, got, expected))
+    with pytest.raises(ValueError, match=r"labels must have shape \(3, 5\)"):
+        ours.logprobs_from_logits(make_rows(3, 5)[0], make_rows(5, 3)[1])
+
+
 def test_inplace_backward():
     logits, labels, upstream, _ = make_rows(3, 5)
     for inplace in (True, False):

@@ -311,3 +311,30 @@ def test_a_mean_that_is_only_rounding_counts_as_0():
     rewards = torch.tensor([1.1, -0.4, -0.7, 1.0, 0.0, 0.0], dtype=torch.float64)
     found = outcome_advantages(rewards, 3, scale="mean")
     assert found.tolist() == [0, 0, 0, 2, -1, -1]
+
+
+def test_epsilon():
+    """verl's, of groups of almost equal rewards; of all functions that divide by a deviation."""
+    rewards = torch.tensor([1.0, 1.00001, 2.0, 2.00001], dtype=torch.float64)
+    deviation = 1e-5 / math.sqrt(2)
+    for epsilon in (1e-4, 1e-6):
+        want = 5e-6 / (deviation + epsilon)
+        expected = pytest.approx([-want, want, -want, want], rel=1e-4)
+        assert outcome_advantages(rewards, 2, epsilon=epsilon).tolist() == expected
+        steps = torch.zeros(4, 1, dtype=torch.int64)
+        found = process_advantages(rewards[:, None], steps, 1, 2, epsilon=epsilon)
+        assert found.flatten().tolist() == expected
+        scale = want * math.sqrt(4 / 3) + epsilon
+        found = multi_reward_advantages(rewards[:, None], 2, epsilon=epsilon)
+        assert found.tolist() == pytest.approx([-want / scale, want / scale] * 2, rel=1e-4)
+    assert (
+        outcome_advantages(rewards, 2).tolist()
+        == outcome_advantages(rewards, 2, epsilon=1e-4).tolist()
+    )
+    for epsilon in (0.0, -1.0, math.inf, math.nan, "1"):
+        with pytest.raises(ValueError, match="epsilon must be a finite number > 0"):
+            outcome_advantages(rewards, 2, epsilon=epsilon)
+        with pytest.raises(ValueError, match="epsilon must be"):
+            multi_reward_advantages(rewards[:, None], 2, epsilon=epsilon)
+        with pytest.raises(ValueError, match="epsilon must be"):
+            process_advantages(rewards[:, None], steps, 1, 2, epsilon=epsilon)

@@ -62,7 +62,7 @@ BOUNDS = [(3.0, None), (1.2, 0.8), (0.9, 0.2), (None, 0.9), (None, None)]
 
 @pytest.mark.parametrize(("cap", "floor"), BOUNDS)
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_mean"])
 def test_rollout_weights(level, mode, cap, floor):
     old, sampling, mask = batch()
     rows = differences(old, sampling, mask, sampling)
@@ -73,7 +73,9 @@ def test_rollout_weights(level, mode, cap, floor):
         tokens = [bounded(d, mode, cap, floor) for row in rows for d in row]
         want[mask] = torch.tensor(tokens, dtype=torch.float64)
     else:
-        want = torch.tensor([[bounded(sum(row), mode, cap, floor)] for row in rows])
+        lengths = [max(len(row), 1) if level == "sequence_mean" else 1 for row in rows]
+        sums = [sum(row) / n for row, n in zip(rows, lengths, strict=True)]
+        want = torch.tensor([[bounded(d, mode, cap, floor)] for d in sums])
     assert got.dtype == torch.float32 and got.shape == want.shape
     torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=0)
     if cap == 1.2 and level == "token":  # both bounds are active
@@ -232,7 +234,10 @@ def quantile(share=0.2, mask=None, **options):
 
 
 BAD = {
-    "level": (weights(2, 3, level="seq"), "level must be one of token, sequence, got 'seq'"),
+    "level": (
+        weights(2, 3, level="seq"),
+        "level must be one of token, sequence, sequence_mean, got",
+    ),
     "mode": (weights(2, 3, mode="clip"), "mode must be one of truncate, mask, got 'clip'"),
     "cap": (weights(2, 3, cap=0), "cap must be a positive number or None, got 0"),
     "2-D": (packed_weights([[0, 4]]), r"cu_seqlens must have shape \(B \+ 1,\)"),

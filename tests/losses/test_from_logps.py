@@ -19,6 +19,7 @@ from grpo_fused import (
     linear_selective_log_softmax,
     selective_log_softmax,
 )
+from grpo_fused.losses.objectives import LEVELS
 
 # What a loss over logits is asked for, and a loss over log-probabilities has behind it.
 OF_LOGITS = {"temperature", "logit_softcap", "logit_scale", "compute_entropy", "grad_scale"}
@@ -162,9 +163,6 @@ def test_nothing_under_the_mask_counts():
             assert torch.equal(out.loss, loss) and torch.equal(logps.grad, gradient)
 
 
-LEVELS = ("token", "sequence", "sequence_token")
-
-
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("objective", [Clip(0.2, 0.2, 3.0), Sapo(), Cispo(1.5)], ids=repr)
 def test_bounds_clamp_the_log_ratio_of_the_level(objective, level):
@@ -176,7 +174,8 @@ def test_bounds_clamp_the_log_ratio_of_the_level(objective, level):
     moved = logps - logps.detach() + log_ratio
     own = moved
     if level != "token":
-        own = moved.mean(1, keepdim=True).expand_as(moved)
+        reduce = torch.sum if level == "sequence_sum" else torch.mean
+        own = reduce(moved, 1, keepdim=True).expand_as(moved)
     if level == "sequence_token":
         own = logps - logps.detach() + own.detach()
     own = own.clamp(low, high)
@@ -199,6 +198,38 @@ def test_bounds_clamp_the_log_ratio_of_the_level(objective, level):
     torch.testing.assert_close(given.grad.double(), gradient, rtol=1e-5, atol=1e-6)
     if level == "token":
         assert out.metrics["ratio/max"].item() == pytest.approx(math.exp(high))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_sum_over_a_sequence_is_the_ratio_of_the_completion(packed):
+    """TRL's RLOO, by hand: one clipped ratio a sequence, and its gradient in every token."""
+    drift = torch.tensor([[0.3, -0.1, 0.2, 9.0], [-0.2, -0.1, 0.0, -0.4], [9.0, 9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    advantages, given = torch.tensor([-2.0, 1.5, 1.0]), leaf(torch.full((3, 4), -1.0))
+    ratios = ((given - given.detach() + drift) * mask).sum(1).exp()  # e^0.4, e^-0.7, 1
+    terms = torch.min(ratios * advantages, ratios.clamp(0.8, 1.2) * advantages)
+    expected = -terms[:2].sum() / 3  # without a token there is no term
+    (gradient,) = torch.autograd.grad(expected, given)
+    tensors, options = (given, mask, given.detach() - drift), {}
+    if packed:
+        tensors, options = (x.flatten() for x in tensors), {"cu_seqlens": torch.arange(4) * 4}
+    logps, mask, old_logps = tensors
+    out = grpo_loss_from_logps(
+        logps,
+        mask,
+        advantages,
+        old_logps=old_logps,
+        objective=Clip(0.2, 0.2),
+        importance_sampling_level="sequence_sum",
+        normalizer="seq-mean-token-mean",
+        **options,
+    )
+    (found,) = torch.autograd.grad(out.loss, given)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
+    assert gradient[0, 0] != 0 and gradient[1, 0] != 0, "neither bound stops these"
+    assert out.metrics["ratio/mean"].item() == pytest.approx(ratios.mean().item(), rel=1e-6)
+    assert out.metrics["ratio/max"].item() == pytest.approx(math.exp(0.4), rel=1e-6)
 
 
 def test_half_precision_comes_back_as_float32():

@@ -199,7 +199,8 @@ BAD_PARAMS = [
     (Cispo, {"max_ratio": 0.0}),
     (Sapo, {"temperature_pos": -1.0}),
     (Sapo, {"temperature_neg": float("inf")}),
-    (Vespo, {"k_pos": 0.0}),
+    (Vespo, {"k_pos": -1.0}),
+    (Vespo, {"lambda_pos": 0.0}),
     (Vespo, {"lambda_neg": float("nan")}),
     (Gmpo, {"epsilon": 0.0}),
 ]

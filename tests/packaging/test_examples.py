@@ -13,10 +13,10 @@ from pages import PAGES, ROOT
 TEXT = "".join(path.read_text() for path in PAGES)
 
 
-def example(name):
+def example(name, *arguments):
     """What a script prints."""
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / f"{name}.py"],
+        [sys.executable, ROOT / "examples" / f"{name}.py", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT / "examples",
@@ -46,6 +46,19 @@ def test_example_for_verl():
     numbers = [[float(x) for x in re.findall(r"-?\d+\.\d+", line)] for line in (theirs, ours)]
     assert len(numbers[0]) == 5
     assert numbers[1] == pytest.approx(numbers[0], abs=2e-6)
+
+
+@pytest.mark.slow
+def test_example_of_a_reward_model_that_goes_stale(tmp_path):
+    picture = tmp_path / "picture.png"
+    lines = example("stale_reward_model", tmp_path / "runs", picture, "--steps", "90").splitlines()
+    numbers = [re.findall(r"-?\d+\.\d\d", line) for line in lines if " -> " in line]
+    (score, accuracy), (_, retrained) = (
+        [(float(a), float(b)) for a, b in part] for part in (numbers[:2], numbers[2:])
+    )
+    assert score[1] > score[0] + 0.2 and accuracy[1] < accuracy[0] - 0.1
+    assert retrained[1] > accuracy[1] + 0.15
+    assert picture.stat().st_size > 10_000
 
 
 def test_every_adapter_has_its_test():

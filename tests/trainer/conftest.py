@@ -25,4 +25,4 @@ def default_sigint():
 @pytest.fixture
 def no_plot(monkeypatch):
     """Skips reward.png, which takes longer than the runs that it shows."""
-    monkeypatch.setattr("grpo_fused.trainer.run.log.plot_history", lambda *arguments: None)
+    monkeypatch.setattr("grpo_fused.trainer.run.log.plot_history", lambda *arguments: b"")

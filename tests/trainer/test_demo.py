@@ -1,6 +1,8 @@
 """The demo learns, writes its files, saves its work on Ctrl-C and rejects invalid options."""
 
+import dataclasses
 import json
+import re
 import signal
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 from trainer_runs import signal_after
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_fused import cli
-from grpo_fused.demo import make_problems, reward_of
+from grpo_fused import GRPOTrainerConfig, __version__, cli
+from grpo_fused.demo import DemoOptions, make_problems, reward_of
+from grpo_fused.trainer import TrainingError, TrainResult
 
 KEYS = ["step", "reward", "reward_std", "loss", "kl", "entropy", "clip_ratio/region_mean"]
 SMALL = ["--prompts-per-step", "3", "--num-generations", "4"]
@@ -59,11 +62,13 @@ def test_the_model_learns_and_everything_is_written(tmp_path, capsys):
     assert any(line["clip_ratio/region_mean"] > 0 for line in metrics)
     held_out = metrics[-1]["eval/reward"]
     assert held_out > 0.6
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"held-out accuracy: {held_out:.2f} (20 prompts, greedy)",
-        f"mean reward: {first_reward:.2f} (first 10 rollouts)"
-        f" -> {last_reward:.2f} (last 10 rollouts)",
-    ]
+    ended, accuracy = capsys.readouterr().out.splitlines()[-2:]
+    assert accuracy == f"held-out accuracy: {held_out:.2f} (20 prompts, greedy)"
+    assert re.fullmatch(
+        rf"trained 240 of 240 steps in .*; reward {first_reward:.3g} -> {last_reward:.3g}; (no .*; "
+        rf")?model, metrics.jsonl, reward.png in {tmp_path}",
+        ended,
+    )
 
     picture = (tmp_path / "reward.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 20_000
@@ -80,8 +85,8 @@ def test_interrupt_saves_the_run(tmp_path, capsys, default_sigint):
     metrics = read_metrics(tmp_path)
     assert [line["step"] for line in metrics] == list(range(len(metrics)))
     message = capsys.readouterr().out.splitlines()[-1]
-    assert message.startswith("interrupted after ") and "of 200000 updates" in message
-    assert f"saved metrics.jsonl, reward.png and model/ in {tmp_path}" in message
+    assert message.startswith("interrupted after ") and "of 200000 steps" in message
+    assert message.endswith(f"model, metrics.jsonl, reward.png, checkpoints in {tmp_path}")
     assert (tmp_path / "reward.png").stat().st_size > 5_000
     assert 0 <= share_right(tmp_path / "model", make_problems()[1]) <= 1
 
@@ -158,6 +163,8 @@ def test_problems_are_split_without_overlap():
         ("--num-iterations", "0", "must be at least 1, got 0"),
         ("--threads", "0", "must be at least 1, got 0"),
         ("--output-dir", __file__, "is not a directory"),
+        ("--max-steps", "0", "must be at least 1, got 0"),
+        ("--prompts-per-rollout", "0", "must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(capsys, option, value, message):
@@ -166,3 +173,42 @@ def test_bad_options_are_named(capsys, option, value, message):
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"argument {option}: " in error and message in error
+
+
+def test_options_are_spelled_as_those_of_train(monkeypatch, tmp_path, capsys):
+    """With - or _, and by the names of the config; the names of before keep working."""
+    given = []
+    ended = TrainResult(1, None, None, None, 0.0, 0, 0, tmp_path)
+    monkeypatch.setattr("grpo_fused.demo.run_demo", lambda options: given.append(options) or ended)
+    for text in (
+        "--output_dir a_b --max_steps 6 --prompts_per_rollout 4 --loss_type gspo",
+        "--output-dir a_b --max-steps 6 --prompts-per-rollout 4 --loss-type gspo",
+        "--output_dir=a_b --steps=3 --prompts_per_step=4 --loss_type=gspo",
+        "--output-dir a_b --steps 3 --prompts-per-step 4 --loss-type gspo",
+    ):
+        assert cli.main(["demo", *text.split()]) == 0
+    assert given == given[:1] * 4 and str(given[0].output_dir) == "a_b"
+    assert (given[0].max_steps, given[0].prompts_per_rollout) == (6, 4)
+    assert cli.main(["demo"]) == 0 and given[-1].max_steps == 500
+    fields = {field.name for field in dataclasses.fields(GRPOTrainerConfig)}
+    assert set(DemoOptions._fields) - fields == {"threads"}
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--steps", "3", "--max-steps", "3"])
+    assert "--steps and --max-steps: give one of them" in capsys.readouterr().err
+
+
+def test_errors_of_a_demo_take_one_line(monkeypatch, capsys):
+    def fails(options):
+        raise TrainingError("no space left")
+
+    monkeypatch.setattr("grpo_fused.demo.run_demo", fails)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err == "grpo-fused demo: no space left\n"
+
+
+def test_version(capsys):
+    assert cli.main(["train", "--version"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"grpo-fused {__version__}\n" * 2

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ import yaml
 from accelerate.state import AcceleratorState
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from trainer_runs import signal_after
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +26,9 @@ from grpo_fused import cli
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.run.checkpoint import latest_checkpoint
 from grpo_fused.trainer.run.command import distribution
+from grpo_fused.trainer.run.errors import OtherRankError, TrainingError
 from grpo_fused.trainer.run.loading import load_model, quantized_options
+from grpo_fused.trainer.run.report import plain_warnings, report_error
 
 ROOT = Path(__file__).parents[2]
 REWARDS = """
@@ -73,7 +78,7 @@ def arguments_of(files, output_dir, **options):
 
 def steps_of(folder):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["reward"] for line in lines}
+    return {line["step"]: line.get("reward") for line in lines}
 
 
 def weights_of(folder):
@@ -90,16 +95,21 @@ def test_a_run_and_its_files(files, tmp_path, capsys):
         "rewards/digits",
     }
     assert (tmp_path / "reward.png").stat().st_size > 10_000
-    assert "completion" in json.loads((tmp_path / "completions" / "0.jsonl").read_text()[:200]
-                                      .splitlines()[0])  # fmt: skip
+    names = {path.name for path in (tmp_path / "completions").iterdir()}
+    steps = ["1", "2", "3", "eval-0", "eval-2", "eval-3"]
+    assert names == {f"{step}.{kind}" for step in steps for kind in ("txt", "jsonl")}
     assert list(tmp_path.rglob("events.out.tfevents.*"))
     (settings,) = tmp_path.rglob("hparams.yml")
     assert "loss_type: dapo" in settings.read_text()
     before = AutoModelForCausalLM.from_pretrained(files / "model").state_dict()
     after = weights_of(tmp_path)
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert (
-        f"trained 3 of 3 steps; model/ and metrics.jsonl in {tmp_path}" in capsys.readouterr().out
+    first, last = (f"{steps_of(tmp_path)[step]:.3g}" for step in (1, 3))
+    out, err = capsys.readouterr()
+    assert re.fullmatch(
+        rf"trained 3 of 3 steps in [0-9.]+ s; reward {first} -> {last}; (no gradient.*; )?model, "
+        rf"metrics.jsonl, reward.png, completions, checkpoints in {tmp_path}",
+        out.splitlines()[-1],
     )
 
 
@@ -265,7 +275,9 @@ def test_sigterm_of_a_launcher_and_its_ranks(files, tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=240)
     done = len(steps_of(tmp_path))
-    assert process.returncode != 0 and f"interrupted after {done} of 100000 steps" in output
+    assert process.returncode != 0
+    assert output.count(f"interrupted after {done} of 100000 steps") == 1
+    assert output.count("SIGTERM: stopping after this step") == 1
     last = latest_checkpoint(tmp_path)
     assert last.name == f"checkpoint-{done}"
     assert {path.name for path in last.iterdir()} >= {"rank_0.pt", "rank_1.pt"}
@@ -292,12 +304,89 @@ def test_invalid_input_gives_one_line(files, tmp_path, capsys, options, code, me
     assert cli.main(arguments_of(files, tmp_path / "run", **options)) == code
     lines = capsys.readouterr().err.splitlines()
     assert message in [line for line in lines if line.startswith("grpo-fused train: ")][0]
-    assert not list(tmp_path.rglob("checkpoint-*"))
+    assert not (tmp_path / "run").exists(), "a refused run leaves no folder of a tracker or a log"
 
 
-def test_an_output_dir_that_is_a_file(files, capsys):
-    assert cli.main(arguments_of(files, files / "rows.jsonl")) == 1
-    assert "rows.jsonl" in capsys.readouterr().err.splitlines()[-1]
+def test_a_stream_of_a_file(files, tmp_path, no_plot):
+    options = {"data_streaming": True, "shuffle_buffer_size": 5, "max_steps": 2, "save_steps": 1}
+    assert cli.main(arguments_of(files, tmp_path, **options)) == 0
+    path = tmp_path / "checkpoint-2" / "trainer.json"
+    taken = 2 * json.loads(path.read_text())["config"]["prompts_per_rollout"]
+    place = json.loads(path.read_text())["place in data"]
+    assert (place["epoch"], place["row"]) == divmod(taken, 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "rows.jsonl",
+            "output_dir must be a folder, got '.*/rows.jsonl': .*/rows.jsonl is not one",
+        ),
+        ("rows.jsonl/run", "output_dir must be a folder, got '.*/run': .*/rows.jsonl is not one"),
+        (
+            "locked/run",
+            "output_dir '.*/locked/run' cannot be written to: no permission in .*locked",
+        ),
+        ("x" * 300, "output_dir '.*xxx' cannot be written to: File name too long"),
+        ("a\0b", "output_dir '.*b' cannot be written to: embedded null byte"),
+    ],
+)
+def test_an_output_dir_that_cannot_be_written(files, name, message, capsys, monkeypatch):
+    (files / "locked").mkdir(exist_ok=True)  # for root, who may write anywhere, too
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode)
+    )
+    monkeypatch.setattr("grpo_fused.trainer.run.command.load_model", None)  # checked before it
+    assert cli.main(arguments_of(files, files / name)) == 1
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_plain_run_prints_no_warnings_of_libraries(files, tmp_path):
+    """In a process of its own: pytest and earlier tests have seen to the warnings of this one."""
+    options = {"eval_data": files / "rows.jsonl", "eval_steps": 1, "max_steps": 1, "lora_rank": 2}
+    options |= {"report_to": "tensorboard", "progress_bar": "true", "beta": 0.1}
+    command = [sys.executable, "-m", "grpo_fused.cli", *arguments_of(files, tmp_path, **options)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    bars = done.stderr.replace("\r", "\n").strip().splitlines()
+    assert bars and all(re.match(r" *\d+%\|.*/1 \[|$", line) for line in bars), done.stderr
+    assert "truncated" in bars[-1] and "ratios clipped" in bars[-1]
+    assert done.stdout.startswith("trained 1 of 1 steps in ") and done.stdout.count("\n") == 1
+
+
+def test_ranks_report_once(monkeypatch, capsys, tmp_path):
+    """The first that fails; a launcher of torch learns of it, too."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(store.port)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    errors = [OtherRankError("see the other"), ValueError("steps"), ValueError("steps")]
+    for rank, error in enumerate([*errors, TrainingError("a collective failed")]):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"{rank}.json"))
+        report_error("grpo-fused train", error)
+    assert capsys.readouterr().err == "grpo-fused train: steps\n"
+    (path,) = tmp_path.iterdir()
+    failure = ProcessFailure(local_rank=1, pid=2, exitcode=1, error_file=str(path))
+    assert "steps" in ChildFailedError("train", {1: failure}).format_msg()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another attempt
+    report_error("grpo-fused train", ValueError("again"))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    for _ in range(2):  # not under such a launcher: better twice than never
+        report_error("grpo-fused train", ValueError("alone"))
+    names = [line.split()[-1] for line in capsys.readouterr().err.splitlines()]
+    assert names == ["again", "alone", "alone"]
+
+
+def test_warnings_of_a_command(capsys, monkeypatch):
+    others = []
+    monkeypatch.setattr(warnings, "showwarning", lambda text, *_: others.append(str(text)))
+    with plain_warnings("grpo-fused train"):
+        warnings.warn_explicit("ours", UserWarning, "/a/grpo_fused/trainer/x.py", 3)
+        warnings.warn_explicit("deprecated", FutureWarning, "/a/peft/x.py", 3, module="peft.x")
+        warnings.warn_explicit("theirs", UserWarning, "/a/peft/x.py", 3, module="peft.x")
+    assert capsys.readouterr().err == "grpo-fused train: ours\n" and others == ["theirs"]
 
 
 def test_a_failing_reward_stops_the_run_with_its_line(files, tmp_path, capsys, no_plot):
@@ -314,6 +403,7 @@ def test_help_and_no_arguments(capsys):
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: grpo-fused train CONFIG.yaml") and "--learning_rate" in text
+    assert "Paths are relative to the current folder, those in CONFIG.yaml too." in text
     assert cli.main(["train"]) == 2
     with pytest.raises(SystemExit):
         cli.main(["--help"])

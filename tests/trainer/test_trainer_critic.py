@@ -255,6 +255,10 @@ def test_whitening_over_ranks_is_whitening_of_the_union():
         ),
         (PPO | {"kl_estimator": "k2"}, "kl_estimator must be k3 with algorithm ppo"),
         (
+            PPO | {"dynamic_sampling_rounds": 2, "num_generations": 2},
+            "dynamic_sampling_rounds must be 1 with algorithm ppo",
+        ),
+        (
             PPO | {"critic": "shared", "loss_input": "logits"},
             'requires loss_input "hidden"',
         ),

@@ -16,7 +16,7 @@ print(len(grpo_fused.LOSSES))
 try: grpo_fused.nothing
 except AttributeError as error: print(error)
 try: grpo_fused.GRPOTrainer
-except ImportError as error: print("needs", error.name)
+except ImportError as error: print("needs", error.name.partition(".")[0])
 print(main(["demo"]), main(["train"]))
 main(["demo", "--help"])
 """

@@ -5,6 +5,8 @@ import math
 import resource
 
 import pytest
+import torch
+from matplotlib.figure import Figure
 
 from grpo_fused.trainer.run.log import RunLog, read_metrics
 from grpo_fused.trainer.run.plot import plot_history
@@ -60,15 +62,33 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     assert [(line["step"], line["reward"]) for line in read_metrics(path)] == [(1, 0.0), (2, 5)]
 
 
+def test_metrics_are_added_to_the_line_of_a_step(tmp_path):
+    logged(tmp_path, range(1, 4), 0.0)
+    log = RunLog(tmp_path)
+    log.extend(2, {"eval/reward": 0.5})  # resumed from step 2, which was to be evaluated
+    assert log.history[-1] == {"step": 2, "reward": 0.0, "eval/reward": 0.5}
+    log.write(3, {"reward": 1.0})
+    assert read_metrics(tmp_path / "metrics.jsonl") == log.history == [
+        {"step": 1, "reward": 0.0},
+        {"step": 2, "reward": 0.0, "eval/reward": 0.5},
+        {"step": 3, "reward": 1.0},
+    ]  # fmt: skip
+    logged(tmp_path / "first", [0, 1], 0.0)
+    RunLog(tmp_path / "first").extend(1, {"kl": 1.0})
+    assert steps_of(tmp_path / "first") == [(0, 0.0), (1, 0.0)]
+    RunLog(tmp_path / "other").extend(2, {"eval/reward": 0.5})
+    assert read_metrics(tmp_path / "other" / "metrics.jsonl") == [{"step": 2, "eval/reward": 0.5}]
+
+
 def test_a_full_disk_takes_the_line_back_and_keeps_the_others(tmp_path):
     log = logged(tmp_path, range(1, 40), 0.0)
     size = (tmp_path / "metrics.jsonl").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match="File too large: '.*metrics.jsonl'"):
             log.write(40, {"reward": 1.0})
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="File too large: '.*completions/40.jsonl'"):
             log.completions(40, [{"prompt": "p" * 2000, "completion": "c", "reward": 1.0}])
         with pytest.warns(UserWarning, match="reward.png could not be drawn"):
             log.close()
@@ -84,26 +104,35 @@ def test_a_full_disk_takes_the_line_back_and_keeps_the_others(tmp_path):
 def test_completions_for_people_and_for_programs(tmp_path):
     chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
     rows = [
-        {"prompt": "2+2=", "completion": "4", "reward": 1.0},
-        {"prompt": chat, "completion": "é\n2", "reward": math.nan, "judge": 0.5},
+        {"prompt": "2+2=", "completion": "4", "reward": float(torch.tensor(1.1)), "tries": 3},
+        {"prompt": chat, "completion": "é\n2", "reward": math.nan, "judge": torch.tensor(2)},
     ]
-    RunLog(tmp_path).completions(7, rows)
+    RunLog(tmp_path / "new").completions(7, rows)
+    tmp_path /= "new"
     lines = (tmp_path / "completions" / "7.jsonl").read_text().splitlines()
-    assert [json.loads(line)["reward"] for line in lines] == [1.0, None]
+    assert [json.loads(line)["reward"] for line in lines] == [1.1, None]
     assert (tmp_path / "completions" / "7.txt").read_text() == (
-        "=== reward 1.0\n2+2=\n--- completion\n4\n\n"
-        "=== reward nan, judge 0.5\n[system] Add.\n[user] 1+1\n--- completion\né\n2\n"
+        "=== reward 1.1, tries 3\n2+2=\n--- completion\n4\n\n"
+        "=== reward nan, judge 2\n[system] Add.\n[user] 1+1\n--- completion\né\n2\n"
     )
 
 
 @pytest.mark.parametrize("length", [1, 200])
-def test_a_plot_of_any_length(tmp_path, length):
+def test_a_plot_of_any_length(length, monkeypatch):
     history = [{"step": i, "reward": i / length, "entropy": 1.0} for i in range(1, length + 1)]
     history.insert(0, {"step": 0, "eval/reward": 0.5})
     history[-1] |= {"eval/reward": 0.75, "kl": None}
-    plot_history(history, tmp_path / "reward.png", "a title")
-    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["reward.png"]
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    assert plot_history(history, "a model, dapo loss") == b""
+    monkeypatch.undo()
+    assert plot_history(history, "a model, dapo loss").startswith(b"\x89PNG\r\n\x1a\n")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    assert figure.get_suptitle() == "a model, dapo loss"
+    top, legend = figure.axes[0], figure.axes[0].get_legend()
+    assert "held-out rows" in [text.get_text() for text in legend.texts]
+    assert legend.get_window_extent().y0 >= top.get_window_extent().y1, "above all lines"
 
 
 def test_no_plot_without_rewards(tmp_path):

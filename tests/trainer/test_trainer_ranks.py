@@ -3,9 +3,19 @@
 import pytest
 import ranks
 import torch
-from parallel_trainer import PPO, load_start, result, save_start, sgd, trainer_on
+from parallel_trainer import (
+    DYNAMIC,
+    PPO,
+    load_start,
+    result,
+    reward_run,
+    save_start,
+    sgd,
+    trainer_on,
+)
+from reward_models import save_reward_model
 
-MODULES = ("trainer_parallel_ranks",)
+MODULES = ("trainer_parallel_ranks", "served_ranks")
 
 
 @pytest.fixture(scope="module")
@@ -16,16 +26,17 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("grpo_fused.trainer.trainer.make_optimizer", sgd)
         options = {"save_steps": 1, "save_total_limit": None}
-        trainer, records = trainer_on(
-            folder / "one", load_start(folder / "start", "one"), **options
-        )
+        for name, others in (("one", options), ("dynamic", options | DYNAMIC), ("ppo-one", PPO)):
+            model = load_start(folder / "start", "one")
+            trainer, records = trainer_on(folder / name, model, **others)
+            trainer.train()
+            torch.save(result(trainer, records), folder / f"expected-{name}.pt")
+        save_reward_model(folder / "reward")
+        monkeypatch.setattr("grpo_fused.trainer.reward_training.make_optimizer", sgd)
+        trainer, records = reward_run(folder, "one", folder / "reward-one")
         trainer.train()
-        torch.save(result(trainer, records), folder / "expected.pt")
-        trainer, records = trainer_on(
-            folder / "ppo-one", load_start(folder / "start", "one"), **PPO
-        )
-        trainer.train()
-        torch.save(result(trainer, records), folder / "expected_ppo.pt")
+        weights = trainer.reward_training.model.model.state_dict()
+        torch.save({"records": records, "weights": weights}, folder / "reward.pt")
     return folder
 
 

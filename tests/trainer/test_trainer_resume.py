@@ -21,7 +21,9 @@ from grpo_fused.trainer.experience import Batch, Experience
 from grpo_fused.trainer.rollouts.rollout import pad
 from grpo_fused.trainer.run import resume_checks, state
 from grpo_fused.trainer.run.checkpoint import list_checkpoints
+from grpo_fused.trainer.run.log import read_metrics
 from grpo_fused.trainer.run.resume_checks import checksum_rows
+from grpo_fused.trainer.run.signals import StopSignals
 
 # Rollouts begin at steps 1, 5 and 9, and the reference is refreshed before the last two.
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
@@ -30,6 +32,15 @@ BUFFERED |= {"reference_refresh_rollouts": 1, "lr_scheduler_type": "cosine", "wa
 MOVING_AVERAGE = BUFFERED | {"reference_mix": 0.5, "eval_steps": 3, "eval_temperature": 1.0}
 MOVING_AVERAGE |= {"eval_data": HELD_OUT[:5]}
 GSPO = {"max_steps": 3, "num_iterations": 3, "loss_type": "gspo", "entropy_coef": 0.01}
+
+
+def coarse(prompts, completions, completion_ids, columns):
+    """Rewards of which some groups of four are equal."""
+    totals = torch.tensor([float(len(set(text)) == 2) for text in completions])
+    return RewardScores(totals, {"two": totals})
+
+
+DYNAMIC = {"rewards": coarse, "dynamic_sampling_rounds": 4, "minibatches": 2, "max_steps": 6}
 # (settings, steps to resume from): every step, or one before, at and after the first refresh.
 RUNS = {
     "on policy": ({"max_steps": 3}, [1, 2]),
@@ -37,6 +48,7 @@ RUNS = {
     "moving average, evaluated": (MOVING_AVERAGE, [2, 4, 7]),
     "adapters": (BUFFERED | {"peft_config": LORA}, [3, 4, 6]),
     "many passes, gspo": (GSPO, [1, 2]),
+    "dynamic sampling": (DYNAMIC, range(1, 6)),
 }
 
 
@@ -60,6 +72,10 @@ def test_resuming_is_bit_identical(tmp_path, name, buffered):
     is_shared = name == "buffered"
     folder, whole, expected = buffered if is_shared else full_run(tmp_path / "whole", options)
     weights = weights_of(whole)
+    if "dynamic_sampling_rounds" in options:
+        rounds = {expected[step]["dynamic_sampling/rounds"] for step in (1, 3, 5)}
+        position, plain = whole.data_position, whole.rollouts * whole.config.prompts_per_rollout
+        assert len(rounds) > 1 and position > plain and position % 4, "else the case tests little"
     for first in steps:
         seed = 3 if "peft_config" in options else 99  # frozen weights are not in checkpoints
         path = str(folder / f"checkpoint-{first}")
@@ -117,10 +133,8 @@ def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(
 
     held_out = {"eval_steps": 1, "eval_data": HELD_OUT[:2]}
     stopped, records = trainer_of(tmp_path / "run", rewards=interrupting, **BUFFERED | held_out)
-    assert stopped.train() == (5, number)
-    assert (
-        "eval/reward" in records[4] and "eval/reward" not in records[5]
-    )  # a stop does not wait for it
+    assert stopped.train()[:2] == (5, number)
+    assert "eval/reward" in records[4] and "eval/reward" not in records[5], "no wait for it"
     records = {step: records[step] for step in range(1, 6)}
     records = {s: {k: v for k, v in r.items() if "eval" not in k} for s, r in records.items()}
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-5"]
@@ -128,8 +142,74 @@ def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
 
     resumed, later = trainer_of(tmp_path / "run", resume="latest", seed=99, **BUFFERED)
-    assert resumed.train() == (9, None)
+    assert resumed.train()[:2] == (9, None)
     assert records | later == expected
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_the_evaluation_of_an_interrupted_step_is_made_up_for(tmp_path, stop, no_plot):
+    """metrics.jsonl is that of a run without the signal: at the first, a middle and the last."""
+    options = {"eval_steps": 1, "eval_data": HELD_OUT[:2], "eval_temperature": 1.0, "run_log": None}
+
+    def interrupting(prompts, *arguments):
+        if len(prompts) == 16 and trainer.step == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return partial_credit(prompts, *arguments)
+
+    whole, _ = trainer_of(tmp_path / "whole", **options)
+    expected = whole.train()
+    trainer, _ = trainer_of(tmp_path / "run", rewards=interrupting, **options)
+    assert trainer.train()[:2] == (stop, signal.SIGTERM)
+    before = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert before[-1]["step"] == stop and "eval/reward" not in before[-1]
+    for _ in range(2):  # again from the same checkpoint: the second replaces what the first did
+        resumed, _ = trainer_of(tmp_path / "run", resume="latest", seed=99, **options)
+        result = resumed.train()
+    logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
+    assert [line["step"] for line in logs[1]] == [0, 1, 2, 3, 4]
+    for line, wanted in zip(*logs, strict=True):
+        assert list(line) == list(wanted), "in the same order"
+        assert {k: v for k, v in line.items() if "seconds" not in k} == {
+            k: v for k, v in wanted.items() if "seconds" not in k
+        }
+    assert result._replace(seconds=0, output_dir=None) == expected._replace(
+        seconds=0, output_dir=None
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_answered_at_once(tmp_path, number, default_sigint, capsys):
+    """Once, above the progress bar, and only by the process that has one."""
+    said = []
+
+    def interrupting(*arguments):
+        os.kill(os.getpid(), number)
+        said.append(capsys.readouterr().err)
+        if number == signal.SIGTERM:
+            os.kill(os.getpid(), number)
+        return partial_credit(*arguments)
+
+    trainer, _ = trainer_of(tmp_path, rewards=interrupting, progress_bar=True)
+    assert trainer.train().signal == number
+    lines = said[0].replace("\r", "\n").splitlines()
+    (line,) = [line for line in lines if "stopping after this step" in line]
+    assert line.startswith(("SIGTERM: ", "Ctrl-C: "))
+    assert "stopping" not in capsys.readouterr().err
+    with StopSignals() as signals:
+        os.kill(os.getpid(), number)
+    assert signals.received == number and not capsys.readouterr().err
+
+
+def test_a_ctrl_c_that_a_launcher_forwards_is_the_same(default_sigint, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        signals.since -= 10
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path, default_sigint):
@@ -151,7 +231,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path, default_sigint):
         return partial_credit(*arguments)
 
     trainer, _ = trainer_of(tmp_path, rewards=interrupting)
-    assert trainer.train() == (4, None)
+    assert trainer.train()[:2] == (4, None)
 
 
 def test_latest_of_nothing_is_a_fresh_start_and_more_steps_may_follow(tmp_path):
@@ -204,7 +284,7 @@ def saved(tmp_path_factory):
         ({"loss_type": "grpo"}, r"resume: loss_type is 'grpo', the checkpoint has 'dapo'"),
         ({"objective": {"epsilon_low": 0.1}}, r"resume: objective is .* the checkpoint has \{\}"),
         ({"lr_scheduler_type": "linear", "max_steps": 1}, "resume: lr_scheduler_type"),
-        ({"data": ROWS[:7]}, "resume: data has 7 rows, the checkpoint had 80; set it back"),
+        ({"data": ROWS[:7]}, "resume: data has 7 rows, the checkpoint had 80 rows; set"),
         ({"data": ROWS[::-1]}, "resume: the rows of data are not those"),
         ({"temperature": 0.7}, "temperature is 0.7, .* or start a new run, in another output_dir"),
         ({"peft_config": LORA}, "the model has adapters, the checkpoint is of a run with no adap"),
@@ -312,7 +392,7 @@ def test_experience_of_two_ranks_is_dealt_to_others():
                     assert batch.prompt_mask.all() and batch.completion_mask.all()
                     assert batch.ref_logps.tolist() == [[float(number)] * completion]
                     assert batch.importance_sampling_ratio.tolist() == [[float(number)]]
-                    offsets, ids = batch.support
+                    offsets, ids = batch.support(14)
                     assert offsets.diff().tolist() == list(range(1, completion + 1))
                     assert ids.tolist() == [number] * (completion * (completion + 1) // 2)
             assert seen == members

@@ -1,15 +1,18 @@
-"""Rewards: signatures, None, weights, async, steps, models, and errors that name the cause."""
+"""Rewards: signatures, None, weights, async, steps, and errors that name the cause."""
 
 import asyncio
+import inspect
+import json
 import math
+import os
+import signal
+import threading
 
 import numpy
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from grpo_fused.demo import make_tokenizer
-from grpo_fused.trainer.rewards import Rewards
+from grpo_fused.trainer.rewards import Rewards, math_process
 from grpo_fused.trainer.rewards.builtin import (
     BUILTIN,
     PACKAGES,
@@ -17,7 +20,7 @@ from grpo_fused.trainer.rewards.builtin import (
     math_verify,
     reasoning_gym,
 )
-from grpo_fused.trainer.rewards.reward_model import RewardModel
+from grpo_fused.trainer.run.errors import TrainingError
 
 PROMPTS = ["1?2=", "3?4=", "5?6="]
 COMPLETIONS = ["2", "3", "66"]
@@ -224,6 +227,27 @@ def test_a_failing_reward_is_not_called_again(is_async):
     assert calls == [3]
 
 
+class Parses:
+    async def __call__(self, completions, parse=lambda text: json.loads(text)):
+        return [parse("{") for _ in completions]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda completions: [json.loads("{") for _ in completions],
+        lambda completions: [torch.stack([]) for _ in completions],
+        Parses(),
+    ],
+    ids=["of Python", "of a package", "async"],
+)
+def test_an_error_in_a_library_names_the_line_of_the_user(function):
+    code = function.__code__ if inspect.isfunction(function) else type(function).__call__.__code__
+    line = code.co_firstlineno
+    with pytest.raises(TrainingError, match=rf"failed at test_trainer_rewards.py:{line} on a b"):
+        score(function)
+
+
 def test_a_missing_column_is_named():
     def needs(completions, solution):
         return [1.0] * 3
@@ -251,6 +275,10 @@ def test_a_missing_column_is_named():
         (["nowhere.py:f"], None, "there is no file nowhere.py"),
         (["no.such.module:f"], None, "module no.such.module cannot be imported"),
         (["math:gdc"], None, r"math has no function gdc \(did you mean gcd\?\)"),
+        (["exact_match", "json:zzz"], None, "json has no function zzz, only .*loads"),
+        (["exact_match,math:gcd"], None, r"several are a list, \[exact_match, math:gcd\], got"),
+        ("math:gcd exact_match", None, r"several are a list, \[math:gcd, exact_match\], got"),
+        ([__file__], None, "test_trainer_rewards.py:function"),
     ],
 )
 def test_rewards_that_cannot_be_resolved(functions, weights, message):
@@ -267,7 +295,10 @@ def test_functions_by_path(tmp_path):
     assert list(rewards.functions) == ["good", "exact_match", "exact_match_2"]
     assert rewards(PROMPTS, COMPLETIONS, IDS, COLUMNS).total.tolist() == [9.0, 7.0, 7.0]
     path.write_text("1 / 0")
-    with pytest.raises(ValueError, match=r"mine.py cannot be imported \(ZeroDivisionError"):
+    with pytest.raises(ValueError, match=r"cannot be imported \(ZeroDivisionError at mine.py:1: "):
+        Rewards(f"{path}:good")
+    path.write_text("def good(:\n")
+    with pytest.raises(ValueError, match=r"\(SyntaxError: invalid syntax \(mine.py, line 1\)\)"):
         Rewards(f"{path}:good")
 
 
@@ -299,6 +330,56 @@ def test_math_reads_answers_whole(answer):
     pytest.importorskip("math_verify")
     texts = [rf"So \boxed{{{answer}}}.", "The answer is 2."]
     assert math_verify(texts, [answer] * 2) == [1.0, 0.0]
+
+
+ENDLESS = ["9**9**9**9", r"$\int_0^1 x^{x^{x^x}} dx$", "$10000000!$"]
+
+
+def test_math_in_any_thread():
+    """Of several at a time, and in an event loop."""
+    pytest.importorskip("math_verify")
+    found = {}
+
+    def work(name):
+        found[name] = math_verify(["1/2", f"{name}"], ["0.5", "1"])
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: [1.0, 0.0], 1: [1.0, 1.0], 2: [1.0, 0.0]}
+
+    async def later(completions, answer):
+        return math_verify(completions, answer)
+
+    assert score([later, "math_verify"]).each["later"].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_no_answer_stops_a_run(monkeypatch):
+    """Neither of a completion nor of a row, which is one that cannot be parsed."""
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(math_process, "LIMIT", 1.0)
+    math_process.math_process(os.getpid()).close()
+    with pytest.warns(UserWarning, match="math_verify: an answer took longer than 1 s"):
+        assert math_verify([*ENDLESS[:2], "2"], ["2"] * 3) == [0.0, 0.0, 1.0]
+    assert math_verify(["2", "2"], ["2", ""]) == [1.0, None]
+    process = math_process.math_process(os.getpid())
+    for number in (signal.SIGINT, signal.SIGTERM):  # which reach a whole group or job
+        os.kill(process._child.pid, number)
+    assert process.ask("2", "2.0")
+    os.kill(process._child.pid, signal.SIGKILL)
+    with pytest.warns(UserWarning, match="math_verify: an answer ended its process"):
+        assert not process.ask("2", "2.0")
+    assert process.ask("2", "2.0")
+    process.close()
+
+
+def test_math_without_its_package_says_so(monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no sympy')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ImportError, match=r"math-verify cannot be imported \(ImportError: no sym"):
+        math_process.MathProcess().ask("2")
 
 
 def test_columns_of_the_data_do_not_replace_completions():
@@ -344,25 +425,3 @@ def test_a_task_scores_its_own_rows():
     rows = load_rows("reasoning_gym:basic_arithmetic", task_size=2)
     entries = [row["entry"] for row in rows]
     assert reasoning_gym([rows[0]["answer"], "nothing"], entries) == [1.0, 0.0]
-
-
-def test_a_reward_model(tmp_path):
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "vocab_size": len(tokenizer), "pad_token_id": 0}
-    config = LlamaConfig(**sizes, num_labels=1)
-    model = LlamaForSequenceClassification(config).eval()
-    for folder, labels in (("one", 1), ("two", 2)):
-        config.num_labels = labels
-        saved = model if labels == 1 else LlamaForSequenceClassification(config)
-        saved.save_pretrained(tmp_path / folder)
-        tokenizer.save_pretrained(tmp_path / folder)
-    scores = score(str(tmp_path / "one"))
-    for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-        ids = tokenizer(prompt + completion, return_tensors="pt")["input_ids"]
-        assert abs(model(ids).logits.item() - scores.each["one"][i]) < 1e-5
-    with pytest.raises(ValueError, match="two must have one label, got 2"):
-        RewardModel(str(tmp_path / "two"))
-    with pytest.raises(RuntimeError, match="one has no chat template for chat prompts"):
-        Rewards(str(tmp_path / "one"))([[{"role": "user", "content": "1"}]], [[]], [[1]], {})

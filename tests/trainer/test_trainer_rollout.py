@@ -9,7 +9,7 @@ from trainer_runs import EOS, ROWS, RewardScores, partial_credit, scored, traine
 
 from grpo_fused import GRPOTrainerConfig, rollout_weights
 from grpo_fused.demo import make_model, make_tokenizer
-from grpo_fused.trainer.collect import collect, next_rows
+from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.experience import Batch, collate
 from grpo_fused.trainer.policy import Policy, prepare_model
 from grpo_fused.trainer.rollouts.rollout import Rollout, pad
@@ -64,6 +64,9 @@ def test_a_completion_ends_at_its_first_end_token():
     for ids in sampler.generate(model, sampler.encode(["1?2="] * 64), temperature=1.0):
         assert not {EOS, 3} & set(ids[:-1]) and 1 <= len(ids) <= 5
         assert len(ids) == 5 or ids[-1] in (EOS, 3)
+    ids = sampler.encode(["1?2="] * 64)
+    shorter = sampler.generate(model, ids, temperature=1.0, max_new_tokens=2)
+    assert max(map(len, shorter)) == 2, "max_completion_length is 5"
 
 
 def test_the_batch_size_of_sampling_changes_no_greedy_completion():
@@ -120,17 +123,6 @@ def test_prompts_as_text_and_as_messages():
     levels, answers = seen["columns"]["level"], seen["columns"]["answer"]
     assert answers == ["2" if level == 2 else None for level in levels]
     assert [levels[i : i + 4] for i in range(0, 16, 4)] == [[i] * 4 for i in levels[::4]]
-
-
-def test_every_epoch_has_every_row_once_in_another_order():
-    trainer, _ = trainer_of("unused", data=ROWS[:6], prompts_per_rollout=4)
-    rows = []
-    for trainer.rollouts in range(3):
-        found = next_rows(trainer)
-        assert all(found[row] == found[row // 4 * 4] for row in range(16))  # groups
-        rows += found[::4]
-    assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6))
-    assert rows[:6] != rows[6:]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -202,13 +194,65 @@ def test_a_sampler_s_log_probabilities_become_weights(options):
 @pytest.mark.parametrize(
     "output, message",
     [
-        ([[4]], "rollout_fn must return a dict with completion_ids"),
-        ({"logprobs": []}, "rollout_fn must return a dict with completion_ids"),
+        ([[4]], r"rollout_fn must return a dict with completion_ids, .* got list \[\[4\]\]"),
+        (None, "rollout_fn must return a dict with completion_ids, .* got None"),
+        ({}, "rollout_fn must return a dict with completion_ids, .* got nothing"),
+        ({"completion_ids": None}, "return a dict with completion_ids, .* got nothing"),
+        ({"logprobs": []}, "rollout_fn must return a dict with completion_ids, .* got logprobs"),
+        ({"completions_ids": []}, r"got completions_ids \(did you"),
         (
             dict.fromkeys(["completion_ids", "env_mask", "completion_mask"], [[1]] * 16),
             "either env_mask or completion_mask, got both",
         ),
         ({"completion_ids": [[4]]}, "completion_ids must have one entry per prompt, 16, got 1"),
+        ({"completion_ids": 4}, "completion_ids must have one entry per prompt, 16, got 4"),
+        ({"completion_ids": "2" * 16}, "completion_ids must have one entry per prompt, 16, got '2"),
+        ({"completion_ids": {4: 4}}, "completion_ids must have one entry per prompt, .* got dict"),
+        ({"completion_ids": torch.tensor(4)}, "completion_ids must have one entry per prompt"),
+        (
+            {"completion_ids": [[4]] * 16, "spent": 1.5},
+            "rollout_fn: spent must have one entry per prompt, 16, got 1.5",
+        ),
+        *(
+            (
+                {"completion_ids": [[4]] * 15 + [ids]},
+                rf"completion_ids of completion 15 must be token ids, .* \[0, 14\), got {got}",
+            )
+            for ids, got in (
+                (None, "None"),
+                (4, "4"),
+                ("4", "'4'"),
+                ([4, 1.0], "1.0 for token 1"),
+                ([True], "True for token 0"),
+                (["4"], "'4' for token 0"),
+                ([None], "None for token 0"),
+                ([[4]], r"list \[4\] for token 0"),
+                ([4, 14], "14 for token 1"),
+                ([-1], "-1 for token 0"),
+                (numpy.array([0.5]), "0.5 for token 0"),
+                (torch.tensor([4, 99]), "99 for token 1"),
+            )
+        ),
+        (
+            {"completion_ids": [[4]] * 16, "prompt_ids": [[4, 77]] * 16},
+            r"prompt_ids of prompt 0 must be token ids, integers in \[0, 14\), got 77 for token 1",
+        ),
+        (
+            {"completion_ids": [[4]] * 16, "logprobs": [[-1.0]] * 15 + [[None]]},
+            "logprobs of completion 15 must be numbers, got None for token 0",
+        ),
+        (
+            {"completion_ids": [[4]] * 16, "logprobs": [0.5] * 16},
+            "logprobs of completion 0 must have one entry per token, 1, got 0.5",
+        ),
+        (
+            {"completion_ids": [[4]] * 16, "env_mask": [[2]] * 16},
+            r"completion_mask of completion 0 must be 0 or 1 for each token, got \[2\]",
+        ),
+        (
+            {"completion_ids": [[4]] * 16, "truncated": ["False"] * 16},
+            "truncated must be True or False, got",
+        ),
         ({"completion_ids": [[4]] * 16, "prompt_ids": [[]] * 16}, "prompt_ids must not be empty"),
         (
             {"completion_ids": [[4, 4, 4]] * 16},
@@ -292,3 +336,15 @@ def test_optional_output_of_a_rollout_fn():
     output["truncated"] = numpy.array([True, False] * 8)
     options = {"rollout_fn": lambda prompts, trainer: output, "mask_truncated_completions": True}
     assert collect(trainer_of("unused", **options)[0]).batch.completion_mask.sum() == 16
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array, tuple])
+def test_a_rollout_fn_may_return_tensors_and_arrays(kind):
+    output = {"completion_ids": kind([[4, 1]] * 16), "logprobs": kind([[-1.0, -2.0]] * 16)}
+    output |= {"prompt_ids": [kind([5, 6])] * 16, "completion_mask": kind([[True, False]] * 16)}
+    trainer, _ = trainer_of("unused", rollout_fn=lambda prompts, trainer: output)
+    batch = collect(trainer).batch
+    assert batch.prompt_ids.tolist() == [[5, 6]] * 16
+    assert batch.completion_ids.tolist() == [[4, 1]] * 16
+    assert batch.sampling_logps.tolist() == [[-1, -2]] * 16
+    assert batch.completion_mask.tolist() == [[True, False]] * 16

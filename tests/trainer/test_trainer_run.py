@@ -37,17 +37,28 @@ def test_a_run_logs_evaluates_and_saves(tmp_path):
         eval_steps=4,
         eval_data=HELD_OUT,
         completions_steps=2,
+        completions_rows=20,
+        eval_batch_size=7,
         run_log=log,
     )
-    assert trainer.train() == (6, None)
+    assert trainer.train()[:2] == (6, None)
     assert list(log.steps) == list(range(7)) and log.closed == 1
     assert [step for step in log.steps if "eval/reward" in log.steps[step]] == [0, 4, 6]
     assert all(log.steps[step]["reward"] == records[step]["reward"] for step in range(1, 7))
     rates = [log.steps[step]["learning_rate"] for step in range(1, 7)]
     assert rates == pytest.approx([1e-3 * (1 - i / 6) for i in range(6)])
     assert "kl" not in log.steps[6]
-    assert list(log.tables) == [1, 3, 5]
-    row = log.tables[5][0]
+    # The first rollout is the baseline; evaluations show the same prompts at several steps.
+    assert list(log.tables) == ["eval-0", 1, 2, 4, "eval-4", 6, "eval-6"]
+    for step in (0, 4, 6):
+        table = log.tables[f"eval-{step}"]
+        assert [row["prompt"] for row in table] == [row["prompt"] for row in HELD_OUT]
+        mean = sum(row["reward"] for row in table) / len(table)
+        assert mean == pytest.approx(log.steps[step]["eval/reward"])
+    for step in (1, 2, 4, 6):  # under the name of the step that has their metrics
+        rewards = [row["reward"] for row in log.tables[step]]
+        assert sum(rewards) / 16 == pytest.approx(log.steps[step]["reward"])
+    row = log.tables[6][0]
     assert set(row) == {"prompt", "completion", "reward", "exact", "digits"}
     assert row["prompt"].endswith("=")
 
@@ -191,7 +202,7 @@ def test_activations_are_recomputed_in_the_backward_pass(tmp_path):
     experience = collect(trainer)
     calls.clear()
     batch = next(iter(experience.micro_batches(0, 1, 16)))
-    loss = trainer.policy.loss(trainer.model, batch, 32, 16).loss
+    loss = trainer.policy.loss(trainer.model, batch, 32, 16)[0].loss
     forward = len(calls)
     loss.backward()
     assert (forward, len(calls)) == (1, 2)
@@ -343,7 +354,7 @@ def test_a_model_by_name_and_trackers(tmp_path):
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert {"step", "reward", "rewards/any_digit", "rewards/matches"} <= set(json.loads(line))
     assert json.loads(line)["share"] == 0.625
-    table = (tmp_path / "run" / "completions" / "0.jsonl").read_text().splitlines()
+    table = (tmp_path / "run" / "completions" / "1.jsonl").read_text().splitlines()
     answers = {row["prompt"]: row["answer"] for row in ROWS}
     assert all(row["wanted"] == answers[row["prompt"]] for row in map(json.loads, table))
     names = [path.name for path in (tmp_path / "run").rglob("*")]

@@ -33,7 +33,7 @@ def test_the_sampler_hands_over_what_it_kept(names, tmp_path):
     trainer, _ = trainer_of(tmp_path, generation_batch_size=3, minibatches=2, **options)
     batch = collect(trainer).batch
     model = trainer.model.eval()
-    offsets, ids = batch.support
+    offsets, ids = batch.support(14)
     assert ids.dtype == torch.int32 and len(offsets) == batch.completion_ids.numel() + 1
     rows, T = ids.tensor_split(offsets[1:-1]), batch.completion_ids.shape[1]
     with torch.no_grad():

@@ -4,12 +4,10 @@ import asyncio
 import functools
 import inspect
 import threading
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from grpo_fused.trainer.run.errors import TrainingError, shorten
+from grpo_fused.trainer.run.errors import TrainingError, locate, shorten
 
 # Arguments of a reward function that do not have one value per completion.
 NO_COLUMNS = ("trainer_state", "log_metric", "log_extra")
@@ -106,11 +104,11 @@ def _locate(name, function, selected, error, arguments):
     Of a function with the attribute `pure`, on which example: it is called again on each alone. Any
     other may cost money or count its calls.
     """
-    size, line = len(arguments["completions"]), _line(error)
+    size, line = len(arguments["completions"]), locate(error, function)
     reason = f"{type(error).__name__}: {error}"
     if not getattr(function, "pure", False):
         return TrainingError(
-            f"reward {name} failed {line} on a batch of {size} completions ({reason}); its first "
+            f"reward {name} failed{line} on a batch of {size} completions ({reason}); its first "
             f"prompt: {shorten(arguments['prompts'][0])}; {name}.pure = True lets the trainer call "
             "it on each alone to find the example"
         )
@@ -129,17 +127,10 @@ def _locate(name, function, selected, error, arguments):
         except Exception as again:
             prompt, completion = arguments["prompts"][i], arguments["completions"][i]
             return TrainingError(
-                f"reward {name} failed {_line(again)} on example {i} of {size} "
+                f"reward {name} failed{locate(again, function)} on example {i} of {size} "
                 f"({type(again).__name__}: {again}); prompt: {shorten(prompt)}; "
                 f"completion: {shorten(completion)}"
             )
     return TrainingError(
-        f"reward {name} failed {line} on {size} examples together, but on none alone ({reason})"
+        f"reward {name} failed{line} on {size} examples together, but on none alone ({reason})"
     )
-
-
-def _line(error):
-    """Returns "at file:line" of the innermost frame of an error that no installed package has."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    return f"at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""

@@ -9,7 +9,8 @@ from types import ModuleType
 
 from grpo_fused.checks import nearest
 from grpo_fused.trainer.rewards.builtin import BUILTIN, PACKAGES
-from grpo_fused.trainer.rewards.reward_model import RewardModel
+from grpo_fused.trainer.rewards.reward_model import load_reward_model
+from grpo_fused.trainer.run.errors import locate
 
 
 def find_reward(name: str) -> Callable:
@@ -21,8 +22,11 @@ def find_reward(name: str) -> Callable:
 
     Raises:
         ValueError: there is no such reward; its package is not installed; its file cannot be
-            imported.
+            imported; the folder holds no reward model.
     """
+    parts = name.replace(",", " ").split()
+    if len(parts) > 1 and not Path(name).exists() and any(":" in p or p in BUILTIN for p in parts):
+        raise ValueError(f"rewards: several are a list, [{', '.join(parts)}], got {name!r}")
     source, colon, attribute = name.rpartition(":")
     if not colon:
         if name in BUILTIN:
@@ -31,7 +35,9 @@ def find_reward(name: str) -> Callable:
                 raise ValueError(f"rewards: {name} needs {package}: pip install {package}")
             return BUILTIN[name]
         if (Path(name) / "config.json").is_file():
-            return RewardModel(name)
+            return load_reward_model(name)
+        if name.endswith(".py") and Path(name).is_file():
+            raise ValueError(f"rewards: {name} needs the name of a function, {name}:function")
         raise ValueError(
             "rewards must be path.py:function, package.module:function, the folder of a reward "
             f"model, or one of {', '.join(BUILTIN)}, got {name!r}{nearest(name, BUILTIN)}"
@@ -39,10 +45,9 @@ def find_reward(name: str) -> Callable:
     module = _import_file(source) if source.endswith(".py") else _import_module(source)
     function = getattr(module, attribute, None)
     if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value)]
-        raise ValueError(
-            f"rewards: {source} has no function {attribute}{nearest(attribute, names)}"
-        )
+        names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        near = nearest(attribute, names) or f", only {', '.join(names) or 'none at all'}"
+        raise ValueError(f"rewards: {source} has no function {attribute}{near}")
     return function
 
 
@@ -59,7 +64,7 @@ def _import_file(path) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise ValueError(
-            f"rewards: {path} cannot be imported ({type(error).__name__}: {error})"
+            f"rewards: {path} cannot be imported ({type(error).__name__}{locate(error)}: {error})"
         ) from error
     return module
 

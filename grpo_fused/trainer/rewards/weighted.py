@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from grpo_fused.trainer.rewards.calls import call_all
 from grpo_fused.trainer.rewards.lookup import find_reward
@@ -18,11 +19,17 @@ from grpo_fused.trainer.rewards.results import (
 )
 from grpo_fused.trainer.rollouts.rollout import Prompt
 
+if TYPE_CHECKING:
+    from grpo_fused.trainer.reward_training import RewardTraining
+
 RewardFunction = Callable[..., Any]
 
 
 class TrainerState:
-    """The argument `trainer_state` of reward functions: two fields of TRL's TrainerState."""
+    """The argument `trainer_state` of reward functions.
+
+    The first two fields are those of TRL's TrainerState; the others serve `steps.split_steps`.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -35,6 +42,16 @@ class TrainerState:
     @property
     def max_steps(self) -> int:
         return self.trainer.config.max_steps
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the policy."""
+        return self.trainer.tokenizer
+
+    @property
+    def step_separator(self) -> str:
+        """Text that ends a step of a completion."""
+        return self.trainer.config.reward_step_separator
 
 
 @dataclass
@@ -84,9 +101,11 @@ class Rewards:
 
     Args:
         functions: one or more callables or names: "path.py:function", "package.module:function",
-            a name in `builtin.BUILTIN`, or the folder of a reward model (a sequence classifier of
-            transformers with one label).
+            a name in `builtin.BUILTIN`, or the folder of a reward model of transformers (a sequence
+            classifier, or a token classifier, which scores steps).
         weights: one per function; None = 1 each.
+        training: of one of the functions, a reward model that the trainer trains further at the
+            end of every iteration (DeepSeekMath, Algorithm 1, line 12).
 
     Attributes:
         functions: callables by name.
@@ -98,11 +117,15 @@ class Rewards:
             number per function.
     """
 
+    training: "RewardTraining | None" = None
+
     def __init__(
         self,
         functions: RewardFunction | str | Sequence[RewardFunction | str],
         weights: Sequence[float] | None = None,
+        training: "RewardTraining | None" = None,
     ):
+        self.training = training
         functions = [functions] if isinstance(functions, str) or callable(functions) else functions
         found = [find_reward(one) if isinstance(one, str) else one for one in functions]
         if not found:

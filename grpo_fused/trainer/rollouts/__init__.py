@@ -1,1 +1,1 @@
-"""Rollouts: completions sampled with `generate`, or returned by a user's `rollout_fn`."""
+"""Rollouts: completions from `generate`, from vLLM servers, or from a user's `rollout_fn`."""

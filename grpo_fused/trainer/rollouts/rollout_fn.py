@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from grpo_fused.checks import nearest
 from grpo_fused.trainer.rollouts.rollout import Prompt, Rollout
 from grpo_fused.trainer.rollouts.sampler import Sampler
+from grpo_fused.trainer.run.errors import shorten
 
 RolloutFn = Callable[[list[Prompt], Any], dict[str, Any]]  # (prompts, trainer) -> lists by name
 FIELDS = ("prompt_ids", "completion_ids", "logprobs", "completion_mask", "truncated", "support")
@@ -25,74 +27,164 @@ def convert_output(
 
     Raises:
         ValueError: the output is no dict with completion_ids; a list does not have one entry per
-            prompt; logprobs, a mask or a support do not have one entry per token; a support lacks
-            the sampled token; a completion exceeds max_completion_length or the model's context.
+            prompt; tokens are no integers, or not in the vocabulary; logprobs, a mask or a support
+            do not have one entry per token, or one that is no number, 0 or 1, or ids; a support
+            lacks the sampled token; a completion exceeds max_completion_length or the model's
+            context.
     """
-    if not isinstance(output, dict) or "completion_ids" not in output:
-        raise ValueError(f"rollout_fn must return a dict with completion_ids, got {type(output)}")
-    output = {name: values for name, values in output.items() if values is not None}
-    if "env_mask" in output:  # as TRL names completion_mask
-        if "completion_mask" in output:
-            raise ValueError("rollout_fn must return either env_mask or completion_mask, got both")
-        output["completion_mask"] = output.pop("env_mask")
+    output, size = _entries(output), len(prompts)
     for name, values in output.items():
-        if len(values) != len(prompts):
+        if not _is_list(values) or len(values) != size:
+            got = len(values) if _is_list(values) else _describe(values)
             raise ValueError(
-                f"rollout_fn: {name} must have one entry per prompt, {len(prompts)}, "
-                f"got {len(values)}"
+                f"rollout_fn: {name} must have one entry per prompt, {size}, got {got}"
             )
-    completion_ids = [list(ids) for ids in output["completion_ids"]]
+    vocabulary = sampler.vocabulary
+    completion_ids = _tokens("completion_ids", "completion", output, vocabulary)
     for row, ids in enumerate(completion_ids):
         _check_completion(output, row, ids, sampler.config.max_completion_length)
-    prompt_ids = output.get("prompt_ids")
-    if prompt_ids is not None and not all(map(len, prompt_ids)):
-        raise ValueError("rollout_fn: prompt_ids must not be empty, got an empty list")
-    prompt_ids = sampler.encode(prompts) if prompt_ids is None else [list(x) for x in prompt_ids]
+    if "prompt_ids" in output:
+        prompt_ids = _tokens("prompt_ids", "prompt", output, vocabulary)
+        if not all(map(len, prompt_ids)):
+            raise ValueError("rollout_fn: prompt_ids must not be empty, got an empty list")
+    else:
+        prompt_ids = sampler.encode(prompts, columns)
     longest = max(len(x) + len(y) for x, y in zip(prompt_ids, completion_ids, strict=True))
     if sampler.context and longest > sampler.context:
         raise ValueError(
             "rollout_fn: prompt and completion must fit the model's context of "
             f"{sampler.context}, got {longest} tokens"
         )
-    truncated = output.get("truncated")
-    if truncated is None:
-        truncated = [sampler.is_truncated(ids) for ids in completion_ids]
+    logprobs, mask = _numbers(output, "logprobs"), _numbers(output, "completion_mask")
+    for row, values in enumerate(mask or []):
+        if not set(values) <= {0, 1}:
+            raise ValueError(
+                f"rollout_fn: completion_mask of completion {row} must be 0 or 1 for each token, "
+                f"got {values}"
+            )
+    truncated = [sampler.is_truncated(ids) for ids in completion_ids]
+    if "truncated" in output:
+        truncated = _plain(output["truncated"])
+        if not all(value in (0, 1) for value in truncated):
+            raise ValueError(f"rollout_fn: truncated must be True or False, got {truncated}")
     return Rollout(
         list(prompts),
         prompt_ids,
         completion_ids,
         list(map(bool, truncated)),
-        output.get("logprobs"),
-        output.get("completion_mask"),
+        logprobs,
+        mask,
         columns | {name: list(v) for name, v in output.items() if name not in FIELDS},
-        _supports(output, completion_ids, sampler.vocabulary),
+        _supports(output, completion_ids, mask, vocabulary),
     )
 
 
-def _supports(output, completion_ids, vocabulary):
+def _entries(output):
+    """The entries of the output that are not None, under our names."""
+    wanted = "rollout_fn must return a dict with completion_ids, a list of token ids per prompt"
+    if not isinstance(output, dict):
+        raise ValueError(f"{wanted}, got {_describe(output)}")
+    output = {name: values for name, values in output.items() if values is not None}
+    if "env_mask" in output:  # as TRL names completion_mask
+        if "completion_mask" in output:
+            raise ValueError("rollout_fn must return either env_mask or completion_mask, got both")
+        output["completion_mask"] = output.pop("env_mask")
+    if "completion_ids" not in output:
+        names = ", ".join(map(str, output)) or "nothing"
+        raise ValueError(f"{wanted}, got {names}{nearest('completion_ids', map(str, output))}")
+    return output
+
+
+def _is_list(values):
+    """Whether something is a list, or as good as one."""
+    is_array = getattr(values, "ndim", 0) > 0
+    return isinstance(values, (list, tuple)) or is_array
+
+
+def _describe(value):
+    if value is None or isinstance(value, (int, float, str)):
+        return shorten(value)
+    return f"{type(value).__name__} {shorten(value)}"
+
+
+def _plain(values):
+    """A list of Python values from one, or from a tensor or an array."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
+def _tokens(name, owner, output, vocabulary):
+    """The token ids of every row, checked."""
+    return [
+        _check_ids(f"{name} of {owner} {row}", ids, vocabulary)
+        for row, ids in enumerate(output[name])
+    ]
+
+
+def _check_ids(name, ids, vocabulary):
+    wanted = f"rollout_fn: {name} must be token ids, integers in [0, {vocabulary})"
+    if not _is_list(ids):
+        raise ValueError(f"{wanted}, got {_describe(ids)}")
+    ids = [token.item() if hasattr(token, "item") else token for token in _plain(ids)]
+    for place, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise ValueError(f"{wanted}, got {_describe(token)} for token {place}")
+    return ids
+
+
+def _numbers(output, name):
+    """The numbers of every row, or None."""
+    if name not in output:
+        return None
+    rows = [
+        [value.item() if hasattr(value, "item") else value for value in _plain(values)]
+        for values in output[name]
+    ]
+    for row, values in enumerate(rows):
+        for place, value in enumerate(values):
+            if not isinstance(value, (int, float)):
+                raise ValueError(
+                    f"rollout_fn: {name} of completion {row} must be numbers, "
+                    f"got {_describe(value)} for token {place}"
+                )
+    return rows
+
+
+def _supports(output, completion_ids, mask, vocabulary):
     """`Rollout.support` from the ids that were kept for every token of every completion."""
     if "support" not in output:
         return None
     supports = []
     for row, (kept, ids) in enumerate(zip(output["support"], completion_ids, strict=True)):
-        kept = [np.asarray(tokens, np.int32).reshape(-1) for tokens in kept]
+        name = f"rollout_fn: support of completion {row}"
+        arrays = []
         for place, (tokens, chosen) in enumerate(zip(kept, ids, strict=True)):
-            sampled = "completion_mask" not in output or output["completion_mask"][row][place]
-            if sampled and chosen not in tokens:
+            array = _id_array(tokens, vocabulary)
+            if array is None:
                 raise ValueError(
-                    f"rollout_fn: support of completion {row} must have the token that was "
-                    f"sampled, but that of token {place} lacks {chosen}"
+                    f"{name} must have distinct ids in [0, {vocabulary}), "
+                    f"got {_describe(tokens)} for token {place}"
                 )
-        for place, tokens in enumerate(kept):
-            distinct = len(np.unique(tokens)) == len(tokens)
-            if not distinct or (len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocabulary):
+            if chosen not in array and (mask is None or mask[row][place]):
                 raise ValueError(
-                    f"rollout_fn: support of completion {row} must have distinct ids in "
-                    f"[0, {vocabulary}), got {tokens.tolist()} for token {place}"
+                    f"{name} must have the token that was sampled, but that of token {place} "
+                    f"lacks {chosen}"
                 )
-        counts = np.array([len(tokens) for tokens in kept], np.int64)
-        supports.append((counts, np.concatenate([np.zeros(0, np.int32), *kept])))
+            arrays.append(array)
+        counts = np.array([len(array) for array in arrays], np.int64)
+        supports.append((counts, np.concatenate([np.zeros(0, np.int32), *arrays])))
     return supports
+
+
+def _id_array(tokens, vocabulary):
+    """int32 array of distinct ids in the vocabulary; None if they are not."""
+    try:
+        array = np.asarray(_plain(tokens)).reshape(-1)
+    except (TypeError, ValueError):
+        return None
+    if not len(array):
+        return array.astype(np.int32)
+    valid = array.dtype.kind in "iu" and 0 <= array.min() and array.max() < vocabulary
+    return array.astype(np.int32) if valid and len(np.unique(array)) == len(array) else None
 
 
 def _check_completion(output, row, ids, max_completion_length):
@@ -102,8 +194,11 @@ def _check_completion(output, row, ids, max_completion_length):
             f"{max_completion_length} tokens, got {len(ids)}"
         )
     for name in ("logprobs", "completion_mask", "support"):
-        if name in output and len(output[name][row]) != len(ids):
-            raise ValueError(
-                f"rollout_fn: {name} of completion {row} must have one entry per token, "
-                f"{len(ids)}, got {len(output[name][row])}"
-            )
+        if name in output:
+            values = output[name][row]
+            if not _is_list(values) or len(values) != len(ids):
+                got = len(values) if _is_list(values) else _describe(values)
+                raise ValueError(
+                    f"rollout_fn: {name} of completion {row} must have one entry per token, "
+                    f"{len(ids)}, got {got}"
+                )

@@ -4,21 +4,26 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.generation.logits_process import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import LogitsProcessorList
 
-from grpo_fused import support_from_mask
-from grpo_fused.trainer.rollouts.rollout import Prompt, Rollout, pad
+from grpo_fused.trainer.rollouts.chat import (
+    COLUMN,
+    check_template,
+    encode_chat,
+    merge_template_kwargs,
+)
+from grpo_fused.trainer.rollouts.generation import FOR_SAMPLES
+from grpo_fused.trainer.rollouts.recording import (
+    Filters,
+    Notes,
+    StopAtStrings,
+    StopStrings,
+    check_values,
+)
+from grpo_fused.trainer.rollouts.rollout import Prompt, Rollout, Samples, pad
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 from grpo_fused.trainer.run.errors import shorten
 
@@ -29,12 +34,14 @@ class Sampler:
     Args:
         tokenizer: tokenizer of the model. Without a padding token its end token is used, which is
             safe: a completion ends at the first end token.
-        model: its config and generation config define the end tokens and the context length.
+        model: its config and generation config define the end tokens, the context length and
+            stop strings in addition to those of `config`.
         config: GRPOTrainerConfig.
 
     Raises:
         ValueError: neither tokenizer nor model has an end token; prompts and completions can
-            exceed the context length of the model.
+            exceed the context length of the model; the tokenizer cannot write a stop string; the
+            chat template does not read an argument; transformers rejects a setting.
     """
 
     def __init__(
@@ -51,33 +58,40 @@ class Sampler:
                 f"max_completion_length: {longest} tokens of prompt and completion exceed the "
                 f"model's context of {self.context}"
             )
+        StopStrings(tokenizer, config.stop_strings).check()
+        self.stops = StopStrings(tokenizer, [*config.stop_strings, *find_stop_strings(model)])
+        if config.chat_template_kwargs:
+            check_template(tokenizer, config.chat_template_kwargs)
+        check_values(model, config, self.generation_config(1.0), self.vocabulary)
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def encode(
+        self, prompts: Sequence[Prompt], columns: dict[str, list[Any]] | None = None
+    ) -> list[list[int]]:
         """Tokenizes prompts and keeps the last max_prompt_length tokens of each.
+
+        Args:
+            prompts: B prompts.
+            columns: of the data; a column `chat_template_kwargs` has arguments for chats.
 
         Raises:
             ValueError: a prompt is neither text nor a list of messages, has no tokens, or does
-                not leave max_completion_length tokens of the model's context.
+                not leave max_completion_length tokens of the model's context; the chat template
+                does not read an argument.
         """
+        rows = (columns or {}).get(COLUMN) or [None] * len(prompts)
+        pairs = list(zip(prompts, rows, strict=True))
         encoded: list[list[int]] = []
-        for i, prompt in enumerate(prompts):  # a group repeats its prompt
-            is_repeated = i > 0 and prompt == prompts[i - 1]
-            encoded.append(encoded[-1] if is_repeated else self._encode(prompt))
+        for i, pair in enumerate(pairs):  # a group repeats its prompt
+            is_repeated = i > 0 and pair == pairs[i - 1]
+            encoded.append(encoded[-1] if is_repeated else self._encode(*pair))
         return encoded
 
-    def _encode(self, prompt):
+    def _encode(self, prompt, template_kwargs):
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         elif isinstance(prompt, list):
-            # A last turn of the assistant is continued, any other answered.
-            continues = bool(prompt) and prompt[-1].get("role") == "assistant"
-            ids = self.tokenizer.apply_chat_template(
-                prompt,
-                add_generation_prompt=not continues,
-                continue_final_message=continues,
-                tokenize=True,
-                return_dict=True,
-            )["input_ids"]
+            arguments = merge_template_kwargs(self.config.chat_template_kwargs, template_kwargs)
+            ids = encode_chat(self.tokenizer, prompt, arguments)
         else:
             raise ValueError(f"prompt must be a str or a list of messages, got {prompt!r}")
         if self.config.max_prompt_length is not None:
@@ -101,42 +115,64 @@ class Sampler:
         *,
         temperature: float,
         batch_size: int | None = None,
-        supports: list[tuple[np.ndarray, np.ndarray]] | None = None,
+        max_new_tokens: int | None = None,
+        notes: Notes | None = None,
     ) -> list[list[int]]:
         """Samples a completion for each prompt, `batch_size` at once; temperature 0 is greedy.
 
         Args:
-            supports: collects `Rollout.support` of the completions.
+            model: to sample from.
+            prompt_ids: B prompts.
+            temperature: of the sampler.
+            batch_size: None = all.
+            max_new_tokens: length limit; None: max_completion_length.
+            notes: collects what the sampler kept, and its log-probabilities; needs a temperature.
         """
         batch_size = batch_size or len(prompt_ids)
         completions = []
-        with eval_mode(model), generation_defaults(model, self.generation_config(temperature)):
+        generation_config = self.generation_config(temperature, max_new_tokens)
+        with eval_mode(model), generation_defaults(model, generation_config):
             for first in range(0, len(prompt_ids), batch_size):
                 ids, mask = pad(prompt_ids[first : first + batch_size], self.pad_id, "left")
                 ids, mask = ids.to(model.device), mask.to(model.device)
-                filters = Filters(self.config, temperature, supports is not None)
+                filters = self._filters(temperature, model.device, notes is not None)
+                stop = StopAtStrings(self.stops, ids.shape[1])
                 tokens = model.generate(
                     input_ids=ids,
                     attention_mask=mask.long(),
-                    logits_processor=LogitsProcessorList([filters] if temperature else []),
+                    logits_processor=LogitsProcessorList(filters),
+                    stopping_criteria=[stop] if self.stops.strings else None,
                 )
-                found = [self.cut_at_eos(row) for row in tokens[:, ids.shape[1] :].tolist()]
-                if supports is not None:
-                    supports += filters.supports(found)
+                found = [
+                    self.cut_at_eos(row[: stop.lengths.get(number)])
+                    for number, row in enumerate(tokens[:, ids.shape[1] :].tolist())
+                ]
+                if notes is not None:
+                    filters[0].note(tokens, found, notes)
                 completions += found
         return completions
 
-    def generation_config(self, temperature: float) -> GenerationConfig:
+    def _filters(self, temperature, device, records):
+        """[Filters] of samples, [] of greedy completions."""
+        given = (self.config, temperature, self.vocabulary, device, records)
+        return [Filters(*given)] if temperature else []
+
+    def generation_config(
+        self, temperature: float, max_new_tokens: int | None = None
+    ) -> GenerationConfig:
         """Returns a generation config for sampling from what `Filters` leave."""
         config = self.config
-        sampling: dict[str, Any] = {"do_sample": bool(temperature)}
+        settings = {k: v for k, v in config.generation_kwargs.items() if k not in FOR_SAMPLES}
         if temperature:
-            sampling |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            settings.pop("watermarking_config", None)  # comes last, in `Filters`
+            settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return GenerationConfig(
-            max_new_tokens=config.max_completion_length,
+            max_new_tokens=max_new_tokens or config.max_completion_length,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
-            **sampling,
+            repetition_penalty=float(config.repetition_penalty),
+            do_sample=bool(temperature),
+            **settings,
         )
 
     def cut_at_eos(self, ids: list[int]) -> list[int]:
@@ -145,12 +181,47 @@ class Sampler:
         return ids[: min(ends) + 1] if ends else ids
 
     def is_truncated(self, ids: Sequence[int]) -> bool:
-        """Returns whether a completion lacks an end token."""
-        return not ids or ids[-1] not in self.eos_ids
+        """Returns whether a completion ends neither with an end token nor with a stop string."""
+        return not ids or not (ids[-1] in self.eos_ids or self.stops.end([ids])[0])
 
     def decode(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
-        """Returns the text of completions, without special tokens."""
-        return self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        """Returns the text of completions; without special tokens if skip_special_tokens."""
+        skips = self.config.skip_special_tokens
+        return self.tokenizer.batch_decode(completion_ids, skip_special_tokens=skips)
+
+    def sample(
+        self,
+        model: nn.Module,
+        prompt_ids: list[list[int]],
+        *,
+        temperature: float,
+        with_notes: bool = False,
+    ) -> Samples:
+        """Samples one completion per prompt.
+
+        Args:
+            model: to sample from.
+            prompt_ids: B prompts.
+            temperature: of the sampler; 0 is greedy.
+            with_notes: whether to note the tokens that were kept, and log-probabilities, as far as
+                the config lets them differ from the policy's.
+        """
+        config = self.config
+        differs = with_notes and temperature and (config.has_filters or config.has_penalties)
+        notes = Notes() if differs else None
+        completion_ids = self.generate(
+            model,
+            prompt_ids,
+            temperature=temperature,
+            batch_size=config.generation_batch_size,
+            notes=notes,
+        )
+        return Samples(
+            completion_ids,
+            [self.is_truncated(ids) for ids in completion_ids],
+            logprobs=notes.logprobs if notes and config.has_penalties else None,
+            support=notes.supports if notes else None,
+        )
 
     def rollout(
         self,
@@ -159,65 +230,11 @@ class Sampler:
         columns: dict[str, list],
         *,
         temperature: float,
-        with_support: bool = False,
     ) -> Rollout:
-        """Samples one completion per prompt; a group repeats its prompt num_generations times.
-
-        Args:
-            model: to sample from.
-            prompts: B prompts.
-            columns: of the data, B values each.
-            temperature: of the sampler; 0 is greedy.
-            with_support: whether to note which tokens the filters kept, if there are any.
-        """
-        prompt_ids = self.encode(prompts)
-        notes = with_support and temperature and self.config.has_filters
-        supports: list | None = [] if notes else None
-        completion_ids = self.generate(
-            model,
-            prompt_ids,
-            temperature=temperature,
-            batch_size=self.config.generation_batch_size,
-            supports=supports,
-        )
-        truncated = [self.is_truncated(ids) for ids in completion_ids]
-        given = (list(prompts), prompt_ids, completion_ids, truncated, None, None, columns)
-        return Rollout(*given, supports)
-
-
-class Filters(LogitsProcessor):
-    """The temperature and the filters of a sampler, which remember the tokens that they keep.
-
-    `generate` would apply its own behind any other processor, where nobody sees what is left.
-    """
-
-    def __init__(self, config: GRPOTrainerConfig, temperature: float, records: bool = False):
-        self.processors = LogitsProcessorList()
-        if temperature not in (0, 1):
-            self.processors.append(TemperatureLogitsWarper(float(temperature)))
-        if config.top_k:
-            self.processors.append(TopKLogitsWarper(config.top_k))
-        if config.top_p < 1:
-            self.processors.append(TopPLogitsWarper(config.top_p))
-        if config.min_p:
-            self.processors.append(MinPLogitsWarper(config.min_p))
-        self.records = records
-        self.steps: list[list[np.ndarray]] = []  # ids of every row
-
-    def __call__(self, input_ids, scores):
-        scores = self.processors(input_ids, scores)
-        if self.records:
-            offsets, ids = (t.cpu().numpy() for t in support_from_mask(scores > -torch.inf))
-            self.steps.append(np.split(ids, offsets[1:-1]))
-        return scores
-
-    def supports(self, completions: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns `Rollout.support` of the completions of a batch."""
-        found = []
-        for row, completion in enumerate(completions):
-            kept = [step[row] for step in self.steps[: len(completion)]]
-            found.append((np.array([len(ids) for ids in kept], np.int64), np.concatenate(kept)))
-        return found
+        """Encodes prompts and samples one completion each, without notes."""
+        prompt_ids = self.encode(prompts, columns)
+        found = self.sample(model, prompt_ids, temperature=temperature)
+        return Rollout.of(found, prompts, prompt_ids, columns)
 
 
 def find_eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[int]:
@@ -236,6 +253,12 @@ def find_eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[i
             "completion would end; set tokenizer.eos_token"
         )
     return ids
+
+
+def find_stop_strings(model: nn.Module) -> list[str]:
+    """Returns the stop strings of a model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "stop_strings", None) or []
+    return [configured] if isinstance(configured, str) else list(configured)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from grpo_fused.trainer.run.errors import TrainingError, any_rank
+from grpo_fused.trainer.run.errors import OtherRankError, TrainingError, any_rank, explain
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # suffix of folders that are being written or deleted; never loaded
@@ -64,10 +64,11 @@ def save_checkpoint(
             error = raised
         if not any_rank(accelerator, error is not None):
             continue
+        reason = "on another rank" if error is None else explain(error, output_dir)
         if main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingError(
-            f"{final} could not be written ({error or 'on another rank'}); "
+        raise (TrainingError if error else OtherRankError)(
+            f"{final} could not be written ({reason}); "
             f"the last good checkpoint is {latest_checkpoint(output_dir) or 'none'}"
         ) from error
     if main:

@@ -1,19 +1,23 @@
 """The command `grpo-fused train`: builds a trainer from a config and trains."""
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoTokenizer
 
+from grpo_fused.trainer.reward_training import RewardTraining
 from grpo_fused.trainer.rewards import Rewards
+from grpo_fused.trainer.rewards.reward_model import RewardModel
 from grpo_fused.trainer.run.config import TrainConfig
 from grpo_fused.trainer.run.data import load_rows
 from grpo_fused.trainer.run.loading import has_adapter, load_model, quantized_options
-from grpo_fused.trainer.run.log import RunLog
-from grpo_fused.trainer.trainer import GRPOTrainer, TrainResult
+from grpo_fused.trainer.run.report import record
+from grpo_fused.trainer.run.sources import Rows, has_subsets, is_hub_name
+from grpo_fused.trainer.run.summary import TrainResult, last_line
+from grpo_fused.trainer.run.validation import check_output_dir
+from grpo_fused.trainer.trainer import GRPOTrainer
 
 TRAIN_SEED, EVAL_SEED = 0, 1  # of generated tasks: no held-out row is a training row
 
@@ -24,10 +28,9 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
     Raises:
         ValueError: the model, data or rewards cannot be loaded or do not fit the settings.
     """
-    data, eval_data = load_source(config, config.data, TRAIN_SEED), None
-    if config.eval_data is not None:
-        eval_data = load_source(config, config.eval_data, EVAL_SEED)
-    rewards = Rewards(config.rewards, config.reward_weights)
+    check_output_dir(config.output_dir)
+    data, eval_data = load_data(config), load_eval_data(config)
+    rewards = make_rewards(config)
     if has_adapter(config.model) and (config.lora_rank or distribution(config)):
         raise ValueError(
             f"model {config.model} holds an adapter, which is trained further: lora_rank must be 0 "
@@ -48,7 +51,6 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
         model = load_model(config.model, dtype, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {config.model} cannot be loaded: {error}") from error
-    run_log = RunLog(config.output_dir, f"{config.model}, {config.loss_type} loss")
     return GRPOTrainer(
         model,
         rewards,
@@ -57,7 +59,6 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
         tokenizer=tokenizer,
         eval_data=eval_data,
         peft_config=make_lora_config(config),
-        run_log=run_log,
     )
 
 
@@ -89,24 +90,55 @@ def train(config: TrainConfig) -> TrainResult:
     trainer = make_trainer(config)
     result = trainer.train()
     if trainer.accelerator.is_main_process:
-        ended = f"interrupted after {result.step}" if result.signal else f"trained {result.step}"
-        hint = "; --resume latest continues the run" if result.signal else ""
-        print(
-            f"{ended} of {config.max_steps} steps; model/ and metrics.jsonl in "
-            f"{config.output_dir}{hint}"
-        )
+        print(last_line(result, config))
+        if result.signal:
+            record(last_line(result, config))  # or a launcher reports a failure without a cause
     return result
 
 
-def load_source(config: TrainConfig, source: str, task_seed: int) -> Sequence[dict]:
-    """Loads rows of a source; `task_seed` is TRAIN_SEED or EVAL_SEED."""
+def make_rewards(config: TrainConfig) -> Rewards:
+    """Returns the rewards of a config, with the training of its reward_model, if it has one."""
+    if config.reward_model is None:
+        return Rewards(config.rewards, config.reward_weights)
+    assert config.preference is not None
+    try:
+        model = RewardModel(config.reward_model)
+    except OSError as error:
+        raise ValueError(f"reward_model {config.reward_model} cannot be loaded: {error}") from error
+    history = [] if config.reward_data is None else load_rows(config.reward_data)
+    training = RewardTraining(model, config.preference, history)
+    return Rewards([*config.rewards, model], config.reward_weights, training)
+
+
+def load_data(config: TrainConfig) -> Rows:
+    """Loads the training rows of a config, or opens their stream."""
+    return load_rows(
+        config.data,
+        columns=config.data_columns,
+        subset=config.data_config,
+        split=config.data_split,
+        revision=config.data_revision,
+        streaming=config.data_streaming,
+        system_prompt=config.system_prompt,
+        task_size=config.task_rows,
+        task_seed=2 * config.seed + TRAIN_SEED,
+    )
+
+
+def load_eval_data(config: TrainConfig) -> Rows | None:
+    """Loads the held-out rows of a config, if it has any; a file needs no subset or revision."""
+    if config.eval_data is None:
+        return None
+    source = config.eval_data
     return load_rows(
         source,
         columns=config.data_columns,
-        split=config.data_split,
+        subset=config.data_config if has_subsets(source) else None,
+        split=config.eval_data_split or config.data_split,
+        revision=config.data_revision if is_hub_name(source) else None,
         system_prompt=config.system_prompt,
         task_size=config.task_rows,
-        task_seed=2 * config.seed + task_seed,
+        task_seed=2 * config.seed + EVAL_SEED,
     )
 
 

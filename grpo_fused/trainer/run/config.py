@@ -1,19 +1,28 @@
 """Settings of a training run: meaning, unit, default and accepted values of each."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from grpo_fused import LOSSES
 from grpo_fused.advantages import SCALES
-from grpo_fused.checks import nearest
 from grpo_fused.corrections import LEVELS, MODES
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.objectives import LEVELS as RATIO_LEVELS
+from grpo_fused.trainer.rollouts.generation import leaves_out, reweights
+from grpo_fused.trainer.run.config_checks import (
+    check_advantages,
+    check_critic,
+    check_objective_parameters,
+    check_sampling,
+)
 from grpo_fused.trainer.run.options import check_options, option
+from grpo_fused.trainer.run.source_checks import check_source
 from grpo_fused.validation import check_objective
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
+SOURCES = ("generate", "vllm")
+SYNCS = ("folder", "adapter", "nccl")
 BASELINES = ("group", "leave_one_out", "length", "batch")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 ALGORITHMS = ("grpo", "ppo")
@@ -22,10 +31,6 @@ REWARD_KL_ESTIMATORS = tuple(name for name in KL_ESTIMATORS if not name.endswith
 QUANTIZATIONS = ("4bit", "8bit")
 ROUNDING = "gradients are the same up to rounding"  # after a change in a resumed run
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CRITIC_OPTIONS = (
-    *("critic", "critic_model", "critic_learning_rate", "value_coef", "value_cliprange"),
-    *("gae_gamma", "gae_lambda", "reward_kl_estimator"),
-)
 
 
 @dataclass(kw_only=True)
@@ -48,6 +53,12 @@ class GRPOTrainerConfig:
     )
     max_steps: int = option(500, "total number of optimizer steps", low=1)
     seed: int = option(0, "seed of new weights, prompt order and sampling", low=0, high=2**32 - 1)
+    shuffle: bool = option(
+        True, "take the rows in another order in every epoch; false: in the order of the data"
+    )
+    shuffle_buffer_size: int = option(
+        1000, "rows that the next row of a shuffled data stream is drawn from", low=1
+    )
 
     # The batch
     prompts_per_rollout: int = option(8, "prompts per rollout, over all ranks", low=1)
@@ -77,8 +88,38 @@ class GRPOTrainerConfig:
     min_p: float | None = option(
         None, "minimum probability relative to the most probable token; none: off", low=0, high=1
     )
+    repetition_penalty: float = option(
+        1.0,
+        "divides logits of tokens that occurred before; 1: off. Another distribution than the "
+        "policy's, which rollout_correction weights",
+        above=0,
+    )
+    stop_strings: list[str] = option(
+        [],
+        "text that ends a completion, in addition to the end token and to the stop_strings of the "
+        "model's generation config",
+    )
+    generation_kwargs: dict[str, Any] = option(
+        {},
+        "further settings of transformers' GenerationConfig, as {min_new_tokens: 4}; those that "
+        "the loss would be wrong with are refused",
+    )
+    chat_template_kwargs: dict[str, Any] = option(
+        {},
+        "arguments of the chat template, as {enable_thinking: false}; a column of this name takes "
+        "precedence",
+    )
     mask_truncated_completions: bool = option(
         False, "exclude completions that reach max_completion_length from the loss (DAPO)"
+    )
+    skip_special_tokens: bool = option(
+        True, "leave special tokens, the end token too, out of the text that rewards and tables see"
+    )
+    dynamic_sampling_rounds: int = option(
+        1,
+        "rounds of prompts_per_rollout prompts to draw at most until as many groups have rewards "
+        "that differ (dynamic sampling, DAPO); 1: every group is trained on",
+        low=1,
     )
 
     # The algorithm, and the critic of PPO
@@ -109,7 +150,58 @@ class GRPOTrainerConfig:
         "k1", "estimator of the KL penalty in PPO's rewards", choices=REWARD_KL_ESTIMATORS
     )
 
+    # Rollouts from vLLM servers (rollout_source vllm)
+    rollout_source: str = option(
+        "generate",
+        "who samples: generate of the policy itself, or vllm, the servers at vllm_servers",
+        choices=SOURCES,
+    )
+    vllm_servers: list[str] = option(
+        [],
+        "addresses of vLLM servers, which share the prompts, as http://host:8000",
+        mutable_on_resume=True,
+    )
+    vllm_model: str | None = option(
+        None, "name of the model on the servers; none: their first", mutable_on_resume=True
+    )
+    vllm_sync: str = option(
+        "folder",
+        "how servers get new weights: from a folder, as adapters in a folder, or over nccl",
+        choices=SYNCS,
+        mutable_on_resume=True,
+    )
+    vllm_folder: str | None = option(
+        None,
+        "folder for weights, which servers see under the same path; none: served/ in output_dir",
+        mutable_on_resume=True,
+    )
+    vllm_start_timeout: float = option(
+        300.0, "seconds to wait for servers that are starting", low=0, mutable_on_resume=True
+    )
+    vllm_timeout: float = option(
+        600.0,
+        "seconds to wait for the completions of a prompt, or for a step of a weight sync",
+        above=0,
+        mutable_on_resume=True,
+    )
+    vllm_retries: int = option(
+        3,
+        "times to repeat a request for completions after a fault that may pass, 1, 2, 4, ... "
+        "seconds later",
+        low=0,
+        mutable_on_resume=True,
+    )
+
     # Rewards and advantages
+    soft_punish_cache: int | None = option(
+        None,
+        "tokens before max_completion_length in which the reward falls linearly by 1 (soft "
+        "overlong punishment, DAPO); none: no punishment",
+        low=1,
+    )
+    reward_step_separator: str = option(
+        "\n", "text that ends a step, for a reward model that scores steps; default: a new line"
+    )
     scale_rewards: str = option(
         "group",
         "divide centred rewards by the standard deviation of the group or batch, by that of the "
@@ -153,7 +245,7 @@ class GRPOTrainerConfig:
         mutable_on_resume=ROUNDING,
     )
 
-    # Rollout correction, for a rollout_fn that returns the sampler's log-probabilities
+    # Rollout correction, for a rollout_fn or server that returns the sampler's log-probabilities
     rollout_correction: str | None = option(
         "truncate", "handling of correction weights out of bounds; none: no weights", choices=MODES
     )
@@ -175,6 +267,27 @@ class GRPOTrainerConfig:
         above=0,
         high=1,
     )
+
+    # Iterations (iterative GRPO)
+    iterations: int = option(
+        1,
+        "parts of the run, of equally many rollouts; all but the first begin by setting the "
+        "reference to the policy and training the reward model further",
+        low=1,
+    )
+    replay_fraction: float = option(
+        0.1, "share of pairs of earlier iterations in the training of the reward model", low=0
+    )
+    replay_size: int = option(
+        10_000, "pairs of earlier iterations to keep, a uniform sample of all", low=1
+    )
+    reward_learning_rate: float = option(
+        1e-5, "learning rate of the reward model; otherwise its AdamW is that of the policy", low=0
+    )
+    reward_batch_size: int = option(
+        16, "pairs in one optimizer step of the reward model, over all ranks", low=1
+    )
+    reward_epochs: int = option(1, "passes of the reward model over its pairs", low=1)
 
     # The optimizer
     learning_rate: float = option(1e-6, "peak learning rate of AdamW", low=0)
@@ -239,10 +352,25 @@ class GRPOTrainerConfig:
     )
     progress_bar: bool = option(True, "show a progress bar", mutable_on_resume=True)
 
+    # The Hub
+    push_to_hub: bool = option(
+        False, "upload model/ to the Hugging Face Hub when the run is complete",
+        mutable_on_resume=True,
+    )  # fmt: skip
+    hub_model_id: str | None = option(
+        None, "repository to upload to, as user/name; none: the name of output_dir",
+        mutable_on_resume=True,
+    )  # fmt: skip
+    hub_private_repo: bool | None = option(
+        None, "whether a new repository is private; none: as the account's default",
+        mutable_on_resume=True,
+    )  # fmt: skip
+
     def __post_init__(self):
         if self.report_to in ("none", ["none"]):  # as transformers accepts
             self.report_to = []
         check_options(self)
+        check_sampling(self)
         check_objective_parameters(self.loss_type, self.objective)
         level = self.importance_sampling_level or LOSSES[self.loss_type].level
         check_objective(self.objective_or_default, level)
@@ -254,8 +382,16 @@ class GRPOTrainerConfig:
                 f"minibatches must divide prompts_per_rollout x num_generations = {rows}, "
                 f"got {self.minibatches}"
             )
-        self._check_advantages()
-        self._check_critic()
+        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo is not None):
+            raise ValueError(
+                "hub_model_id and hub_private_repo require push_to_hub, got "
+                f"{self.hub_model_id!r} and {self.hub_private_repo!r} without it"
+            )
+        check_advantages(self)
+        check_critic(self)
+        if not self.reward_step_separator:
+            raise ValueError(f"reward_step_separator must not be empty, got {''!r}")
+        check_source(self)
         floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
         if floor is not None and floor >= cap:
             raise ValueError(
@@ -267,7 +403,8 @@ class GRPOTrainerConfig:
                 "warmup_steps requires another lr_scheduler_type, such as constant_with_warmup, "
                 f"got {self.warmup_steps} with constant"
             )
-        if self.reference_mix < 1 and not self.reference_refresh_rollouts:
+        self._check_iterations()
+        if self.reference_mix < 1 and not self.refresh_rollouts:
             raise ValueError(
                 "reference_mix below 1 requires reference_refresh_rollouts, "
                 f"got {self.reference_mix} without it"
@@ -278,55 +415,28 @@ class GRPOTrainerConfig:
                 f"a reference model, got {self.reference_refresh_rollouts} with beta {self.beta}"
             )
 
-    def _check_advantages(self):
-        """Checks that no setting of the advantages would be ignored."""
-        if self.pass_at_k is not None and self.pass_at_k > self.num_generations:
-            raise ValueError(
-                f"pass_at_k must be at most num_generations = {self.num_generations}, "
-                f"got {self.pass_at_k}"
-            )
-        other = None if self.pass_at_k is None else "pass_at_k"
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            if other:
-                raise ValueError(
-                    "pass_at_k must be none with multi_objective_aggregation normalize_then_sum, "
-                    f"got {self.pass_at_k}"
-                )
-            other = "multi_objective_aggregation normalize_then_sum"
-        for name in ("scale_rewards", "baseline"):
-            if other and getattr(self, name) != "group":
-                raise ValueError(f"{name} must be group with {other}, got {getattr(self, name)!r}")
-
-    def _check_critic(self):
-        """Checks the settings of PPO, and that none of them is set without it."""
-        if self.algorithm == "grpo":
-            defaults = {this.name: this.default for this in fields(GRPOTrainerConfig)}
-            for name in CRITIC_OPTIONS:
-                if getattr(self, name) != defaults[name]:
-                    raise ValueError(f"{name} requires algorithm ppo, got {getattr(self, name)!r}")
+    def _check_iterations(self):
+        if self.replay_fraction >= 1:
+            raise ValueError(f"replay_fraction must be below 1, got {self.replay_fraction}")
+        if self.iterations == 1:
             return
-        only = {"scale_rewards": "group", "baseline": "group", "pass_at_k": None}
-        only |= {"multi_objective_aggregation": "sum_then_normalize"}
-        only |= {"kl_estimator": "k3", "use_bias_correction_kl": False}
-        for name, value in only.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name} must be {value} with algorithm ppo, whose advantages come from a "
-                    f"critic and whose KL penalty is in the rewards, got {getattr(self, name)!r}"
-                )
-        shared = self.critic == "shared"
-        if shared and self.loss_input == "logits":
-            raise ValueError('critic shared requires loss_input "hidden", got "logits"')
-        for name in ("critic_model", "critic_learning_rate"):
-            if shared and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} must be none with critic shared, got {getattr(self, name)!r}"
-                )
-        if self.mixed_precision == "fp16":
+        if self.reference_refresh_rollouts:
             raise ValueError(
-                "mixed_precision must be no or bf16 with algorithm ppo: one loss scale cannot "
-                "serve two optimizers"
+                "reference_refresh_rollouts must be none with iterations, which say when the "
+                f"reference is refreshed, got {self.reference_refresh_rollouts}"
             )
+        if self.max_steps % (self.iterations * self.steps_per_rollout):
+            raise ValueError(
+                "iterations must divide max_steps / (minibatches x num_iterations) = "
+                f"{self.max_steps / self.steps_per_rollout:g} rollouts, got {self.iterations}"
+            )
+
+    @property
+    def refresh_rollouts(self) -> int | None:
+        """Rollouts of an iteration, after which reference and reward model are refreshed."""
+        if self.iterations == 1:
+            return self.reference_refresh_rollouts
+        return self.max_steps // (self.iterations * self.steps_per_rollout)
 
     @property
     def objective_or_default(self) -> Any:
@@ -346,7 +456,13 @@ class GRPOTrainerConfig:
     @property
     def has_filters(self) -> bool:
         """Whether `generate` samples from a part of the vocabulary."""
-        return bool(self.top_k or self.top_p < 1 or self.min_p)
+        filters = self.top_k or self.top_p < 1 or self.min_p
+        return bool(filters) or leaves_out(self.generation_kwargs)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether `generate` samples kept tokens with other probabilities than the policy's."""
+        return self.repetition_penalty != 1 or reweights(self.generation_kwargs)
 
     @property
     def is_off_policy(self) -> bool:
@@ -381,12 +497,25 @@ class TrainConfig(GRPOTrainerConfig):
     tokenizer: str | None = option(None, "folder or Hub name; none: the model's tokenizer")
     data: str = option(
         "",
-        "training rows: a .jsonl, .parquet or .csv file, a saved data set, reasoning_gym:TASK",
+        "training rows: a .jsonl, .parquet or .csv file, a folder with such files or a saved data "
+        "set, the name of a data set of the Hub, reasoning_gym:TASK",
         mutable_on_resume=True,
     )
     eval_data: str | None = option(None, "held-out rows, as data", mutable_on_resume=True)
     data_columns: dict[str, str] = option({}, "names of columns in the data, as {prompt: question}")
+    data_config: str | None = option(
+        None, "subset of a data set of the Hub that has several, such as main of openai/gsm8k"
+    )
     data_split: str = option("train", "split to use of a data set that has several")
+    eval_data_split: str | None = option(
+        None, "split to use of eval_data; none: data_split", mutable_on_resume=True
+    )
+    data_revision: str | None = option(
+        None, "branch, tag or commit of a data set of the Hub; none: the newest"
+    )
+    data_streaming: bool = option(
+        False, "read training rows as they are needed, instead of all at the start"
+    )
     task_rows: int = option(1000, "number of rows to generate for a reasoning_gym task", low=1)
     system_prompt: str | None = option(
         None, "instructions to put before text prompts, which become chats"
@@ -395,6 +524,21 @@ class TrainConfig(GRPOTrainerConfig):
         [],
         "reward functions: path.py:function, module:function, exact_match, math_verify, "
         "reasoning_gym, or the folder of a reward model",
+    )
+    reward_model: str | None = option(
+        None,
+        "folder or Hub name of a reward model (a sequence classifier with one label) that is one "
+        "more reward, the last, and is trained further in every iteration",
+        mutable_on_resume=True,
+    )
+    preference: str | None = option(
+        None, "reward function that says which of two completions reward_model should prefer"
+    )
+    reward_data: str | None = option(
+        None,
+        "pairs that reward_model was trained on, to be replayed: rows with prompt, chosen and "
+        "rejected, as data",
+        mutable_on_resume=True,
     )
     reward_weights: list[float] | None = option(None, "one weight per reward; none: 1 each")
     lora_rank: int = option(0, "rank of LoRA adapters; 0: train all weights", low=0)
@@ -406,8 +550,16 @@ class TrainConfig(GRPOTrainerConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("model", "data", "rewards"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "rewards" and self.reward_model):
                 raise ValueError(f"{name} is required, got {getattr(self, name)!r}")
+        for name in ("preference", "reward_data"):
+            if getattr(self, name) and not self.reward_model:
+                raise ValueError(f"{name} requires reward_model, got {getattr(self, name)!r}")
+        if self.reward_model and not self.preference:
+            raise ValueError(
+                f"reward_model {self.reward_model} requires a preference to train it by, got none; "
+                "a reward model that stays as it is belongs in rewards"
+            )
         if self.lora_rank and (self.tensor_parallel_size > 1 or self.fully_shard):
             raise ValueError(
                 "lora_rank must be 0 with tensor_parallel_size or fully_shard, "
@@ -420,26 +572,19 @@ class TrainConfig(GRPOTrainerConfig):
             )
         if self.eval_data and not self.eval_steps:
             raise ValueError(f"eval_data requires eval_steps, got {self.eval_data!r} without it")
+        if self.eval_data_split and not self.eval_data:
+            raise ValueError(
+                f"eval_data_split requires eval_data, got {self.eval_data_split!r} without it"
+            )
         if self.lora_target_modules and not self.lora_rank:
             raise ValueError(
                 "lora_target_modules requires lora_rank, "
                 f"got {self.lora_target_modules} with rank 0"
             )
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+        number = len(self.rewards) + bool(self.reward_model)
+        if self.reward_weights is not None and len(self.reward_weights) != number:
             raise ValueError(
-                f"reward_weights must be one per reward, {len(self.rewards)}, "
-                f"got {len(self.reward_weights)}"
-            )
-
-
-def check_objective_parameters(loss_type: str, parameters: dict[str, float]) -> None:
-    """Checks that the objective of a loss has these parameters; it checks their values itself."""
-    known = [field.name for field in fields(LOSSES[loss_type].objective)]
-    for name in parameters:
-        if name not in known:
-            raise ValueError(
-                f"objective: {loss_type} has {', '.join(known) or 'no parameters'}, got {name!r}"
-                f"{nearest(name, known)}"
+                f"reward_weights must be one per reward, {number}, got {len(self.reward_weights)}"
             )
 
 

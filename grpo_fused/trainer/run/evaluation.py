@@ -5,6 +5,7 @@ import torch
 from grpo_fused.trainer.collect import score
 from grpo_fused.trainer.run.data import split_columns
 from grpo_fused.trainer.run.errors import together
+from grpo_fused.trainer.run.metrics import completions_table
 from grpo_fused.trainer.run.state import random_states, set_random_states, share_random_states
 
 
@@ -12,7 +13,8 @@ def evaluate(trainer) -> dict[str, float]:
     """Completes every row of `trainer.eval_data` once and averages the rewards.
 
     Rows are divided among the ranks. Some ranks repeat a row, so that all ranks process the same
-    number; repeated rows do not count. Training is not affected: random states are restored.
+    number; repeated rows do not count. Training is not affected: random states are restored. With
+    completions_steps, a table of the first rows shows what the model makes of them at this step.
 
     Returns:
         Means over all ranks, as "eval/...": reward, each reward function, completion length. A
@@ -23,7 +25,8 @@ def evaluate(trainer) -> dict[str, float]:
     padded = -(-num_rows // ranks.size) * ranks.size
     mine = range(ranks.index, padded, ranks.size)
     device = accelerator.device
-    sums = counts = 0.0
+    sums, counts, table = 0.0, 0.0, []
+    table_rows = config.completions_rows if config.completions_steps else 0
     states = random_states(device)
     try:
         for start in range(0, len(mine), config.eval_batch_size):
@@ -39,6 +42,9 @@ def evaluate(trainer) -> dict[str, float]:
 
             rollout = ranks.broadcast(together(accelerator, sample))
             scores = ranks.share(lambda found=rollout: score(trainer, found))
+            if accelerator.is_main_process and (missing := table_rows - len(table)) > 0:
+                texts = trainer.sampler.decode(rollout.completion_ids[:missing])
+                table += completions_table(rollout, texts, scores)
             lengths = torch.tensor([float(len(ids)) for ids in rollout.completion_ids])
             values = {"reward": scores.total, "completions/mean_length": lengths}
             values |= {f"rewards/{name}": each for name, each in scores.each.items()}
@@ -48,6 +54,8 @@ def evaluate(trainer) -> dict[str, float]:
             counts = counts + counted.sum(1)
     finally:
         set_random_states(states, device)
+    if table:
+        trainer.run_log.completions(f"eval-{trainer.step}", table)
     sums, counts = ranks.sum(torch.stack([sums, counts]).to(device)).cpu()
     means = (sums / counts).tolist()
     return {f"eval/{name}": mean for name, mean in zip(values, means, strict=True)}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from grpo_fused.trainer.reference import is_peft_model
 
@@ -32,7 +33,12 @@ def load_model(name: str, dtype: torch.dtype | str, **options: Any) -> nn.Module
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     from peft import AutoPeftModelForCausalLM
 
-    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, dtype=dtype, **options)
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        name, is_trainable=True, dtype=dtype, **options
+    )
+    if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # or the base model's stays
+        model.get_base_model().generation_config = GenerationConfig.from_pretrained(name)
+    return model
 
 
 def quantized_options(quantization: str | None, dtype: torch.dtype | str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Metrics of a rollout and of an optimizer step, combined over all ranks."""
 
+from collections.abc import Sequence
+
 import torch
 
 from grpo_fused.losses import metrics
@@ -10,43 +12,49 @@ from grpo_fused.trainer.rewards import RewardScores
 from grpo_fused.trainer.rollouts.rollout import Rollout
 
 
+def find_equal_groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Returns which groups have equal rewards, or none at all, (B / group_size,) bool.
+
+    Args:
+        rewards: (B,) float32, NaN = none; groups are neighbours.
+        group_size: completions per prompt.
+    """
+    groups = rewards.view(-1, group_size)
+    lowest = groups.masked_fill(groups.isnan(), float("inf")).amin(1)
+    highest = groups.masked_fill(groups.isnan(), -float("inf")).amax(1)
+    return highest <= lowest
+
+
 def rollout_metrics(
-    ranks: Ranks, rollout: Rollout, scores: RewardScores, group_size: int
+    ranks: Ranks, rounds: Sequence[tuple[Rollout, RewardScores]], group_size: int
 ) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
     """Combines rewards and lengths of all ranks, in one exchange of tensors.
 
     Args:
         ranks: of the run.
-        rollout: completions of this rank.
-        scores: their rewards.
+        rounds: completions of this rank and their rewards; of dynamic sampling several.
         group_size: completions per prompt.
 
     Returns:
-        (metrics, rewards, each): dict of floats; total rewards (B,) and those of the K functions
-        (B, K) of all ranks, float32 on the CPU.
+        (metrics, rewards, each): dict of floats, over all completions; total rewards (B,) and those
+        of the K functions (B, K) of all ranks, round after round, float32 on the CPU.
     """
-    names = list(scores.each)
-    lengths = torch.tensor([float(len(ids)) for ids in rollout.completion_ids])
-    prompts = torch.tensor([float(len(ids)) for ids in rollout.prompt_ids])
-    truncated = torch.tensor(rollout.truncated, dtype=torch.float32)
-    columns = [scores.total, lengths, prompts, truncated, *(scores.each[name] for name in names)]
-    columns = torch.stack([column.detach().float().cpu() for column in columns], dim=1)
-    columns = ranks.gather(columns.to(ranks.accelerator.device)).cpu()
-    rewards, lengths, prompts, truncated, *_ = columns.unbind(1)
-    each = columns[:, 4:]
+    names = list(rounds[0][1].each)
+    table = torch.stack([_columns(*one, names) for one in rounds], dim=1)  # (B, rounds, 4 + K)
+    table = ranks.gather(table.to(ranks.accelerator.device)).cpu()
+    table = table.transpose(0, 1).flatten(0, 1)
+    rewards, lengths, prompts, truncated, *_ = table.unbind(1)
+    each = table[:, 4:]
 
     groups = rewards.view(-1, group_size)
-    missing = groups.isnan()
-    given = (~missing).sum(1)
+    given = (~groups.isnan()).sum(1)
     squares = (groups - groups.nanmean(1, keepdim=True)).square().nansum(1)
     stds = (squares / (given - 1).clamp(min=1)).sqrt()
-    lowest = groups.masked_fill(missing, float("inf")).amin(1)
-    highest = groups.masked_fill(missing, -float("inf")).amax(1)
     combined = {
         "reward": rewards.nanmean(),
         "reward_std": stds[given > 0].sum() / (given > 0).sum().clamp(min=1),
         # Groups with equal rewards, or without any, contribute no gradient.
-        "frac_reward_zero_std": (highest <= lowest).float().mean(),
+        "frac_reward_zero_std": find_equal_groups(rewards, group_size).float().mean(),
         "frac_reward_none": (given == 0).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
@@ -57,11 +65,20 @@ def rollout_metrics(
     for name, values in zip(names, each.unbind(1), strict=True):
         combined[f"rewards/{name}"] = values.nanmean()
     logged = {}
-    for of_rank in ranks.gather_objects(scores.metrics):
-        for name, values in of_rank.items():
-            logged[name] = [*logged.get(name, ()), *values]
+    for of_rank in ranks.gather_objects([scores.metrics for _, scores in rounds]):
+        for of_round in of_rank:
+            for name, values in of_round.items():
+                logged[name] = [*logged.get(name, ()), *values]
     combined |= {name: sum(values) / len(values) for name, values in logged.items()}
     return {name: float(value) for name, value in combined.items()}, rewards, each
+
+
+def _columns(rollout, scores, names):
+    lengths = torch.tensor([float(len(ids)) for ids in rollout.completion_ids])
+    prompts = torch.tensor([float(len(ids)) for ids in rollout.prompt_ids])
+    truncated = torch.tensor(rollout.truncated, dtype=torch.float32)
+    columns = [scores.total, lengths, prompts, truncated, *(scores.each[name] for name in names)]
+    return torch.stack([column.detach().float().cpu() for column in columns], dim=1)
 
 
 def step_metrics(
@@ -122,8 +139,9 @@ def completions_table(
 
 
 def progress_summary(values: dict[str, float]) -> str:
-    """Formats the most important metrics for a progress bar."""
-    shown = {"reward": "reward {:.2f}", "loss": "loss {:+.3f}", "kl": "KL {:.3f}"}
-    shown |= {"entropy": "entropy {:.2f}", "clip_ratio/region_mean": "clipped {:.1%}"}
-    shown |= {"completions/mean_length": "length {:.0f}"}
+    """Formats metrics for a progress bar, the most important first: terminals cut the others."""
+    shown = {"reward": "reward {:.2f}", "completions/mean_length": "length {:.0f}"}
+    shown |= {"completions/clipped_ratio": "truncated {:.0%}", "entropy": "entropy {:.2f}"}
+    shown |= {"kl": "KL {:.3f}", "clip_ratio/region_mean": "ratios clipped {:.1%}"}
+    shown |= {"loss": "loss {:+.3f}"}
     return ", ".join(text.format(values[name]) for name, text in shown.items() if name in values)

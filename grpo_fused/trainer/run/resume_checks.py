@@ -14,6 +14,17 @@ WAY_OUT = (
     "finished or interrupted run leaves"
 )
 
+VOLATILE = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "transformers_version",
+)  # changed by saving a model
+
+
+def _number(rows: int | str) -> str:
+    return f"{rows} rows" if isinstance(rows, int) else rows  # "a stream"
+
 
 def _frozen(current: float | None, saved: float | None) -> str:
     if saved is None:
@@ -36,6 +47,15 @@ def _adapters(current: dict | None, saved: dict | None) -> str:
     raise AssertionError("the adapters are equal")
 
 
+def _reward_model(current: dict | None, saved: dict | None) -> str:
+    if saved is None or current is None:
+        trains, trained = ("no", "one") if current is None else ("a", "none")
+        return (
+            f"{trains} reward model is trained, the checkpoint is of a run that trained {trained}"
+        )
+    return _difference("of the reward model", current, saved)
+
+
 def _difference(of_what: str, current: dict, saved: dict) -> str:
     """Names the first setting that differs."""
     name = min(k for k in current.keys() | saved.keys() if current.get(k) != saved.get(k))
@@ -48,41 +68,52 @@ FIXED: dict[str, Callable[[Any, Any], str]] = {
         f"the model is {'' if current else 'not '}distributed by transformers, that of the "
         f"checkpoint was{'' if saved else ' not'}"
     ),
-    "rows": lambda current, saved: f"data has {current} rows, the checkpoint had {saved}",
+    "rows": lambda current, saved: (
+        f"data has {_number(current)}, the checkpoint had {_number(saved)}"
+    ),
     "content of rows": lambda current, saved: (
         "the rows of data are not those of the checkpoint (their checksum is "
         f"{current}, it was {saved})"
     ),
     "model": lambda current, saved: _difference("of the model", current or {}, saved or {}),
     "adapters": _adapters,
+    "reward model": _reward_model,
     "frozen weights": _frozen,
 }
 
 
 def run_metadata(trainer) -> dict[str, Any]:
     """Describes a run as JSON: its progress, its settings, and the data and model it uses."""
+    training = trainer.reward_training
     return {
         "step": trainer.step,
         "rollouts": trainer.rollouts,
+        "data position": trainer.data_position,
+        "refreshed": trainer.refreshed,
         "ranks": trainer.ranks.size,
         "distributed": trainer.ranks.distributed,
-        "rows": len(trainer.data),
-        "content of rows": trainer.data_checksum,
+        **trainer.order.content,
+        "place in data": trainer.order.state_dict(trainer.data_position),
         "model": model_settings(trainer.unwrapped),
         "frozen weights": trainer.frozen_checksum,
         "adapters": adapter_settings(trainer.unwrapped),
+        "reward model": None if training is None else model_settings(training.model.model),
         "config": dataclasses.asdict(trainer.config),
     }
 
 
-def agreed_values(config, data: Sequence[dict], model) -> dict[str, Any]:
-    """Returns what every rank of a run must have been given alike, by name."""
+def agreed_values(config, content: dict[str, Any], model) -> dict[str, Any]:
+    """Returns what every rank of a run must have been given alike, by name.
+
+    `content` is that of the data's order.
+    """
     settings = {name: repr(value) for name, value in dataclasses.asdict(config).items()}
     for name in ("output_dir", "report_to", "progress_bar"):  # matters to the rank that writes
         settings.pop(name)
     model = type(model).__name__, [(n, tuple(p.shape)) for n, p in model.named_parameters()]
     values = {"the model": zlib.crc32(repr(model).encode())}
-    return settings | values | {"the number of rows": len(data), "data": checksum_rows(data)}
+    rows = {"the number of rows": content["rows"], "data": content["content of rows"]}
+    return settings | values | rows
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], config) -> None:
@@ -106,8 +137,8 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], config) -> No
         mutable = field.metadata.get("mutable_on_resume")
         if mutable is True or field.name not in saved["config"]:
             continue
-        if field.name == "max_steps" and is_constant:
-            continue  # the learning rate of earlier steps does not depend on it
+        if field.name == "max_steps" and is_constant and getattr(config, "iterations", 1) == 1:
+            continue  # neither learning rate nor iterations of earlier steps depend on it
         value, before = getattr(config, field.name), saved["config"][field.name]
         if value == before:
             continue
@@ -126,7 +157,7 @@ def model_settings(model) -> dict[str, Any] | None:
     if not hasattr(config, "to_diff_dict"):
         return None
     settings = json.loads(json.dumps(config.to_diff_dict(), default=str))
-    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
+    return {k: v for k, v in settings.items() if k not in VOLATILE}
 
 
 def adapter_settings(model) -> dict[str, Any] | None:

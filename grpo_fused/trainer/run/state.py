@@ -1,21 +1,27 @@
 """Saves and restores all state that the next training step depends on."""
 
+import contextlib
+import copy
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import SAFE_WEIGHTS_NAME, set_seed
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import GenerationConfig
 
 from grpo_fused.trainer.experience import Experience
+from grpo_fused.trainer.policy import base_model
 from grpo_fused.trainer.reference import full_tensor
 from grpo_fused.trainer.run.checkpoint import (
     PARTIAL,
@@ -23,11 +29,12 @@ from grpo_fused.trainer.run.checkpoint import (
     save_checkpoint,
     sync_folder,
 )
-from grpo_fused.trainer.run.errors import TrainingError, any_rank
+from grpo_fused.trainer.run.errors import OtherRankError, TrainingError, any_rank, explain
 from grpo_fused.trainer.run.loading import absolute_base
 from grpo_fused.trainer.run.resume_checks import check_same_run, run_metadata
+from grpo_fused.trainer.run.summary import RunSummary
 
-METADATA, SHARDS = "trainer.json", "shards"
+METADATA, SHARDS, REWARD_TRAINING = "trainer.json", "shards", "reward_training.pt"
 
 
 def save_state(trainer) -> None:
@@ -48,8 +55,12 @@ def save_state(trainer) -> None:
         shared = reference is not None and reference.model is not None
         if reference is not None and not trainer.ranks.distributed and (main or not shared):
             torch.save(reference.state_dict(), folder / reference_file(trainer))
+        if main and trainer.reward_training is not None:
+            torch.save(trainer.reward_training.state_dict(), folder / REWARD_TRAINING)
         if main:
-            (folder / METADATA).write_text(json.dumps(run_metadata(trainer), indent=1))
+            metadata = run_metadata(trainer) | {"evaluation_due": trainer.evaluation_due}
+            metadata["summary"] = asdict(trainer.summary) | {"seconds": trainer.seconds()}
+            (folder / METADATA).write_text(json.dumps(metadata, indent=1))
 
     config = trainer.config
     save_checkpoint(
@@ -101,7 +112,16 @@ def load_state(trainer, folder: str | Path) -> None:
                 f"{ranks.size} ranks cannot resume what {saved['ranks']} ranks saved"
             )
         trainer.reference.load_state_dict(state, trainer.unwrapped)
+    if trainer.reward_training is not None:
+        state = torch.load(folder / REWARD_TRAINING, map_location="cpu", weights_only=True)
+        trainer.reward_training.load_state_dict(state)
     trainer.step, trainer.rollouts = saved["step"], saved["rollouts"]
+    position = trainer.rollouts * trainer.config.prompts_per_rollout
+    trainer.data_position = saved.get("data position", position)  # older checkpoints lack it
+    trainer.order.load_state_dict(saved.get("place in data"), trainer.data_position)
+    trainer.evaluation_due = saved.get("evaluation_due", False)
+    trainer.summary = RunSummary(**saved.get("summary", {}))
+    trainer.refreshed = saved.get("refreshed", 0)
     if same:
         set_random_states(parts[0]["random"], device)
 
@@ -217,21 +237,60 @@ def exclude_frozen_weights(trainer) -> str | None:
     return f"{total:.6e}"  # rounded: devices sum in different orders
 
 
-def save_pretrained(trainer) -> None:
-    """Writes `model/` and, of a critic of its own, `critic/` for `from_pretrained`.
+def write_model(trainer, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the policy, or its adapters, as `save_pretrained` of transformers and peft do.
 
-    Every rank must call it; see `write_folder`.
+    Every rank must call it; the main process writes.
+
+    Args:
+        trainer: GRPOTrainer.
+        folder: created if missing.
+        dtype: of the weights, and a tied head is then written too; None: as they are. A model
+            that transformers has distributed is written as it is.
+    """
+    distributed, main = trainer.ranks.distributed, trainer.accelerator.is_main_process
+    weights = None
+    if not distributed:
+        weights = trainer.accelerator.get_state_dict(trainer.model)  # gathers sharded weights
+        weights = {k: v for k, v in weights.items() if "value_head" not in k.split(".")}
+    if dtype is not None and weights is not None:  # copies: what shares memory would be left out
+        weights = {
+            name: value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
+            for name, value in weights.items()
+        }
+    if main or distributed:  # of a distributed model, transformers gathers the weights
+        with absolute_base(trainer.unwrapped), silent_progress():
+            trainer.unwrapped.save_pretrained(folder, state_dict=weights, is_main_process=main)
+
+
+@contextlib.contextmanager
+def silent_progress() -> Iterator[None]:
+    """Shows no bar of transformers beside that of the run."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def save_pretrained(trainer) -> Path:
+    """Writes `model/` and, if they are trained, `critic/` and `reward_model/`.
+
+    The model generates as it did in training: with the end tokens that ended completions, and the
+    chat template. Every rank must call it; see `write_folder`.
+
+    Returns:
+        The folder of the model.
     """
     accelerator, main = trainer.accelerator, trainer.accelerator.is_main_process
-    distributed, weights = trainer.ranks.distributed, None
-    if not distributed:
-        weights = accelerator.get_state_dict(trainer.model)  # gathers sharded weights
-        weights = {k: v for k, v in weights.items() if "value_head" not in k.split(".")}
 
     def write(folder):
-        if main or distributed:  # of a distributed model, transformers gathers the weights
-            with absolute_base(trainer.unwrapped):
-                trainer.unwrapped.save_pretrained(folder, state_dict=weights, is_main_process=main)
+        with saved_generation(trainer) as generation:
+            write_model(trainer, folder)
+            if main and generation is not None:  # which peft leaves out
+                generation.save_pretrained(folder)
         if main:
             trainer.tokenizer.save_pretrained(folder)
 
@@ -242,6 +301,14 @@ def save_pretrained(trainer) -> None:
         write_folder(
             accelerator, folder / "critic", lambda path: critic.save_pretrained(path) if main else 0
         )
+    training = trainer.reward_training
+    if training is not None:
+        write_folder(
+            accelerator,
+            folder / "reward_model",
+            training.save_pretrained if main else lambda path: None,
+        )
+    return folder / "model"
 
 
 def write_folder(accelerator: Accelerator, final: Path, write: Callable[[Path], Any]) -> None:
@@ -258,7 +325,7 @@ def write_folder(accelerator: Accelerator, final: Path, write: Callable[[Path], 
     Raises:
         TrainingError: the folder could not be written; the unfinished one is deleted.
     """
-    main, error = accelerator.is_main_process, None
+    main, error, reason = accelerator.is_main_process, None, "on another rank"
     partial = final.with_name(f"{final.name}{PARTIAL}")
     try:
         if main:
@@ -268,9 +335,40 @@ def write_folder(accelerator: Accelerator, final: Path, write: Callable[[Path], 
             sync_folder(partial)
             replace_folder(partial, final)
     except Exception as raised:  # safetensors raises exceptions of its own
-        error = raised
+        error, reason = raised, explain(raised, final.parent)
         if main:
             shutil.rmtree(partial, ignore_errors=True)
     if any_rank(accelerator, error is not None):
-        reason = error or "on another rank"
-        raise TrainingError(f"{final} could not be written ({reason})") from error
+        kind = TrainingError if error else OtherRankError
+        raise kind(f"{final} could not be written ({reason})") from error
+
+
+@contextlib.contextmanager
+def saved_generation(trainer) -> Iterator[GenerationConfig | None]:
+    """Gives the model, for a while, the generation config that is to be saved, and returns it.
+
+    That is its own, with every end token of training and a padding token. Many models come with
+    sampling settings but do_sample False, which transformers refuses to save: they get True.
+    """
+    model = base_model(trainer.unwrapped)
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield None
+        return
+    config = copy.deepcopy(own)
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if missing := [i for i in trainer.sampler.eos_ids if i not in ids]:
+        config.eos_token_id = [i for i in ids if i is not None] + missing
+        if len(config.eos_token_id) == 1:
+            (config.eos_token_id,) = config.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = trainer.sampler.pad_id
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+    model.generation_config = config
+    try:
+        yield config
+    finally:
+        model.generation_config = own

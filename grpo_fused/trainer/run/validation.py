@@ -1,12 +1,17 @@
 """Checks of the settings, model, data and accelerator before the first training step."""
 
+import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
+
+from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -22,6 +27,40 @@ def check_trackers(names: Sequence[str]) -> None:
                 f"report_to: {name} is not installed or unknown to Accelerate; available are "
                 f"{', '.join(available) or 'none'}"
             )
+
+
+def check_output_dir(folder: str) -> None:
+    """Checks, without creating it, that a folder exists or can be created, and be written to.
+
+    Raises:
+        ValueError: naming the option and the reason.
+    """
+    path = Path(folder).absolute()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a character that no name can have
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"output_dir {folder!r} cannot be written to: {reason}") from error
+    while not os.path.lexists(path):
+        path = path.parent
+    if not path.is_dir():
+        raise ValueError(f"output_dir must be a folder, got {folder!r}: {path} is not one")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {folder!r} cannot be written to: no permission in {path}")
+
+
+def create_output_dir(folder: str) -> None:
+    """Creates output_dir where it is missing.
+
+    Raises:
+        ValueError: naming the option and the reason.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {folder!r} cannot be created: {error.strerror}") from error
 
 
 def check_accelerator(config, accelerator: Accelerator) -> None:
@@ -75,23 +114,16 @@ def check_model(model, config) -> None:
         )
 
 
-def check_rows(name: str, data: Sequence[dict]) -> Sequence[dict]:
-    """Checks that data is a non-empty sequence of dicts with a "prompt", and returns it.
+def check_config(config: Any) -> None:
+    """Checks that a config is one of this trainer's.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: naming its type.
     """
-    if isinstance(data, dict):
-        raise ValueError(
-            f"{name} must be a sequence of rows, got a dict of {', '.join(map(str, data))}"
-        )
-    if data is not None and not hasattr(data, "__len__"):
-        raise ValueError(f"{name} must have a length, got {type(data).__name__}")
-    if data is None or len(data) == 0:
-        raise ValueError(f"{name} has no rows")
-    if not isinstance(data[0], dict) or "prompt" not in data[0]:
-        raise ValueError(f'{name} must have dicts with a "prompt" as rows, got {data[0]!r}')
-    return data
+    if not isinstance(config, GRPOTrainerConfig):
+        hint = "; GRPOTrainerConfig(**config) makes one" if isinstance(config, dict) else ""
+        got = type(config).__name__
+        raise ValueError(f"config must be a GRPOTrainerConfig, got {got}{hint}")
 
 
 def count_rows_per_rank(config, num_ranks: int) -> int:
