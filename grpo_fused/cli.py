@@ -136,9 +136,9 @@ def train(arguments: list[str]) -> int:
         return 0
     if lacks_extra("train"):
         return 1
-    from grpo_fused.trainer.run.config import TrainConfig
     from grpo_fused.trainer.run.options import format_options, load_options
     from grpo_fused.trainer.run.report import report_error
+    from grpo_fused.trainer.run.train_config import TrainConfig
 
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(TRAIN_USAGE + format_options(TrainConfig))

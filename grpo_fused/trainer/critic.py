@@ -5,12 +5,12 @@ import copy
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForTokenClassification, get_scheduler
+from transformers import AutoModelForTokenClassification
 
 from grpo_fused import gae_advantages, kl_rewards, value_loss
 from grpo_fused.ppo import ValueLossOutput
 from grpo_fused.trainer.experience import Batch, Experience
-from grpo_fused.trainer.optimizer import make_optimizer
+from grpo_fused.trainer.optimizer import make_optimizer, make_scheduler
 from grpo_fused.trainer.policy import (
     base_model,
     checkpoint_activations,
@@ -102,12 +102,7 @@ class Critic:
         rate = config.learning_rate if rate is None else rate
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, config, rate))
         self.unwrapped = accelerator.unwrap_model(self.model)
-        self.scheduler = get_scheduler(
-            config.lr_scheduler_type,
-            getattr(self.optimizer, "optimizer", self.optimizer),
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.max_steps,
-        )
+        self.scheduler = make_scheduler(self.optimizer, config)
 
     def values(self, batch: Batch) -> torch.Tensor:
         """Returns the values before each completion token, (B, T) float32, differentiable."""

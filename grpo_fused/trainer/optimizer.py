@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+from transformers import get_scheduler
 
 from grpo_fused.trainer.reference import local_tensor, trainable_parameters
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
@@ -49,6 +50,16 @@ def make_optimizer(
         lr=learning_rate,
         betas=tuple(config.adam_betas),
         foreach=False if any(isinstance(p, DTensor) for p in parameters) else None,
+    )
+
+
+def make_scheduler(optimizer: Any, config: GRPOTrainerConfig) -> Any:
+    """Returns the learning rate schedule of an optimizer that Accelerate may have wrapped."""
+    return get_scheduler(
+        config.lr_scheduler_type,
+        getattr(optimizer, "optimizer", optimizer),
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.max_steps,
     )
 
 

@@ -17,7 +17,8 @@ from grpo_fused import (
 )
 from grpo_fused.integrations.transformers import fuse_lm_head
 from grpo_fused.trainer.experience import Batch
-from grpo_fused.trainer.reference import is_peft_model
+from grpo_fused.trainer.ranks import Ranks
+from grpo_fused.trainer.reference import Reference, is_peft_model
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
 
@@ -37,6 +38,17 @@ def prepare_model(model: nn.Module, config: GRPOTrainerConfig) -> None:
         disable_dropout(model)
     if config.gradient_checkpointing:
         checkpoint_activations(base)
+
+
+def make_reference(model: nn.Module, config: GRPOTrainerConfig, ranks: Ranks) -> Reference | None:
+    """Returns the reference of a policy that is not yet prepared; None without a KL penalty."""
+    if not config.beta:
+        return None
+    reference = Reference(model, config.reference_mix, ranks.distributed)
+    if reference.model is not None:
+        prepare_model(reference.model, config)
+        reference.model.to(ranks.accelerator.device)
+    return reference
 
 
 def checkpoint_activations(model: Any) -> None:

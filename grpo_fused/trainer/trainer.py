@@ -16,30 +16,29 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    get_scheduler,
 )
 
 from grpo_fused.trainer.collect import collect
 from grpo_fused.trainer.critic import Critic, add_value_head, load_critic, loss_of_values
 from grpo_fused.trainer.experience import Experience
-from grpo_fused.trainer.optimizer import make_optimizer
+from grpo_fused.trainer.optimizer import make_optimizer, make_scheduler
 from grpo_fused.trainer.order import make_order
-from grpo_fused.trainer.policy import Policy, prepare_model
+from grpo_fused.trainer.policy import Policy, make_reference, prepare_model
 from grpo_fused.trainer.ranks import Ranks, clip_gradients, explain_lost_rank
-from grpo_fused.trainer.reference import Reference, is_peft_model, trainable_parameters
+from grpo_fused.trainer.reference import is_peft_model, trainable_parameters
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rewards.weighted import RewardFunction, TrainerState
 from grpo_fused.trainer.rollouts.rollout_fn import RolloutFn
 from grpo_fused.trainer.rollouts.sampler import Sampler
 from grpo_fused.trainer.rollouts.source import make_source
 from grpo_fused.trainer.run.checkpoint import find_damage, resolve_checkpoint
-from grpo_fused.trainer.run.config import GRPOTrainerConfig, tracker_config
-from grpo_fused.trainer.run.data import check_rows
+from grpo_fused.trainer.run.config import GRPOTrainerConfig
+from grpo_fused.trainer.run.data import check_eval_rows, check_rows
 from grpo_fused.trainer.run.errors import RolloutError, TrainingError, explain
 from grpo_fused.trainer.run.evaluation import evaluate
 from grpo_fused.trainer.run.hub import push_to_hub, warn_without_token
 from grpo_fused.trainer.run.loading import load_model
-from grpo_fused.trainer.run.log import RunLog
+from grpo_fused.trainer.run.log import RunLog, tracker_config
 from grpo_fused.trainer.run.metrics import progress_summary, step_metrics
 from grpo_fused.trainer.run.resume_checks import agreed_values
 from grpo_fused.trainer.run.signals import StopSignals
@@ -55,9 +54,11 @@ from grpo_fused.trainer.run.validation import (
     check_config,
     check_model,
     check_output_dir,
+    check_refreshed,
     check_trackers,
     count_rows_per_rank,
     create_output_dir,
+    make_accelerator,
 )
 
 if TYPE_CHECKING:
@@ -138,24 +139,12 @@ class GRPOTrainer:
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.rewards.trainer_state = TrainerState(self)
         self.rollout_fn, self.on_refresh, self.run_log = rollout_fn, on_refresh, run_log
-        self.accelerator = accelerator or Accelerator(
-            cpu=not torch.accelerator.is_available(),  # or ranks do not find each other
-            mixed_precision=config.mixed_precision,
-            log_with=config.report_to or None,
-            project_dir=config.output_dir,
-        )
+        self.accelerator = accelerator or make_accelerator(config)
         check_accelerator(config, self.accelerator)
         self.reward_training = self.rewards.training
-        if config.iterations > 1 and not config.beta and self.reward_training is None:
-            raise ValueError(
-                "iterations requires beta > 0 or the training of a reward model, because nothing "
-                f"else is refreshed, got {config.iterations}"
-            )
-        self.data, self.eval_data = check_rows("data", data), None
-        if config.eval_steps is not None:
-            if eval_data is None:
-                raise ValueError(f"eval_steps = {config.eval_steps} requires eval_data, got None")
-            self.eval_data = check_rows("eval_data", eval_data, may_stream=False)
+        check_refreshed(config, self.reward_training)
+        self.data = check_rows("data", data)
+        self.eval_data = None if config.eval_steps is None else check_eval_rows(eval_data, config)
 
         set_seed(config.seed)  # initialises adapters alike on every rank
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
@@ -177,12 +166,7 @@ class GRPOTrainer:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        self.reference: Reference | None = None
-        if config.beta:
-            self.reference = Reference(model, config.reference_mix, self.ranks.distributed)
-            if self.reference.model is not None:
-                prepare_model(self.reference.model, config)
-                self.reference.model.to(self.accelerator.device)
+        self.reference = make_reference(model, config, self.ranks)
         if config.algorithm == "ppo" and config.critic == "shared":
             add_value_head(model)
         prepare_model(model, config)
@@ -199,12 +183,7 @@ class GRPOTrainer:
             self.reference.refresh(self.unwrapped)  # its adapters may have been trained before
         if isinstance(self.unwrapped, FSDPModule):  # gathers the root's parameters for generate
             register_fsdp_forward_method(self.unwrapped, "generate")
-        self.scheduler = get_scheduler(
-            config.lr_scheduler_type,
-            getattr(self.optimizer, "optimizer", self.optimizer),
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.max_steps,
-        )
+        self.scheduler = make_scheduler(self.optimizer, config)
         self.frozen_checksum = exclude_frozen_weights(self)
         self.step, self.rollouts, self.refreshed, self.has_logs = 0, 0, 0, False
         self.data_position = 0  # prompts of all epochs that were trained on or left out
@@ -219,9 +198,8 @@ class GRPOTrainer:
         """Trains until max_steps, or until the end of the step in which SIGTERM or SIGINT arrives.
 
         In both cases it writes `model/` to output_dir, for `from_pretrained`; a run to the end is
-        uploaded with push_to_hub. A signal also writes
-        a checkpoint, from which `resume` continues bit-identically (on a GPU, as far as its
-        kernels are deterministic).
+        uploaded with push_to_hub. A signal also writes a checkpoint, from which `resume` continues
+        bit-identically (on a GPU, as far as its kernels are deterministic).
 
         Raises:
             ValueError: the checkpoint belongs to another run; a row or a reward is invalid.

@@ -74,10 +74,14 @@ class Stub:
         self.http.shutdown()
         self.http.server_close()
 
-    def restart(self):
-        """Starts again at the same address with the weights of the folder."""
+    def forget(self):
+        """Has the weights of the folder again, as after a restart that nobody saw."""
         self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         self.version, self.adapters, self.cached, self.paused = "default", {}, None, False
+
+    def restart(self):
+        """Starts again at the same address."""
+        self.forget()
         self.start(int(self.url.rpartition(":")[2]))
 
     def paths(self):

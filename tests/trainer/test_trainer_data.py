@@ -9,9 +9,9 @@ import pytest
 from trainer_runs import trainer_of
 
 from grpo_fused.trainer.run.command import load_data, load_eval_data
-from grpo_fused.trainer.run.config import TrainConfig
 from grpo_fused.trainer.run.data import is_stream, load_rows
 from grpo_fused.trainer.run.sources import is_hub_name
+from grpo_fused.trainer.run.train_config import TrainConfig
 
 ROWS = [{"prompt": f"{a}+1=", "answer": str(a + 1)} for a in range(5)]
 CARD = """---

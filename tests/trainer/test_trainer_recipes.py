@@ -9,8 +9,8 @@ from accelerate.state import AcceleratorState
 
 from grpo_fused import cli
 from grpo_fused.demo import make_model, make_tokenizer
-from grpo_fused.trainer.run.config import TrainConfig
 from grpo_fused.trainer.run.options import load_options
+from grpo_fused.trainer.run.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

@@ -87,7 +87,7 @@ def test_servers_sample_from_the_policy_of_now(tmp_path, stubs):
     assert requests == [*SYNC, *["/v1/completions"] * 4] * 3, "one request per prompt of a group"
     body = next(body for _, path, body in stub.log if path == "/v1/completions")
     assert (body["n"], body["max_tokens"], body["temperature"]) == (4, 2, 0.7)
-    assert "seed" not in body and not list(tmp_path.glob("served/*")), "no weights are left behind"
+    assert "seed" not in body and not (tmp_path / "served").exists()
 
 
 def test_a_rollout_has_the_log_probabilities_and_versions_of_its_tokens(tmp_path, stubs):
@@ -222,8 +222,7 @@ def test_what_a_restarted_server_sampled_does_not_count(tmp_path, stubs):
 
     def restart(body):
         if first.version.endswith("-1"):
-            first.stop()
-            first.restart()
+            first.forget()
 
     first.faults["/v1/completions"] = restart
     trainer, records = served(tmp_path, [first, second], max_steps=3)
@@ -447,6 +446,7 @@ def test_probabilities_that_are_not_of_what_was_kept(tmp_path, stubs, change, me
         ("/collective_rpc", refuse(500, "shapes differ"), "HTTP 500: shapes differ"),
         ("/collective_rpc", drop, "the connection failed"),
         ("/update_weight_version", refuse(422, "no"), "/update_weight_version was refused"),
+        ("/resume", refuse(500, "no"), "/resume was refused with HTTP 500: no"),
         ("/weight_info", refuse(404, "Not Found"), "/weight_info was refused with HTTP 404"),
     ],
 )
@@ -456,7 +456,8 @@ def test_weights_that_are_refused_stop_the_run(tmp_path, stubs, path, fault, mes
     trainer, records = served(tmp_path, [stub], vllm_retries=0)
     with pytest.raises(RolloutError, match=message):
         trainer.train()
-    assert not records and not stub.paused, "other users of the server go on"
+    assert not records
+    assert stub.paused == (path == "/resume"), "other users of the server go on"
 
 
 def test_a_cache_that_stays_full_stops_the_run(tmp_path, stubs, monkeypatch):
@@ -497,7 +498,15 @@ def test_a_passing_fault_is_waited_for(tmp_path, stubs, monkeypatch):
 def test_a_server_that_does_not_answer_is_given_up(tmp_path, stubs):
     (stub,) = stubs()
     stub.faults["/v1/completions"] = lambda body: time.sleep(0.5)
-    trainer, _ = served(tmp_path, [stub], vllm_timeout=0.1, vllm_retries=9)
+    trainer, _ = served(tmp_path, [stub], vllm_timeout=60.0, vllm_retries=9)
+    (server,), sync = trainer.source.servers, trainer.source.sync
+
+    def then_hurry(version):
+        assert server.timeout == 60
+        sync(version)
+        server.timeout = 0.1
+
+    trainer.source.sync = then_hurry
     with pytest.raises(RolloutError, match="/v1/completions was not answered within 0.1 s"):
         trainer.train()
 

@@ -185,12 +185,12 @@ def test_seconds_per_rollout_of_a_model_of_135_million_weights(tmp_path):
     server = Process(save(model, tmp_path / "model"), tmp_path / "log", "--dtype", "float32")
     try:
         options = {"prompts_per_rollout": 8, "num_generations": 8, "max_completion_length": 32}
-        measure(tmp_path, [server], model, "163 million weights, untied", options)
+        measure(tmp_path, [server], model, "163 million weights, untied", options, rounds=2)
     finally:
         server.stop()
 
 
-def measure(tmp_path, servers, model, name, options):
+def measure(tmp_path, servers, model, name, options, rounds=4):
     """Notes the seconds of both sources, with the policy's threads as the server's: one."""
     trainer, _ = served(tmp_path, servers, model=model, **options)
     trainer.source.start()
@@ -199,7 +199,7 @@ def measure(tmp_path, servers, model, name, options):
     seconds, syncs = {}, []
     for kind, source in (("vllm", trainer.source), ("generate", GenerateSource(trainer))):
         times = []
-        for version in range(4):
+        for version in range(rounds):
             began = time.perf_counter()
             source.sync(version)
             synced = time.perf_counter()

@@ -1,5 +1,6 @@
 """One vLLM server: its HTTP requests, its settings, and the completions that it answers with."""
 
+import contextlib
 import http.client
 import itertools
 import json
@@ -9,7 +10,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,17 +209,17 @@ class VLLMServer:
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(f"completions lack what was asked for ({error!r})") from error
 
-    @contextmanager
+    @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Lets running requests end, and starts no other within the context."""
         self.request("POST", "/pause?mode=wait")
         try:
             yield
-        finally:
-            try:
+        except ServerError:  # what failed first is the reason
+            with contextlib.suppress(ServerError):
                 self.request("POST", "/resume")
-            except ServerError as error:
-                self.lost = self.lost or str(error)
+            raise
+        self.request("POST", "/resume")
 
     def adopt(self, tag: str) -> None:
         """Ends an update of the weights: forgets what the old ones computed, notes the new ones.

@@ -1,5 +1,6 @@
 """How vLLM servers get the weights of the policy: a folder that they read, an adapter, or NCCL."""
 
+import contextlib
 import shutil
 import socket
 from collections.abc import Sequence
@@ -112,9 +113,12 @@ class FolderTransfer:
         server.request("POST", "/collective_rpc", arguments)
 
     def close(self) -> None:
-        """Deletes the folder of the last weights: servers hold them in memory."""
+        """Deletes the last weights: servers hold them in memory."""
         if self.trainer.accelerator.is_main_process and self.written is not None:
             shutil.rmtree(self.written, ignore_errors=True)
+            if self.trainer.config.vllm_folder is None:
+                with contextlib.suppress(OSError):  # another run may share it
+                    self.folder.rmdir()
 
 
 class AdapterTransfer(FolderTransfer):

@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 from grpo_fused.trainer.reward_training import RewardTraining
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rewards.reward_model import RewardModel
-from grpo_fused.trainer.run.config import TrainConfig
 from grpo_fused.trainer.run.data import load_rows
 from grpo_fused.trainer.run.loading import has_adapter, load_model, quantized_options
 from grpo_fused.trainer.run.report import record
 from grpo_fused.trainer.run.sources import Rows, has_subsets, is_hub_name
 from grpo_fused.trainer.run.summary import TrainResult, last_line
+from grpo_fused.trainer.run.train_config import TrainConfig
 from grpo_fused.trainer.run.validation import check_output_dir
 from grpo_fused.trainer.trainer import GRPOTrainer
 

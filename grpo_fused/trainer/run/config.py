@@ -1,6 +1,6 @@
 """Settings of a training run: meaning, unit, default and accepted values of each."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_fused import LOSSES
@@ -9,28 +9,15 @@ from grpo_fused.corrections import LEVELS, MODES
 from grpo_fused.losses.kl import KL_ESTIMATORS
 from grpo_fused.losses.objectives import LEVELS as RATIO_LEVELS
 from grpo_fused.trainer.rollouts.generation import leaves_out, reweights
-from grpo_fused.trainer.run.config_checks import (
-    check_advantages,
-    check_critic,
-    check_objective_parameters,
-    check_sampling,
-)
+from grpo_fused.trainer.run.config_checks import check_settings
 from grpo_fused.trainer.run.options import check_options, option
-from grpo_fused.trainer.run.source_checks import check_source
-from grpo_fused.validation import check_objective
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
-SOURCES = ("generate", "vllm")
-SYNCS = ("folder", "adapter", "nccl")
 BASELINES = ("group", "leave_one_out", "length", "batch")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-ALGORITHMS = ("grpo", "ppo")
-CRITICS = ("copy", "shared")
 REWARD_KL_ESTIMATORS = tuple(name for name in KL_ESTIMATORS if not name.endswith("+"))
-QUANTIZATIONS = ("4bit", "8bit")
 ROUNDING = "gradients are the same up to rounding"  # after a change in a resumed run
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(kw_only=True)
@@ -126,13 +113,13 @@ class GRPOTrainerConfig:
     algorithm: str = option(
         "grpo",
         "grpo: advantages from groups; ppo: from a critic, with the KL penalty in the rewards",
-        choices=ALGORITHMS,
+        choices=("grpo", "ppo"),
     )
     critic: str = option(
         "copy",
         "copy: a model of its own, which starts as a copy of the policy; shared: a value head on "
         "the policy's trunk",
-        choices=CRITICS,
+        choices=("copy", "shared"),
     )
     critic_model: str | None = option(
         None, "token classifier with one label to start the critic from; none: the policy"
@@ -154,7 +141,7 @@ class GRPOTrainerConfig:
     rollout_source: str = option(
         "generate",
         "who samples: generate of the policy itself, or vllm, the servers at vllm_servers",
-        choices=SOURCES,
+        choices=("generate", "vllm"),
     )
     vllm_servers: list[str] = option(
         [],
@@ -167,7 +154,7 @@ class GRPOTrainerConfig:
     vllm_sync: str = option(
         "folder",
         "how servers get new weights: from a folder, as adapters in a folder, or over nccl",
-        choices=SYNCS,
+        choices=("folder", "adapter", "nccl"),
         mutable_on_resume=True,
     )
     vllm_folder: str | None = option(
@@ -370,66 +357,7 @@ class GRPOTrainerConfig:
         if self.report_to in ("none", ["none"]):  # as transformers accepts
             self.report_to = []
         check_options(self)
-        check_sampling(self)
-        check_objective_parameters(self.loss_type, self.objective)
-        level = self.importance_sampling_level or LOSSES[self.loss_type].level
-        check_objective(self.objective_or_default, level)
-        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
-            raise ValueError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas}")
-        rows = self.prompts_per_rollout * self.num_generations
-        if rows % self.minibatches:
-            raise ValueError(
-                f"minibatches must divide prompts_per_rollout x num_generations = {rows}, "
-                f"got {self.minibatches}"
-            )
-        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo is not None):
-            raise ValueError(
-                "hub_model_id and hub_private_repo require push_to_hub, got "
-                f"{self.hub_model_id!r} and {self.hub_private_repo!r} without it"
-            )
-        check_advantages(self)
-        check_critic(self)
-        if not self.reward_step_separator:
-            raise ValueError(f"reward_step_separator must not be empty, got {''!r}")
-        check_source(self)
-        floor, cap = self.rollout_correction_floor, self.rollout_correction_cap
-        if floor is not None and floor >= cap:
-            raise ValueError(
-                f"rollout_correction_floor must be below rollout_correction_cap = {cap}, "
-                f"got {floor}"
-            )
-        if self.warmup_steps and self.lr_scheduler_type == "constant":
-            raise ValueError(
-                "warmup_steps requires another lr_scheduler_type, such as constant_with_warmup, "
-                f"got {self.warmup_steps} with constant"
-            )
-        self._check_iterations()
-        if self.reference_mix < 1 and not self.refresh_rollouts:
-            raise ValueError(
-                "reference_mix below 1 requires reference_refresh_rollouts, "
-                f"got {self.reference_mix} without it"
-            )
-        if self.reference_refresh_rollouts and not self.beta:
-            raise ValueError(
-                "reference_refresh_rollouts requires beta > 0, because only the KL penalty uses "
-                f"a reference model, got {self.reference_refresh_rollouts} with beta {self.beta}"
-            )
-
-    def _check_iterations(self):
-        if self.replay_fraction >= 1:
-            raise ValueError(f"replay_fraction must be below 1, got {self.replay_fraction}")
-        if self.iterations == 1:
-            return
-        if self.reference_refresh_rollouts:
-            raise ValueError(
-                "reference_refresh_rollouts must be none with iterations, which say when the "
-                f"reference is refreshed, got {self.reference_refresh_rollouts}"
-            )
-        if self.max_steps % (self.iterations * self.steps_per_rollout):
-            raise ValueError(
-                "iterations must divide max_steps / (minibatches x num_iterations) = "
-                f"{self.max_steps / self.steps_per_rollout:g} rollouts, got {self.iterations}"
-            )
+        check_settings(self)
 
     @property
     def refresh_rollouts(self) -> int | None:
@@ -468,127 +396,3 @@ class GRPOTrainerConfig:
     def is_off_policy(self) -> bool:
         """Whether some optimizer steps train a policy that has changed since it sampled."""
         return self.steps_per_rollout > 1
-
-
-@dataclass(kw_only=True)
-class TrainConfig(GRPOTrainerConfig):
-    """Settings of `grpo-fused train`: those of the trainer, and its model, data and rewards.
-
-    Raises:
-        ValueError: as for GRPOTrainerConfig; the model, the data or the rewards are missing.
-    """
-
-    model: str = option(
-        "", "folder or Hub name of a causal language model for transformers", mutable_on_resume=True
-    )
-    dtype: str = option("float32", "dtype of the model's weights", choices=DTYPES)
-    quantization: str | None = option(
-        None,
-        "bits of the frozen base model of adapters, by bitsandbytes: 4bit (NF4 with nested "
-        "quantization: QLoRA) or 8bit; none: dtype",
-        choices=QUANTIZATIONS,
-    )
-    tensor_parallel_size: int = option(
-        1, "neighbouring ranks that share the model's layers and vocabulary, and a batch", low=1
-    )
-    fully_shard: bool = option(
-        False, "shard the weights over data-parallel ranks with FSDP2, by transformers' plan"
-    )
-    tokenizer: str | None = option(None, "folder or Hub name; none: the model's tokenizer")
-    data: str = option(
-        "",
-        "training rows: a .jsonl, .parquet or .csv file, a folder with such files or a saved data "
-        "set, the name of a data set of the Hub, reasoning_gym:TASK",
-        mutable_on_resume=True,
-    )
-    eval_data: str | None = option(None, "held-out rows, as data", mutable_on_resume=True)
-    data_columns: dict[str, str] = option({}, "names of columns in the data, as {prompt: question}")
-    data_config: str | None = option(
-        None, "subset of a data set of the Hub that has several, such as main of openai/gsm8k"
-    )
-    data_split: str = option("train", "split to use of a data set that has several")
-    eval_data_split: str | None = option(
-        None, "split to use of eval_data; none: data_split", mutable_on_resume=True
-    )
-    data_revision: str | None = option(
-        None, "branch, tag or commit of a data set of the Hub; none: the newest"
-    )
-    data_streaming: bool = option(
-        False, "read training rows as they are needed, instead of all at the start"
-    )
-    task_rows: int = option(1000, "number of rows to generate for a reasoning_gym task", low=1)
-    system_prompt: str | None = option(
-        None, "instructions to put before text prompts, which become chats"
-    )
-    rewards: list[str] = option(
-        [],
-        "reward functions: path.py:function, module:function, exact_match, math_verify, "
-        "reasoning_gym, or the folder of a reward model",
-    )
-    reward_model: str | None = option(
-        None,
-        "folder or Hub name of a reward model (a sequence classifier with one label) that is one "
-        "more reward, the last, and is trained further in every iteration",
-        mutable_on_resume=True,
-    )
-    preference: str | None = option(
-        None, "reward function that says which of two completions reward_model should prefer"
-    )
-    reward_data: str | None = option(
-        None,
-        "pairs that reward_model was trained on, to be replayed: rows with prompt, chosen and "
-        "rejected, as data",
-        mutable_on_resume=True,
-    )
-    reward_weights: list[float] | None = option(None, "one weight per reward; none: 1 each")
-    lora_rank: int = option(0, "rank of LoRA adapters; 0: train all weights", low=0)
-    lora_alpha: float = option(32.0, "LoRA scale before division by the rank", above=0)
-    lora_target_modules: list[str] | None = option(
-        None, "names of layers to adapt; none: all linear layers except the LM head"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("model", "data", "rewards"):
-            if not getattr(self, name) and not (name == "rewards" and self.reward_model):
-                raise ValueError(f"{name} is required, got {getattr(self, name)!r}")
-        for name in ("preference", "reward_data"):
-            if getattr(self, name) and not self.reward_model:
-                raise ValueError(f"{name} requires reward_model, got {getattr(self, name)!r}")
-        if self.reward_model and not self.preference:
-            raise ValueError(
-                f"reward_model {self.reward_model} requires a preference to train it by, got none; "
-                "a reward model that stays as it is belongs in rewards"
-            )
-        if self.lora_rank and (self.tensor_parallel_size > 1 or self.fully_shard):
-            raise ValueError(
-                "lora_rank must be 0 with tensor_parallel_size or fully_shard, "
-                f"got {self.lora_rank}: shard adapters by FSDP2 in a config of accelerate launch"
-            )
-        if self.quantization and (self.tensor_parallel_size > 1 or self.fully_shard):
-            raise ValueError(
-                "quantization must be none with tensor_parallel_size or fully_shard, "
-                f"got {self.quantization!r}"
-            )
-        if self.eval_data and not self.eval_steps:
-            raise ValueError(f"eval_data requires eval_steps, got {self.eval_data!r} without it")
-        if self.eval_data_split and not self.eval_data:
-            raise ValueError(
-                f"eval_data_split requires eval_data, got {self.eval_data_split!r} without it"
-            )
-        if self.lora_target_modules and not self.lora_rank:
-            raise ValueError(
-                "lora_target_modules requires lora_rank, "
-                f"got {self.lora_target_modules} with rank 0"
-            )
-        number = len(self.rewards) + bool(self.reward_model)
-        if self.reward_weights is not None and len(self.reward_weights) != number:
-            raise ValueError(
-                f"reward_weights must be one per reward, {number}, got {len(self.reward_weights)}"
-            )
-
-
-def tracker_config(config: GRPOTrainerConfig) -> dict[str, int | float | str]:
-    """Returns the settings in types that every tracker accepts: numbers, booleans and text."""
-    settings = asdict(config).items()
-    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings}

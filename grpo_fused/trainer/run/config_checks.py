@@ -7,6 +7,8 @@ from grpo_fused import LOSSES
 from grpo_fused.checks import nearest
 from grpo_fused.trainer.rollouts.chat import check_template_kwargs
 from grpo_fused.trainer.rollouts.generation import check_generation_kwargs, plain_values
+from grpo_fused.trainer.run.source_checks import check_source
+from grpo_fused.validation import check_objective
 
 if TYPE_CHECKING:
     from grpo_fused.trainer.run.config import GRPOTrainerConfig
@@ -19,6 +21,82 @@ CRITIC_OPTIONS = (
 ONLY_OF_PPO = {"scale_rewards": "group", "baseline": "group", "pass_at_k": None}
 ONLY_OF_PPO |= {"multi_objective_aggregation": "sum_then_normalize", "dynamic_sampling_rounds": 1}
 ONLY_OF_PPO |= {"kl_estimator": "k3", "use_bias_correction_kl": False}
+
+
+def check_settings(config: "GRPOTrainerConfig") -> None:
+    """Checks every setting against the others.
+
+    Raises:
+        ValueError: naming the settings that do not fit.
+    """
+    check_sampling(config)
+    check_objective_parameters(config.loss_type, config.objective)
+    level = config.importance_sampling_level or LOSSES[config.loss_type].level
+    check_objective(config.objective_or_default, level)
+    check_advantages(config)
+    check_critic(config)
+    check_source(config)
+    check_optimizer(config)
+    check_iterations(config)
+    rows = config.prompts_per_rollout * config.num_generations
+    if rows % config.minibatches:
+        raise ValueError(
+            f"minibatches must divide prompts_per_rollout x num_generations = {rows}, "
+            f"got {config.minibatches}"
+        )
+    if not config.push_to_hub and (config.hub_model_id or config.hub_private_repo is not None):
+        raise ValueError(
+            "hub_model_id and hub_private_repo require push_to_hub, got "
+            f"{config.hub_model_id!r} and {config.hub_private_repo!r} without it"
+        )
+    if not config.reward_step_separator:
+        raise ValueError(f"reward_step_separator must not be empty, got {''!r}")
+    floor, cap = config.rollout_correction_floor, config.rollout_correction_cap
+    if floor is not None and floor >= cap:
+        raise ValueError(
+            f"rollout_correction_floor must be below rollout_correction_cap = {cap}, got {floor}"
+        )
+
+
+def check_optimizer(config: "GRPOTrainerConfig") -> None:
+    """Checks the settings of AdamW and its schedule."""
+    betas = config.adam_betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adam_betas must be two numbers in [0, 1), got {betas}")
+    if config.warmup_steps and config.lr_scheduler_type == "constant":
+        raise ValueError(
+            "warmup_steps requires another lr_scheduler_type, such as constant_with_warmup, "
+            f"got {config.warmup_steps} with constant"
+        )
+
+
+def check_iterations(config: "GRPOTrainerConfig") -> None:
+    """Checks when the reference and a reward model are refreshed."""
+    if config.replay_fraction >= 1:
+        raise ValueError(f"replay_fraction must be below 1, got {config.replay_fraction}")
+    every = config.reference_refresh_rollouts
+    if config.iterations > 1:
+        if every:
+            raise ValueError(
+                "reference_refresh_rollouts must be none with iterations, which say when the "
+                f"reference is refreshed, got {every}"
+            )
+        if config.max_steps % (config.iterations * config.steps_per_rollout):
+            raise ValueError(
+                "iterations must divide max_steps / (minibatches x num_iterations) = "
+                f"{config.max_steps / config.steps_per_rollout:g} rollouts, "
+                f"got {config.iterations}"
+            )
+    if config.reference_mix < 1 and not config.refresh_rollouts:
+        raise ValueError(
+            "reference_mix below 1 requires reference_refresh_rollouts, "
+            f"got {config.reference_mix} without it"
+        )
+    if every and not config.beta:
+        raise ValueError(
+            "reference_refresh_rollouts requires beta > 0, because only the KL penalty uses "
+            f"a reference model, got {every} with beta {config.beta}"
+        )
 
 
 def check_sampling(config: "GRPOTrainerConfig") -> None:

@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_fused.checks import nearest
 from grpo_fused.trainer.run.errors import shorten
 from grpo_fused.trainer.run.sources import Rows, choose_split, read_source
+
+if TYPE_CHECKING:
+    from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
 
 def load_rows(
@@ -98,6 +101,17 @@ def first_row(name: str, stream: Any) -> Any:
     except Exception as error:  # network and formats raise their own
         raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
     raise ValueError(f"{name} has no rows")
+
+
+def check_eval_rows(data: Any, config: "GRPOTrainerConfig") -> Any:
+    """Checks the held-out rows of a run that has eval_steps, and returns them.
+
+    Raises:
+        ValueError: there are none; see `check_rows`.
+    """
+    if data is None:
+        raise ValueError(f"eval_steps = {config.eval_steps} requires eval_data, got None")
+    return check_rows("eval_data", data, may_stream=False)
 
 
 def check_rows(name: str, data: Any, *, may_stream: bool = True) -> Any:

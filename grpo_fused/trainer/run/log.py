@@ -4,8 +4,10 @@ import json
 import math
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
+from grpo_fused.trainer.run.config import GRPOTrainerConfig
 from grpo_fused.trainer.run.plot import plot_history
 
 METRICS, PLOT = "metrics.jsonl", "reward.png"
@@ -146,3 +148,9 @@ def _write_atomically(path, content):
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def tracker_config(config: GRPOTrainerConfig) -> dict[str, int | float | str]:
+    """Returns the settings in types that every tracker accepts: numbers, booleans and text."""
+    settings = asdict(config).items()
+    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings}

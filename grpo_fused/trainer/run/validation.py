@@ -63,6 +63,16 @@ def create_output_dir(folder: str) -> None:
         raise ValueError(f"output_dir {folder!r} cannot be created: {error.strerror}") from error
 
 
+def make_accelerator(config: GRPOTrainerConfig) -> Accelerator:
+    """Returns an Accelerator with the precision and trackers of a config."""
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or ranks do not find each other
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to or None,
+        project_dir=config.output_dir,
+    )
+
+
 def check_accelerator(config, accelerator: Accelerator) -> None:
     """Checks that a user's Accelerator agrees with the config and only splits data.
 
@@ -151,3 +161,16 @@ def count_rows_per_rank(config, num_ranks: int) -> int:
             stacklevel=3,
         )
     return rows
+
+
+def check_refreshed(config: GRPOTrainerConfig, training: Any) -> None:
+    """Checks that iterations refresh something: a reference or, with `training`, a reward model.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if config.iterations > 1 and not config.beta and training is None:
+        raise ValueError(
+            "iterations requires beta > 0 or the training of a reward model, because nothing "
+            f"else is refreshed, got {config.iterations}"
+        )
