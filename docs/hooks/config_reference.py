@@ -18,7 +18,7 @@ def on_page_markdown(markdown, page, config, files):
 
 def reference() -> str:
     """Returns the reference as Markdown: a heading per group of options, a definition of each."""
-    from grpo_fused.trainer.run.config import GRPOTrainerConfig, TrainConfig
+    from grpo_fused.trainer import GRPOTrainerConfig, TrainConfig
 
     hints = get_type_hints(TrainConfig)
     own = {this.name for this in fields(GRPOTrainerConfig)}

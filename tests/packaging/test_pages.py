@@ -164,7 +164,7 @@ def hooks():
 
 def test_reference_of_the_config(hooks):
     """Every field once, with its help, default, bounds and rule of resuming, in its group."""
-    from grpo_fused.trainer.run.config import GRPOTrainerConfig, TrainConfig
+    from grpo_fused.trainer import GRPOTrainerConfig, TrainConfig
 
     reference = hooks[0].reference()
     found = re.findall(r"^`(\w+)`\{ #\w+ \}\n:   (.+)\n\n    (.+)$", reference, re.M)
@@ -189,7 +189,7 @@ def test_reference_of_the_config(hooks):
 
 def test_page_of_resuming_agrees_with_the_fields():
     """Options that it calls free, or nearly, are."""
-    from grpo_fused.trainer.run.config import TrainConfig
+    from grpo_fused.trainer import TrainConfig
 
     rules = {this.name: this.metadata["mutable_on_resume"] for this in fields(TrainConfig)}
     free, rounding, batch = re.findall(
