@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True)
     add_demo(commands)
     commands.add_parser("train", help="train a language model with the settings of a config file")
+    env = commands.add_parser("env", help="print versions, and what works with them")
+    env.set_defaults(run=print_environment)
     try:
         if argv[:1] == ["train"]:  # its options are dataclass fields, imported by `train`
             return train(argv[1:])
@@ -172,6 +174,13 @@ def run_reporting(command: str, action: "Callable[[], TrainResult]") -> int:
         report_error(command, error)
         return 1
     return 128 + signal if signal else 0
+
+
+def print_environment() -> int:
+    from grpo_fused.environment import report
+
+    print(report())
+    return 0
 
 
 def lacks_extra(command: str) -> bool:

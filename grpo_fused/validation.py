@@ -318,7 +318,10 @@ def choose_implementation(implementation, device):
         return "triton" if serves else "torch"
     if implementation == "triton" and not serves:
         if not HAS_TRITON:
-            raise ValueError('implementation="triton" requires Triton, which is not installed')
+            raise ValueError(
+                'implementation="triton" requires Triton, which is not installed; '
+                '"auto" and "torch" run every function in plain torch'
+            )
         if not launch.INTERPRETED:
             raise ValueError(
                 f'implementation="triton" requires a device with a Triton driver, got {device}; '
