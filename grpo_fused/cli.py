@@ -117,13 +117,13 @@ def demo(parser: argparse.ArgumentParser, **options) -> int:
     if steps and rollouts:
         parser.error("--steps and --max-steps: give one of them")
     options["max_steps"] = steps or (rollouts or 250) * options["num_iterations"]
-    options = DemoOptions(**options)
-    if options.loss_type not in LOSSES:
+    chosen = DemoOptions(**options)
+    if chosen.loss_type not in LOSSES:
         names = ", ".join(LOSSES)
-        parser.error(f"argument --loss-type: must be one of {names}, got {options.loss_type}")
-    if options.output_dir.exists() and not options.output_dir.is_dir():
-        parser.error(f"argument --output-dir: {options.output_dir} is not a directory")
-    return run_reporting("grpo-fused demo", lambda: run_demo(options))
+        parser.error(f"argument --loss-type: must be one of {names}, got {chosen.loss_type}")
+    if chosen.output_dir.exists() and not chosen.output_dir.is_dir():
+        parser.error(f"argument --output-dir: {chosen.output_dir} is not a directory")
+    return run_reporting("grpo-fused demo", lambda: run_demo(chosen))
 
 
 def train(arguments: list[str]) -> int:
