@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo demo-lm test test-all test-vllm zero3 mutate bench aot trl-matrix lint docs clean
+.PHONY: demo demo-lm test test-all test-vllm coverage zero3 mutate bench aot trl-matrix lint docs ci-local clean
 
 demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
@@ -20,10 +20,16 @@ demo-lm: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n $(if $(filter cpu,$(DEVICE)),auto,0) --dist worksteal
 
-# With the full matrices of options that `test` covers pairwise, and quantized base models.
+# With the full matrices of options that `test` covers pairwise, quantized base models, the notebook.
 test-all: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebook]"
 	$(BIN)/python -m pip install --quiet --no-deps --target build/bitsandbytes bitsandbytes
 	PYTHONPATH=build/bitsandbytes $(BIN)/python -m pytest --slow -n $(if $(filter cpu,$(DEVICE)),auto,0) --dist worksteal
+
+# Which lines `test` runs; those of other processes, such as ranks, are not counted.
+coverage: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ci]"
+	$(BIN)/python -m pytest --cov --cov-report=term -n auto --dist worksteal
 
 # The checks of two ranks, DeepSpeed's ZeRO-3 among them: it compiles an operator, so it stays apart.
 zero3: .venv/ready
@@ -65,6 +71,12 @@ lint: .venv/ready
 docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What the workflows check and this machine can: `make ci-local CHECKS="workflows packages"`.
+CHECKS ?= lint workflows types packages test demo
+ci-local: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ci]"
+	.github/checks.sh $(CHECKS)
 
 clean:
 	rm -rf .venv .venv-vllm build dist *.egg-info runs site

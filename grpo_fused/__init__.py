@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from grpo_fused.trainer import GRPOTrainer as GRPOTrainer
     from grpo_fused.trainer import GRPOTrainerConfig as GRPOTrainerConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LOSSES",

@@ -16,7 +16,8 @@ ENABLED = os.environ.get("GRPO_FUSED_CHECK") == "1"
 # Arguments that hold a shard, or hidden states: ranks have values of their own.
 SHARDED = ("logits", "weight", "bias", "main_grad", "vocab_start")
 OWN_VALUES = (*SHARDED, "hidden")
-PER_TOKEN = ("logits", "hidden", "completion_ids", "completion_mask", "ids", "mask")
+PER_TOKEN: tuple[str, ...] = ("logits", "hidden", "completion_ids", "completion_mask")
+PER_TOKEN += ("ids", "mask")
 PER_TOKEN += ("old_logps", "ref_logps", "sampling_logps", "logps", "kl_logps", "entropies")
 OF_TOKENS = ("support", "support ids")  # tensors of a size of their own on every rank
 # One value a token, or one a sequence: so if there are as many tokens as sequences.

@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True)
     add_demo(commands)
     commands.add_parser("train", help="train a language model with the settings of a config file")
+    env = commands.add_parser("env", help="print versions, and what works with them")
+    env.set_defaults(run=print_environment)
     try:
         if argv[:1] == ["train"]:  # its options are dataclass fields, imported by `train`
             return train(argv[1:])
@@ -115,13 +117,13 @@ def demo(parser: argparse.ArgumentParser, **options) -> int:
     if steps and rollouts:
         parser.error("--steps and --max-steps: give one of them")
     options["max_steps"] = steps or (rollouts or 250) * options["num_iterations"]
-    options = DemoOptions(**options)
-    if options.loss_type not in LOSSES:
+    chosen = DemoOptions(**options)
+    if chosen.loss_type not in LOSSES:
         names = ", ".join(LOSSES)
-        parser.error(f"argument --loss-type: must be one of {names}, got {options.loss_type}")
-    if options.output_dir.exists() and not options.output_dir.is_dir():
-        parser.error(f"argument --output-dir: {options.output_dir} is not a directory")
-    return run_reporting("grpo-fused demo", lambda: run_demo(options))
+        parser.error(f"argument --loss-type: must be one of {names}, got {chosen.loss_type}")
+    if chosen.output_dir.exists() and not chosen.output_dir.is_dir():
+        parser.error(f"argument --output-dir: {chosen.output_dir} is not a directory")
+    return run_reporting("grpo-fused demo", lambda: run_demo(chosen))
 
 
 def train(arguments: list[str]) -> int:
@@ -172,6 +174,13 @@ def run_reporting(command: str, action: "Callable[[], TrainResult]") -> int:
         report_error(command, error)
         return 1
     return 128 + signal if signal else 0
+
+
+def print_environment() -> int:
+    from grpo_fused.environment import report
+
+    print(report())
+    return 0
 
 
 def lacks_extra(command: str) -> bool:

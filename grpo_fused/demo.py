@@ -48,11 +48,11 @@ def reward_of(text: str, answer: str) -> float:
 def make_tokenizer(characters: str = "0123456789?=") -> PreTrainedTokenizerFast:
     """Returns a tokenizer with one token per character, after a padding and an end token."""
     vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
-    characters = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    characters.decoder = decoders.Fuse()
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
 
 
@@ -134,6 +134,7 @@ def run_demo(options: DemoOptions) -> TrainResult:
     result = trainer.train()
     print(last_line(result, trainer.config, can_resume=False))
     if not result.signal:
+        assert trainer.run_log is not None  # `make_trainer` gave it one
         held_out = trainer.run_log.history[-1]["eval/reward"]
         print(f"held-out accuracy: {held_out:.2f} (20 prompts, greedy)")
     return result

@@ -22,8 +22,8 @@ if HAS_TRITON:
     import grpo_fused.kernels.launch as launch
 
 PER_SEQUENCE = ("importance_sampling_ratio", "policy_mask")
-FLOATING = ("advantages", "old_logps", "ref_logps", "sampling_logps", "temperature")
-FLOATING += ("importance_sampling_ratio",)
+FLOATING: tuple[str, ...] = ("advantages", "old_logps", "ref_logps", "sampling_logps")
+FLOATING += ("temperature", "importance_sampling_ratio")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("sum", "none")
 IMPLEMENTATIONS = ("auto", "triton", "torch")
@@ -295,7 +295,7 @@ def triton_serves(device_type):
 
 
 # The effect of `torch.compiler.assume_constant_result`, without importing the compiler.
-triton_serves._dynamo_marked_constant = True
+triton_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -318,7 +318,10 @@ def choose_implementation(implementation, device):
         return "triton" if serves else "torch"
     if implementation == "triton" and not serves:
         if not HAS_TRITON:
-            raise ValueError('implementation="triton" requires Triton, which is not installed')
+            raise ValueError(
+                'implementation="triton" requires Triton, which is not installed; '
+                '"auto" and "torch" run every function in plain torch'
+            )
         if not launch.INTERPRETED:
             raise ValueError(
                 f'implementation="triton" requires a device with a Triton driver, got {device}; '

@@ -22,7 +22,7 @@ class Order(NamedTuple):
 class SequenceOrder(NamedTuple):
     """Order of sequences, that of their tokens."""
 
-    index: torch.Tensor | None  # (B,), or None: as they come
+    index: torch.Tensor | None  # type: ignore[assignment]  # (B,), or None: as they come
     lengths: torch.Tensor  # (B,) active tokens
     on_host: list[int]  # the same
 

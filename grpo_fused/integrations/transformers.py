@@ -66,7 +66,7 @@ def fuse_lm_head(model: "PreTrainedModel") -> None:
             return original(*args, **kwargs)
         return logits_forward(self, *args, **kwargs)
 
-    forward.fused_lm_head = True
+    forward.fused_lm_head = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class RankSums:
 
     def mean(self, *names: str, count: str) -> float:
         """Divide a sum, or the sum of several sums, by the count of that name."""
-        total = sum(self.columns[name] for name in names)
+        total = reduce(torch.add, [self.columns[name] for name in names])
         if self.average_ranks:
             return (total / self.columns[count].clamp(min=1)).mean().item()
         return (total.sum() / self.columns[count].sum().clamp(min=1)).item()

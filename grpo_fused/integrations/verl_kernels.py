@@ -8,7 +8,7 @@ process, `verl_patch` in every worker.
 
 import importlib.util
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -77,7 +77,8 @@ def entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
     # The kernel computes entropies along with log-probabilities; those of token 0 are discarded.
     ids = torch.zeros(shape, dtype=torch.int64, device=logits.device)
     rows, ids = (logits, ids) if logits.dim() == 3 else _flatten(logits, ids)
-    return selective_log_softmax(rows, ids, compute_entropy=True)[1].view(shape)
+    _, entropies = selective_log_softmax(rows, ids, compute_entropy=True)
+    return entropies.view(shape)  # type: ignore[union-attr]
 
 
 def entropy_from_logits_with_chunking(logits: torch.Tensor, chunk_size: int = 2048) -> torch.Tensor:
@@ -202,7 +203,11 @@ def linear_cross_entropy(
     References:
         verl 0.9.1, verl/utils/kernel/linear_cross_entropy.py.
     """
-    reductions = {"none": lambda values: values, "sum": torch.sum, "mean": torch.mean}
+    reductions: dict[str, Any] = {
+        "none": lambda values: values,
+        "sum": torch.sum,
+        "mean": torch.mean,
+    }
     check_choice("reduction", reduction, reductions)
     check_tensor("labels", labels, tuple(hidden.shape[:-1]), hidden.device, integer=True)
     shards = {}
@@ -215,7 +220,7 @@ def linear_cross_entropy(
     logps, entropies = linear_selective_log_softmax(
         rows, weight, ids, temperature=temperature, compute_entropy=True, **shards
     )
-    return reductions[reduction](logps), entropies
+    return reductions[reduction](logps), entropies  # type: ignore[return-value]
 
 
 def _fused_linear_for_ppo(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
@@ -281,8 +286,8 @@ def patch_verl() -> list[str]:
         modules |= dict.fromkeys(MEGATRON, tensor_parallel)
     missing = [name for name, module in modules.items() if not hasattr(module, name)]
     if missing or not hasattr(FusedLinearForPPO, "forward"):
-        missing = ", ".join(missing) or "FusedLinearForPPO.forward"
-        raise ImportError(f"patch_verl supports verl 0.9.1; the installed verl has no {missing}")
+        names = ", ".join(missing) or "FusedLinearForPPO.forward"
+        raise ImportError(f"patch_verl supports verl 0.9.1; the installed verl has no {names}")
     originals = {name: getattr(module, name) for name, module in modules.items()}
     replaced = []
     for module in list(sys.modules.values()):

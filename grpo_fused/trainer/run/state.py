@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import SAFE_WEIGHTS_NAME, set_seed
+from accelerate.utils import SAFE_WEIGHTS_NAME, DistributedType, set_seed
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import GenerationConfig
@@ -32,6 +32,7 @@ from grpo_fused.trainer.run.checkpoint import (
 from grpo_fused.trainer.run.errors import OtherRankError, TrainingError, any_rank, explain
 from grpo_fused.trainer.run.loading import absolute_base
 from grpo_fused.trainer.run.resume_checks import check_same_run, run_metadata
+from grpo_fused.trainer.run.safe_loading import as_data
 from grpo_fused.trainer.run.summary import RunSummary
 
 METADATA, SHARDS, REWARD_TRAINING = "trainer.json", "shards", "reward_training.pt"
@@ -75,10 +76,16 @@ def load_state(trainer, folder: str | Path) -> None:
     gradients, up to rounding. Random states are new ones, so that later samples differ.
 
     Raises:
-        ValueError: the checkpoint was written with other settings or data, or cannot be divided
-            among the ranks.
+        ValueError: the checkpoint was written with other settings or data, cannot be divided among
+            the ranks, or names code to be run.
     """
     folder = Path(folder)
+    deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    with as_data(folder, trust=deepspeed):
+        _restore(trainer, folder)
+
+
+def _restore(trainer, folder: Path) -> None:
     saved = json.loads((folder / METADATA).read_text())
     check_same_run(saved, run_metadata(trainer), trainer.config)
     device, ranks = trainer.accelerator.device, trainer.ranks
