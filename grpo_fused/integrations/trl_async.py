@@ -112,5 +112,5 @@ def fuse_log_probs(
             loss=loss, log_probs=log_probs, entropy=entropy, label_mask=mask, aux_loss=aux_loss
         )
 
-    forward.fused_lm_head = True
+    forward.fused_lm_head = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)

@@ -97,7 +97,7 @@ class Comparison:
         """
         if not self.losses_open:
             return None
-        apart, moves = (math.nan, math.nan), False
+        apart, moves = [math.nan, math.nan], False
         with self._unchanged(), torch.enable_grad(), self.trainer.accelerator.no_sync(model):
             inputs = self._drifted(model, two_sequences(inputs, self.trainer))
             self.runs_trl = True

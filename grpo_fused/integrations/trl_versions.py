@@ -62,7 +62,7 @@ OVERRIDDEN = {
 
 def returns_aux_loss(trainer_class: type) -> bool:
     """Return whether log-probabilities and entropies come with the loss of the router."""
-    method = trainer_class._get_per_token_logps_and_entropies
+    method = trainer_class._get_per_token_logps_and_entropies  # type: ignore[attr-defined]
     return "compute_aux_loss" in inspect.signature(method).parameters
 
 

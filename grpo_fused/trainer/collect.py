@@ -119,6 +119,7 @@ def collect(trainer) -> Experience:
 
 def mean_version(ranks, batch: Batch) -> float:
     """Returns the mean of `Batch.versions` over the tokens of all ranks."""
+    assert batch.versions is not None
     versions = batch.versions[batch.attended].double()
     parts = torch.stack([versions.sum(), versions.new_tensor(versions.numel())])
     total, number = ranks.sum(parts).tolist()

@@ -1,6 +1,7 @@
 """Trains a reward model further on pairs of the policy's own samples, for iterative GRPO."""
 
 import heapq
+import itertools
 import math
 import random
 import warnings
@@ -123,7 +124,7 @@ class RewardTraining:
         judged = self.ranks.share(lambda: self.judge(*given)).total
         own = (rollout.prompts, completions, judged.tolist(), scores.each[self.name].tolist())
         gathered = zip(*self.ranks.gather_objects(own), strict=True)
-        prompts, texts, preferences, rewards = (sum(parts, []) for parts in gathered)
+        prompts, texts, preferences, rewards = (list(itertools.chain(*parts)) for parts in gathered)
         places = select_pairs(texts, preferences, self.config.num_generations)
         self.pairs += [
             {"prompt": prompts[better], "chosen": texts[better], "rejected": texts[worse]}

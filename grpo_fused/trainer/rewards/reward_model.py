@@ -65,6 +65,7 @@ class RewardModel:
             ValueError: it has none.
         """
         if isinstance(prompt, str):
+            assert isinstance(completion, str)
             return prompt + completion
         check_chat_template(self.__name__, self.tokenizer)
         return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)

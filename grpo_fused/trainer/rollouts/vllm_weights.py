@@ -36,7 +36,11 @@ def make_transfer(trainer) -> "FolderTransfer | NCCLTransfer":
         )
     if config.vllm_sync == "nccl" and device.type != "cuda":
         raise ValueError(f"vllm_sync must be folder without a CUDA device, got nccl on {device}")
-    kinds = {"folder": FolderTransfer, "adapter": AdapterTransfer, "nccl": NCCLTransfer}
+    kinds: dict[str, Any] = {
+        "folder": FolderTransfer,
+        "adapter": AdapterTransfer,
+        "nccl": NCCLTransfer,
+    }
     return kinds[config.vllm_sync](trainer)
 
 
