@@ -36,53 +36,89 @@ MISMATCH = 0.1  # mean difference of log-probabilities; bfloat16 servers are bel
 
 def collect(trainer) -> Experience:
     """Samples a rollout, scores it, and computes everything that the loss needs besides logits."""
-    config, accelerator, started = trainer.config, trainer.accelerator, time.perf_counter()
-    began = time.perf_counter()
+    config, ranks, started = trainer.config, trainer.ranks, time.perf_counter()
+    device = trainer.accelerator.device
     trainer.source.sync(trainer.step)
-    synced = time.perf_counter() - began
-    ranks, size = trainer.ranks, config.num_generations
+    synced = time.perf_counter() - started
     rounds, groups, drawing = draw_rounds(trainer, draw)
     punishment = config.max_completion_length, config.soft_punish_cache
     rounds = [Round(r, punish_overlong(s, r.completion_ids, *punishment)) for r, s in rounds]
-    metrics, rewards, each = rollout_metrics(ranks, rounds, size)
-    rollout, scores = rounds[0]
+    metrics, rewards, each = rollout_metrics(ranks, rounds, config.num_generations)
+    batch_round = rounds[0]
     if drawing:
+        size = config.num_generations
         rows = [row for group in groups for row in range(group * size, (group + 1) * size)]
-        rollout, scores = take_rows(ranks, rounds, rows)
+        batch_round = take_rows(ranks, rounds, rows)
         rewards, each = rewards[rows], each[rows]
         metrics |= drawing | {"dynamic_sampling/reward": float(rewards.nanmean())}
-    batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
-
+    rollout, scores = batch_round
     if trainer.reward_training is not None:
         completions = completions_of(trainer, rollout)
         metrics |= trainer.reward_training.add_rollout(rollout, completions, scores)
-    mine = slice(ranks.index * trainer.rows_per_rank, (ranks.index + 1) * trainer.rows_per_rank)
-    has_steps = any_rank(accelerator, scores.steps is not None)
+
+    batch = collate(rollout, trainer.sampler.pad_id, config.mask_truncated_completions)
     if config.algorithm == "ppo":  # advantages need values, below
         batch.completion_mask = batch.completion_mask & ~scores.total.cpu().isnan()[:, None]
-    elif not has_steps:
-        lengths = None
-        if config.baseline == "length":
-            counts = batch.completion_mask.sum(1).float()
-            lengths = ranks.gather(counts.to(accelerator.device)).cpu()
-        advantages = group_advantages(
-            rewards, config, lengths=lengths, each=each, weights=scores.weights
-        )
-        batch.advantages = advantages[mine]
     else:
-        own = scores.as_steps(rollout.completion_ids), batch.completion_ids.shape[1]
-        steps, lengths = zip(*ranks.gather_objects(own), strict=True)
-        advantages = step_advantages(sum(steps, []), max(lengths), config)
-        batch.advantages = advantages[mine, : own[1]]
+        batch.advantages = advantages_of(trainer, batch, batch_round, rewards, each)
     counts = batch.completion_mask.sum(1).view(config.minibatches, -1).sum(1).float()
     lengths = zip(map(len, rollout.prompt_ids), map(len, rollout.completion_ids), strict=True)
-    experience = Experience(
-        batch.to(accelerator.device),
-        list(lengths),
-        ranks.sum(counts.to(accelerator.device)).tolist(),
-        metrics,
-    )
-    batch = experience.batch
+    num_items = ranks.sum(counts.to(device)).tolist()
+    experience = Experience(batch.to(device), list(lengths), num_items, metrics)
+    metrics |= add_logps(trainer, experience, synced)
+    if config.algorithm == "ppo":
+        metrics |= add_values(trainer, experience, batch_round)
+    trainer.rollouts += 1
+    every = config.completions_steps
+    due = every and (trainer.rollouts % every == 0 or trainer.rollouts == 1)  # 1: the baseline
+    if due and trainer.accelerator.is_main_process:
+        texts = trainer.sampler.decode(rollout.completion_ids[: config.completions_rows])
+        trainer.run_log.completions(trainer.step + 1, completions_table(rollout, texts, scores))
+    metrics["seconds/rollout"] = time.perf_counter() - started
+    return experience
+
+
+def advantages_of(
+    trainer, batch: Batch, own: Round, rewards: torch.Tensor, each: torch.Tensor
+) -> torch.Tensor:
+    """Returns advantages from groups, of outcomes (B,) or, if steps have scores, of tokens (B, T).
+
+    Args:
+        trainer: of the run.
+        batch: of this rank.
+        own: the same as lists, with its scores.
+        rewards: total rewards of the batch over all ranks.
+        each: those of the K functions, (..., K).
+    """
+    config, ranks, (rollout, scores) = trainer.config, trainer.ranks, own
+    device, first = trainer.accelerator.device, ranks.index * trainer.rows_per_rank
+    mine = slice(first, first + trainer.rows_per_rank)
+    if any_rank(trainer.accelerator, scores.steps is not None):
+        steps_and_width = scores.as_steps(rollout.completion_ids), batch.completion_ids.shape[1]
+        steps, widths = zip(*ranks.gather_objects(steps_and_width), strict=True)
+        advantages = step_advantages(sum(steps, []), max(widths), config)
+        return advantages[mine, : steps_and_width[1]]
+    lengths = None
+    if config.baseline == "length":
+        counts = batch.completion_mask.sum(1).float()
+        lengths = ranks.gather(counts.to(device)).cpu()
+    weights = scores.weights
+    return group_advantages(rewards, config, lengths=lengths, each=each, weights=weights)[mine]
+
+
+def add_logps(trainer, experience: Experience, synced: float) -> dict[str, float]:
+    """Adds old and reference log-probabilities and the weights that correct for the sampler.
+
+    Args:
+        trainer: of the run.
+        experience: of this rank, changed in place.
+        synced: seconds of the weight sync.
+
+    Returns:
+        metrics of the sampler against the policy.
+    """
+    config, ranks, batch = trainer.config, trainer.ranks, experience.batch
+    metrics: dict[str, float] = {}
     if config.is_off_policy or batch.sampling_logps is not None:
         batch.old_logps = logps(trainer, trainer.model, experience, over_support=True)
         batch.importance_sampling_ratio = correction_weights(batch, config)
@@ -100,21 +136,20 @@ def collect(trainer) -> Experience:
     if trainer.reference is not None:
         with trainer.reference.activate(trainer.model, trainer.unwrapped) as reference:
             batch.ref_logps = logps(trainer, reference, experience, over_support=False)
-    if config.algorithm == "ppo":
-        of_policy = batch.old_logps if batch.support_ids is None else None
-        if trainer.reference is not None and of_policy is None:
-            of_policy = logps(trainer, trainer.model, experience, over_support=False)
-        batch.values = values(trainer, experience)
-        rewards = token_rewards(scores, rollout.completion_ids, batch.values.shape[1], has_steps)
-        metrics |= judge(experience, rewards.to(accelerator.device), of_policy, config, ranks)
-    trainer.rollouts += 1
-    every = config.completions_steps
-    due = every and (trainer.rollouts % every == 0 or trainer.rollouts == 1)  # 1: the baseline
-    if due and accelerator.is_main_process:
-        texts = trainer.sampler.decode(rollout.completion_ids[: config.completions_rows])
-        trainer.run_log.completions(trainer.step + 1, completions_table(rollout, texts, scores))
-    metrics["seconds/rollout"] = time.perf_counter() - started
-    return experience
+    return metrics
+
+
+def add_values(trainer, experience: Experience, own: Round) -> dict[str, float]:
+    """Adds the critic's values, and the returns and advantages that follow from them."""
+    config, batch, (rollout, scores) = trainer.config, experience.batch, own
+    of_policy = batch.old_logps if batch.support_ids is None else None
+    if trainer.reference is not None and of_policy is None:
+        of_policy = logps(trainer, trainer.model, experience, over_support=False)
+    batch.values = values(trainer, experience)
+    has_steps = any_rank(trainer.accelerator, scores.steps is not None)
+    rewards = token_rewards(scores, rollout.completion_ids, batch.values.shape[1], has_steps)
+    rewards = rewards.to(trainer.accelerator.device)
+    return judge(experience, rewards, of_policy, config, trainer.ranks)
 
 
 def mean_version(ranks, batch: Batch) -> float:
