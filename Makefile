@@ -73,7 +73,7 @@ docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What the workflows check and this machine can: `make ci-local CHECKS="workflows packages"`.
-CHECKS ?= lint workflows types packages test demo
+CHECKS ?= lint workflows types packages docs test demo
 ci-local: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ci]"
 	.github/checks.sh $(CHECKS)

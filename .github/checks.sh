@@ -7,6 +7,7 @@ bin=.venv/bin
 lint() { make lint; }
 test() { make test; }
 demo() { make demo; }
+docs() { make docs; }
 
 # The workflows' syntax, and what they let a stranger do.
 workflows() {

@@ -114,6 +114,8 @@ def check_dynamic_sampling(rank):
         resumed, later = trainer_on(f"{folder}-again", start(), resume=str(path), **options)
         resumed.train()
         assert later == {step: records[step] for step in (4, 5, 6)}, kind
+        if kind != "ddp":
+            continue  # a distributed model does not resume what one process has saved
         path = list_checkpoints(f"{rank.folder}/dynamic")[1]  # behind a rollout
         resumed, later = trainer_on(f"{folder}-one", start(), resume=str(path), **DYNAMIC)
         resumed.train()
