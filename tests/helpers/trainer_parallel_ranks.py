@@ -272,7 +272,8 @@ def check_reward_training(rank):
     """A reward model is trained as by one process, and stays equal to the bit on all ranks."""
     root = Path(rank.folder)
     expected = torch.load(root / "reward.pt")
-    for kind in ("ddp", TENSOR_PARALLEL[rank.size]):
+    slow = "GRPO_FUSED_SLOW" in os.environ
+    for kind in ("ddp", TENSOR_PARALLEL[rank.size]) if slow else ("ddp",):
         output = root / f"reward-{kind}{rank.size}"
         seed = 1 if rank.rank else None  # the weights of rank 0 count
         trainer, records = reward_run(root, kind, output, seed, save_steps=3)

@@ -269,6 +269,7 @@ def test_the_sequences_of_the_comparison():
     assert sums.abs().max() < 0.6
 
 
+@pytest.mark.slow
 def test_two_ranks_agree(folder, tmp_path):
     """Where one rank's TRL has another loss, both leave it to TRL."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]

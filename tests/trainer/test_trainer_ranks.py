@@ -15,7 +15,7 @@ from parallel_trainer import (
 )
 from reward_models import save_reward_model
 
-MODULES = ("trainer_parallel_ranks", "served_ranks")
+MODULES = ("trainer_parallel_ranks",)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def folder(tmp_path_factory):
 
 
 def test_two_ranks(folder):
+    ranks.start(2, folder, ("served_ranks",))
     ranks.start(2, folder, MODULES)
     assert len(list(folder.glob("from-one-checkpoint-*-2/model"))) == 2
 
@@ -48,6 +49,7 @@ def test_two_ranks(folder):
 @pytest.mark.slow
 def test_four_ranks(folder):
     """After two ranks have saved checkpoints; then two resume what four have saved."""
+    ranks.start(2, folder, ("served_ranks",), slow=True)
     ranks.start(2, folder, MODULES, slow=True)
     ranks.start(4, folder, MODULES, slow=True)
     ranks.start(2, folder, MODULES, slow=True)
