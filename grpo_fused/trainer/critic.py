@@ -16,6 +16,7 @@ from grpo_fused.trainer.policy import (
     checkpoint_activations,
     disable_dropout,
     model_inputs,
+    takes_positions,
 )
 from grpo_fused.trainer.ranks import Ranks
 from grpo_fused.trainer.reference import is_peft_model
@@ -102,11 +103,12 @@ class Critic:
         rate = config.learning_rate if rate is None else rate
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, config, rate))
         self.unwrapped = accelerator.unwrap_model(self.model)
+        self.with_positions = takes_positions(model)
         self.scheduler = make_scheduler(self.optimizer, config)
 
     def values(self, batch: Batch) -> torch.Tensor:
         """Returns the values before each completion token, (B, T) float32, differentiable."""
-        logits = self.model(**model_inputs(self.unwrapped, batch), use_cache=False).logits
+        logits = self.model(**model_inputs(batch, self.with_positions), use_cache=False).logits
         return logits[:, -batch.completion_ids.shape[1] - 1 : -1, 0].float()
 
     def clip_gradients(self) -> torch.Tensor:

@@ -98,11 +98,15 @@ def base_model(model: nn.Module) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def model_inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the forward of a model has position_ids."""
+    return "position_ids" in inspect.signature(base_model(model).forward).parameters
+
+
+def model_inputs(batch: Batch, with_positions: bool) -> dict[str, torch.Tensor]:
     """Returns the keywords of a model's forward over the prompts and completions of a batch."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if "position_ids" in inspect.signature(base_model(model).forward).parameters:
-        # Counted from the first unpadded token, as in `generate`.
+    if with_positions:  # counted from the first unpadded token, as in `generate`
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return inputs
 
@@ -116,7 +120,7 @@ class Policy:
     """
 
     def __init__(self, config: GRPOTrainerConfig, model: nn.Module):
-        self.config, self.unwrapped = config, model
+        self.config, self.with_positions = config, takes_positions(model)
         self.objective = config.objective_or_default
         self.value_head = getattr(base_model(model), "value_head", None)
         self.vocabulary = base_model(model).config.get_text_config().vocab_size
@@ -207,7 +211,7 @@ class Policy:
 
     def _inputs(self, batch):
         keep = batch.completion_ids.shape[1] + 1  # the last is ignored
-        return model_inputs(self.unwrapped, batch) | {"logits_to_keep": keep}
+        return model_inputs(batch, self.with_positions) | {"logits_to_keep": keep}
 
     def _values(self, hidden):
         return self.value_head(hidden[:, :-1].float())[..., 0]
