@@ -15,6 +15,7 @@ from transformers import (
 
 from grpo_fused.trainer.rewards.results import Steps
 from grpo_fused.trainer.rewards.steps import split_steps
+from grpo_fused.trainer.rollouts.chat import last_turn
 from grpo_fused.trainer.rollouts.rollout import Prompt, pad
 
 # How the name of an architecture in a model's config.json ends.
@@ -144,13 +145,8 @@ class StepRewardModel:
         """Returns (ids, ends): what the model reads, and the place of the last token of a step."""
         if not isinstance(prompt, str):
             check_chat_template(self.__name__, self.tokenizer)
-            continues = prompt[-1]["role"] == "assistant"
-            prompt = self.tokenizer.apply_chat_template(
-                prompt,
-                tokenize=False,
-                add_generation_prompt=not continues,
-                continue_final_message=continues,
-            )
+            turn = last_turn(prompt)
+            prompt = self.tokenizer.apply_chat_template(prompt, tokenize=False, **turn)
 
         def tokens(text):
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]

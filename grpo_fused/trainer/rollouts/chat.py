@@ -67,6 +67,12 @@ def check_template(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
             )
 
 
+def last_turn(messages: list[dict[str, Any]]) -> dict[str, bool]:
+    """Returns arguments of `apply_chat_template` that continue a last turn of the assistant."""
+    continues = bool(messages) and messages[-1].get("role") == "assistant"
+    return {"add_generation_prompt": not continues, "continue_final_message": continues}
+
+
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], arguments: dict[str, Any]
 ) -> list[int]:
@@ -77,11 +83,9 @@ def encode_chat(
     """
     if arguments:
         check_template(tokenizer, arguments)
-    continues = bool(messages) and messages[-1].get("role") == "assistant"
     return tokenizer.apply_chat_template(
         messages,
-        add_generation_prompt=not continues,
-        continue_final_message=continues,
+        **last_turn(messages),
         tokenize=True,
         return_dict=True,
         **arguments,
