@@ -23,6 +23,7 @@ from torch import Tensor
 from grpo_fused.advantages import suffix_scan
 from grpo_fused.bundles import Number
 from grpo_fused.checks import NUMBERS, active_tokens, check_choice, check_tensor
+from grpo_fused.collectives import check_group, reduce_over_ranks
 from grpo_fused.losses.kl import KL_ESTIMATORS, weighted
 from grpo_fused.losses.weights import evaluate, rule_weight
 from grpo_fused.sequences import lay_out_sequences
@@ -182,7 +183,12 @@ def gae_advantages(
 
 
 @torch.no_grad()
-def whiten(advantages: Tensor, mask: Tensor | None = None) -> Tensor:
+def whiten(
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor:
     """Normalise advantages to mean 0 and variance 1 over the active tokens, as PPO does.
 
         (A - mean(A)) / sqrt(var(A) + 1e-8)
@@ -193,19 +199,25 @@ def whiten(advantages: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         advantages: float, any shape; ignored, NaN included, where masked.
         mask: of the shape of advantages, nonzero = active; None = all active.
+        group: the ranks that each have a part of the batch, over all of which mean and variance
+            are; every one must call it, with any shape. None = this rank has the batch.
 
     Returns:
         float32 of the shape of advantages, exactly 0 where masked.
 
     Raises:
-        ValueError: mismatched shapes or devices.
+        ValueError: mismatched shapes or devices; a group that is none.
     """
     check_tensor("advantages", advantages)
+    check_group("group", group)
     active = active_tokens(mask, advantages)
-    count = active.sum()
     values = torch.where(active, advantages.double(), 0.0)
-    centred = torch.where(active, values - values.sum() / count.clamp(min=1), 0.0)
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    sums = torch.stack([active.sum().double(), values.sum()])
+    count, total = (sums if group is None else reduce_over_ranks(sums, group)).unbind()
+    centred = torch.where(active, values - total / count.clamp(min=1), 0.0)
+    squares = centred.square().sum()
+    squares = squares if group is None else reduce_over_ranks(squares, group)
+    variance = squares / (count - 1).clamp(min=1)
     return (centred / (variance + 1e-8).sqrt()).float()
 
 

@@ -3,11 +3,12 @@
 import copy
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForTokenClassification
 
-from grpo_fused import gae_advantages, kl_rewards, value_loss
+from grpo_fused import gae_advantages, kl_rewards, value_loss, whiten
 from grpo_fused.ppo import ValueLossOutput
 from grpo_fused.trainer.experience import Batch, Experience
 from grpo_fused.trainer.optimizer import make_optimizer, make_scheduler
@@ -203,20 +204,10 @@ def judge(
     advantages, batch.returns = gae_advantages(
         penalised, values, mask, gamma=config.gae_gamma, lam=config.gae_lambda
     )
-    batch.advantages = whiten_over_ranks(advantages, mask, ranks)
+    group = dist.group.WORLD if dist.is_initialized() else None  # sharded models are refused
+    batch.advantages = whiten(advantages, mask, group=group)
     if not has_penalty:
         return {}
     kl = kl_rewards(torch.zeros_like(rewards), *arguments, beta=-1.0, kl_estimator=estimator)
     tokens, total = ranks.sum(torch.stack([mask.sum().double(), kl.double().sum()])).tolist()
     return {"kl": total / max(tokens, 1)}
-
-
-def whiten_over_ranks(advantages: torch.Tensor, mask: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Returns `whiten` of the advantages of all ranks, (B, T) float32, those of this rank."""
-    found = advantages[mask].double()
-    count, total = ranks.sum(torch.stack([mask.sum().double(), found.sum()])).unbind()
-    centred = found - total / count.clamp(min=1)
-    variance = ranks.sum(centred.square().sum()) / (count - 1).clamp(min=1)
-    whitened = torch.zeros_like(advantages)
-    whitened[mask] = (centred / (variance + 1e-8).sqrt()).to(advantages.dtype)
-    return whitened

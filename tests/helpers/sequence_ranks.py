@@ -17,6 +17,7 @@ from grpo_fused import (
     rollout_weights,
     token_weights,
     value_loss,
+    whiten,
 )
 from grpo_fused.losses.metrics import means
 from grpo_fused.losses.weights import RULES
@@ -118,6 +119,21 @@ def check_value_loss(rank):
         assert relative_error(part.grad[:, places], whole.grad[:, places]) < 2e-6, rule
         assert relative_error(rank.sum(got.sums), want.sums) < 2e-6, rule
         assert 0 < want.metrics["value/clip_ratio"] < 1
+
+
+def check_whitening(rank):
+    """Parts of different sizes, one of them without an active token, as the whole batch."""
+    draw = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 5 + k, generator=draw) * (k + 1) + k for k in range(rank.size)]
+    masks = [torch.rand(part.shape, generator=draw) < 0.7 for part in parts]
+    for mine in (masks, [torch.zeros_like(masks[0]), *masks[1:]]):
+        own = mine[rank.rank]
+        got = whiten(parts[rank.rank].masked_fill(~own, torch.nan), own, group=rank.group)
+        active = [part[mask] for part, mask in zip(parts, mine, strict=True)]
+        want = whiten(torch.cat(active)).split([len(part) for part in active])[rank.rank]
+        assert got[~own].eq(0).all()
+        assert not len(want) or relative_error(got[own], want) < 1e-6
+    raises(ValueError, "group must be a Proc", lambda: whiten(parts[0], group="dp"))
 
 
 def check_without_a_mask(rank):

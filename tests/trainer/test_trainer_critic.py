@@ -11,10 +11,9 @@ from trainer_ranks import by_length, sampled, step_gradients
 from trainer_runs import HELD_OUT, FunctionRewards, RewardScores, trainer_of, weights_of
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-from grpo_fused import GRPOTrainerConfig, whiten
+from grpo_fused import GRPOTrainerConfig
 from grpo_fused.demo import make_model, make_tokenizer
 from grpo_fused.trainer.collect import collect
-from grpo_fused.trainer.critic import whiten_over_ranks
 
 PPO = {"algorithm": "ppo", "loss_type": "ppo"}
 STEP = PPO | {"max_completion_length": 7, "beta": 0.3, "entropy_coef": 0.02, "num_iterations": 2}
@@ -215,33 +214,6 @@ def test_the_values_of_a_new_critic_are_zero_and_its_trunk_is_the_policys(tmp_pa
     trunk = trainer.critic.unwrapped.base_model.state_dict()
     for name, weight in trainer.unwrapped.base_model.state_dict().items():
         assert torch.equal(trunk[name], weight) and trunk[name].data_ptr() != weight.data_ptr()
-
-
-def test_whitening_over_ranks_is_whitening_of_the_union():
-    torch.manual_seed(0)
-    parts = [torch.randn(3, 5), torch.randn(3, 7) * 2 + 1]
-    masks = [torch.rand(part.shape) < 0.7 for part in parts]
-    found = []
-
-    class Pair:
-        """Two ranks whose sums are added up here."""
-
-        def __init__(self, own, other):
-            self.own, self.other, self.calls = own, other, 0
-
-        def sum(self, tensor):
-            self.calls += 1
-            values = [part[mask].double() for part, mask in (self.own, self.other)]
-            joined = torch.cat(values)
-            if self.calls == 1:
-                return torch.stack([torch.tensor(float(joined.numel())).double(), joined.sum()])
-            return (joined - joined.mean()).square().sum()
-
-    for own, other in ((0, 1), (1, 0)):
-        ranks = Pair((parts[own], masks[own]), (parts[other], masks[other]))
-        found.append(whiten_over_ranks(parts[own], masks[own], ranks)[masks[own]])
-    union = torch.cat([part[mask] for part, mask in zip(parts, masks, strict=True)])
-    torch.testing.assert_close(torch.cat(found), whiten(union), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
