@@ -60,8 +60,6 @@ def check_runs(rank):
     expected = torch.load(f"{rank.folder}/expected-one.pt")
     for kind in KINDS[rank.size]:
         folder = f"{rank.folder}/{kind}{rank.size}"
-        if Path(folder, "model").exists():
-            continue  # of an earlier start
         trainer, records = trainer_on(
             folder, load_start(f"{rank.folder}/start", kind), save_steps=1, save_total_limit=None
         )
@@ -99,8 +97,6 @@ def check_dynamic_sampling(rank):
     for kind in KINDS[rank.size]:
         start = functools.partial(load_start, f"{rank.folder}/start", kind)
         folder = f"{rank.folder}/dynamic-{kind}{rank.size}"
-        if Path(folder, "model").exists():
-            continue  # of an earlier start
         options = DYNAMIC | {"save_steps": 1, "save_total_limit": None}
         trainer, records = trainer_on(folder, start(), **options)
         trainer.train()
@@ -189,8 +185,6 @@ def check_masters(rank):
             continue  # in `test_trainer_optimizer`
         start = functools.partial(load_start, f"{rank.folder}/start", kind, torch.bfloat16)
         folder = f"{rank.folder}/masters-{kind}{rank.size}"
-        if Path(folder, "model").exists():
-            continue  # of an earlier start
         options = {"learning_rate": 1e-4, "max_steps": 3}
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(grpo_fused.trainer.trainer, "make_optimizer", make_optimizer)

@@ -52,7 +52,7 @@ def test_four_ranks(folder):
     ranks.start(2, folder, ("served_ranks",), slow=True)
     ranks.start(2, folder, MODULES, slow=True)
     ranks.start(4, folder, MODULES, slow=True)
-    ranks.start(2, folder, MODULES, slow=True)
+    ranks.start(2, folder, ("resumed_ranks",), slow=True)
     for kind, source, size in (("ddp", "one", 2), ("tp", "2x24", 2), ("2x2", "tp2", 4)):
         resumed = list(folder.glob(f"from-{source}-checkpoint-*-{size}/model"))
         assert len(resumed) == 2, (kind, source)
