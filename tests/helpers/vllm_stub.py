@@ -22,6 +22,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+# `from_pretrained` replaces PreTrainedModel.tie_weights for a while; of two threads, for good.
+LOADING = threading.Lock()
 MODEL_CONFIG = {"dtype": "torch.float32", "logprobs_mode": "processed_logprobs"}
 MODEL_CONFIG |= {"max_logprobs": 20, "max_model_len": 64}
 
@@ -167,14 +169,17 @@ class Stub:
         return {"results": [None]}
 
     def _copy(self, weights):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)).eval()
+        with LOADING:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)).eval()
         model.load_state_dict(weights)
         return model
 
     def _v1_load_lora_adapter(self, body):
         self._keep_cache()
-        base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-        self.adapters[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"]).eval()
+        with LOADING:
+            base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+            found = PeftModel.from_pretrained(base, body["lora_path"]).eval()
+        self.adapters[body["lora_name"]] = found
         return f"Success: LoRA adapter '{body['lora_name']}' added successfully."
 
     def _init_weight_transfer_engine(self, body):

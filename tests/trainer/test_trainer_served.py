@@ -347,7 +347,6 @@ def test_a_server_of_another_model_or_with_a_tied_head(tmp_path, folder, stubs):
     config = make_model(make_tokenizer()).config
     config.tie_word_embeddings = True
     model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     stub.settings["model_config"]["model"] = "on/another/machine"
     trainer, records = served(tmp_path, [stub], model=model, max_steps=3)
