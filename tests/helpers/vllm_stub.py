@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -26,6 +26,12 @@ from transformers.generation.logits_process import (
 LOADING = threading.Lock()
 MODEL_CONFIG = {"dtype": "torch.float32", "logprobs_mode": "processed_logprobs"}
 MODEL_CONFIG |= {"max_logprobs": 20, "max_model_len": 64}
+
+
+def load(folder):
+    """The model in a folder; several threads take turns."""
+    with LOADING:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 class Stub:
@@ -43,7 +49,7 @@ class Stub:
 
     def __init__(self, folder, *, name="policy"):
         self.folder, self.name = str(folder), name
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = load(folder)
         self.fresh, self.adapters, self.cached = None, {}, None
         self.version, self.paused, self.lock = "default", False, threading.Lock()
         self.log, self.faults, self.change, self.broadcast = [], {}, lambda choices: None, None
@@ -78,7 +84,7 @@ class Stub:
 
     def forget(self):
         """Has the weights of the folder again, as after a restart that nobody saw."""
-        self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self.model = load(self.folder)
         self.version, self.adapters, self.cached, self.paused = "default", {}, None, False
 
     def restart(self):
@@ -169,17 +175,14 @@ class Stub:
         return {"results": [None]}
 
     def _copy(self, weights):
-        with LOADING:
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)).eval()
+        model = load(self.folder)
         model.load_state_dict(weights)
         return model
 
     def _v1_load_lora_adapter(self, body):
         self._keep_cache()
-        with LOADING:
-            base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-            found = PeftModel.from_pretrained(base, body["lora_path"]).eval()
-        self.adapters[body["lora_name"]] = found
+        base = load(self.folder)
+        self.adapters[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"]).eval()
         return f"Success: LoRA adapter '{body['lora_name']}' added successfully."
 
     def _init_weight_transfer_engine(self, body):
