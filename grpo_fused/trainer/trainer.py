@@ -199,7 +199,8 @@ class GRPOTrainer:
 
         In both cases it writes `model/` to output_dir, for `from_pretrained`; a run to the end is
         uploaded with push_to_hub. A signal also writes a checkpoint, from which `resume` continues
-        bit-identically (on a GPU, as far as its kernels are deterministic).
+        bit-identically (on a GPU, as far as its kernels are deterministic; on more than two ranks
+        of DDP, up to rounding).
 
         Raises:
             ValueError: the checkpoint belongs to another run; a row or a reward is invalid.
@@ -308,9 +309,8 @@ class GRPOTrainer:
         minibatch = experience.position % config.minibatches
         num_items = experience.num_items[minibatch]
         num_sequences = config.prompts_per_rollout * config.num_generations / config.minibatches
-        batches = list(
-            experience.micro_batches(minibatch, config.minibatches, config.micro_batch_size)
-        )
+        split = minibatch, config.minibatches, config.micro_batch_size
+        batches = list(experience.micro_batches(*split))
         sums, value_sums, max_ratio = 0.0, 0.0, torch.zeros((), device=accelerator.device)
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
