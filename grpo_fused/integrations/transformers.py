@@ -70,6 +70,11 @@ def fuse_lm_head(model: "PreTrainedModel") -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def base_model(model: Any) -> "PreTrainedModel":
+    """Return the transformers model inside a peft model; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_fused(model: "PreTrainedModel") -> bool:
     """Return whether `fuse_lm_head` has patched the model."""
     return hasattr(getattr(model.forward, "__func__", None), "fused_lm_head")

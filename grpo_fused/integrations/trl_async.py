@@ -11,8 +11,7 @@ from trl.experimental.async_grpo import AsyncGRPOTrainer
 from trl.trainer import utils as trl_utils
 
 from grpo_fused import linear_selective_log_softmax
-from grpo_fused.integrations.transformers import fuse_lm_head, why_no_router_loss
-from grpo_fused.integrations.trl_head import base_model
+from grpo_fused.integrations.transformers import base_model, fuse_lm_head, why_no_router_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

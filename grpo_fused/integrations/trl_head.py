@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from grpo_fused import linear_selective_log_softmax
-from grpo_fused.integrations.transformers import fuse_lm_head, why_no_router_loss, why_not_fused
+from grpo_fused.integrations.transformers import (
+    base_model,
+    fuse_lm_head,
+    why_no_router_loss,
+    why_not_fused,
+)
 from grpo_fused.integrations.trl_compare import Comparison
 from grpo_fused.integrations.trl_versions import (
     IS_NEWER,
@@ -231,11 +236,6 @@ class FusedHead:
                 **options,
             )
         return found if aux_loss else (found, None)
-
-
-def base_model(model):
-    """Return the transformers model, which peft may have wrapped."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def has_other_inputs(inputs) -> bool:

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import AutoModelForTokenClassification
 
 from grpo_fused import gae_advantages, kl_rewards, value_loss, whiten
+from grpo_fused.integrations.transformers import base_model
 from grpo_fused.ppo import ValueLossOutput
 from grpo_fused.trainer.experience import Batch, Experience
 from grpo_fused.trainer.optimizer import make_optimizer, make_scheduler
 from grpo_fused.trainer.policy import (
-    base_model,
     checkpoint_activations,
     disable_dropout,
     model_inputs,

@@ -15,10 +15,10 @@ from grpo_fused import (
     linear_selective_log_softmax,
     selective_log_softmax,
 )
-from grpo_fused.integrations.transformers import fuse_lm_head
+from grpo_fused.integrations.transformers import base_model, fuse_lm_head
 from grpo_fused.trainer.experience import Batch
 from grpo_fused.trainer.ranks import Ranks
-from grpo_fused.trainer.reference import Reference, is_peft_model
+from grpo_fused.trainer.reference import Reference
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
 
@@ -91,11 +91,6 @@ def _zero_dropout(values, set_to_zero):
     for name, value in list(values.items()):
         if "drop" in name.lower() and isinstance(value, float) and 0 < value <= 1:
             set_to_zero(name)
-
-
-def base_model(model: nn.Module) -> Any:
-    """Returns the transformers model inside a peft model; any other model as it is."""
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 def takes_positions(model: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from transformers.generation.logits_process import (
 )
 
 from grpo_fused import support_from_mask
+from grpo_fused.integrations.transformers import base_model
 from grpo_fused.trainer.rollouts.generation import FOR_SAMPLES, LEAVES_OUT, OF_TOKENS, REWEIGHTS
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
 
@@ -151,7 +152,7 @@ def check_values(
     Raises:
         ValueError: transformers rejects or ignores a value; it has an id out of the vocabulary.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     for name, value in config.generation_kwargs.items():
         where = f"generation_kwargs: {name} = {value!r}"
         for token in _flat(value) if name in OF_TOKENS else ():

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessorList
 
+from grpo_fused.integrations.transformers import base_model
 from grpo_fused.trainer.rollouts.chat import (
     COLUMN,
     check_template,
@@ -280,7 +281,7 @@ def generation_defaults(model: Any, generation_config: GenerationConfig) -> Iter
     config. A top_k or repetition penalty in it would sample from another distribution than the
     policy of the loss.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     before = base.generation_config
     base.generation_config = generation_config
     try:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import GenerationConfig
 
+from grpo_fused.integrations.transformers import base_model
 from grpo_fused.trainer.experience import Experience
-from grpo_fused.trainer.policy import base_model
 from grpo_fused.trainer.reference import full_tensor
 from grpo_fused.trainer.run.checkpoint import (
     PARTIAL,
