@@ -4,6 +4,7 @@ Supported is every minor version from OLDEST to NEWEST: `make trl-matrix` runs t
 A newer one is taken with a warning, and compared with TRL's own loss: see `trl_compare`.
 """
 
+import functools
 import inspect
 import warnings
 
@@ -60,6 +61,7 @@ OVERRIDDEN = {
 }
 
 
+@functools.cache
 def returns_aux_loss(trainer_class: type) -> bool:
     """Return whether log-probabilities and entropies come with the loss of the router."""
     method = trainer_class._get_per_token_logps_and_entropies  # type: ignore[attr-defined]
