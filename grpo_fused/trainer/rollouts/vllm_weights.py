@@ -13,7 +13,8 @@ import torch
 
 from grpo_fused.trainer.reference import full_tensor, is_peft_model, reshard
 from grpo_fused.trainer.rollouts.vllm_server import ServerError, VLLMServer
-from grpo_fused.trainer.run.errors import RolloutError, TrainingError, any_rank
+from grpo_fused.trainer.run.checkpoint import write_together
+from grpo_fused.trainer.run.errors import RolloutError
 from grpo_fused.trainer.run.state import write_model
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -80,20 +81,16 @@ class FolderTransfer:
             TrainingError: the weights could not be written.
             RolloutError: no server took them.
         """
-        trainer, error = self.trainer, None
-        folder, main = self.folder / tag, trainer.accelerator.is_main_process
-        dtype = self.dtype(source)
-        try:
+        trainer, folder = self.trainer, self.folder / tag
+        main, dtype = trainer.accelerator.is_main_process, self.dtype(source)
+
+        def write():
             if main:
                 shutil.rmtree(folder, ignore_errors=True)
             write_model(trainer, folder, dtype)
-        except Exception as raised:  # safetensors raises exceptions of its own
-            error = raised
-        if any_rank(trainer.accelerator, error is not None):
-            if main:
-                shutil.rmtree(folder, ignore_errors=True)
-            reason = error or "on another rank"
-            raise TrainingError(f"weights could not be written to {folder} ({reason})") from error
+
+        failure = f"weights could not be written to {folder}"
+        write_together(trainer.accelerator, folder, write, failure)
 
         def update(server):
             with server.paused():

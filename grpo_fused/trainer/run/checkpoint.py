@@ -6,10 +6,11 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
-from grpo_fused.trainer.run.errors import OtherRankError, TrainingError, any_rank, explain
+from grpo_fused.trainer.run.errors import OtherRankError, TrainingError, explain, together
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # suffix of folders that are being written or deleted; never loaded
@@ -56,21 +57,13 @@ def save_checkpoint(
 
     main = accelerator.is_main_process
     for action in (start if main else None, lambda: write(partial), finish if main else None):
-        error = None
         try:
-            if action is not None:
-                action()
-        except Exception as raised:  # torch and safetensors raise exceptions of their own
-            error = raised
-        if not any_rank(accelerator, error is not None):
-            continue
-        reason = "on another rank" if error is None else explain(error, output_dir)
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise (TrainingError if error else OtherRankError)(
-            f"{final} could not be written ({reason}); "
-            f"the last good checkpoint is {latest_checkpoint(output_dir) or 'none'}"
-        ) from error
+            write_together(
+                accelerator, partial, action or (lambda: None), f"{final} could not be written"
+            )
+        except TrainingError as error:
+            last = latest_checkpoint(output_dir) or "none"
+            raise type(error)(f"{error}; the last good checkpoint is {last}") from error.__cause__
     if main:
         found = list_checkpoints(output_dir)
         until_now = found[: found.index(final) + 1]
@@ -79,6 +72,31 @@ def save_checkpoint(
             if path not in kept:
                 delete_checkpoint(path)
     return final
+
+
+def write_together(
+    accelerator: Accelerator, folder: Path, write: Callable[[], Any], failure: str
+) -> None:
+    """Lets every rank write to a folder; if one cannot, all raise, and the folder is deleted.
+
+    Args:
+        accelerator: of the run.
+        folder: that is written.
+        write: what this rank does.
+        failure: beginning of the message.
+
+    Raises:
+        TrainingError: this rank could not write; it says why.
+        OtherRankError: another rank could not.
+    """
+    try:
+        together(accelerator, write)
+    except Exception as error:  # torch and safetensors raise exceptions of their own
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OtherRankError):
+            raise OtherRankError(f"{failure} (on another rank)") from error
+        raise TrainingError(f"{failure} ({explain(error, folder.parent)})") from error
 
 
 def write_manifest(folder: Path) -> None:

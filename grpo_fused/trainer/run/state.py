@@ -28,8 +28,8 @@ from grpo_fused.trainer.run.checkpoint import (
     replace_folder,
     save_checkpoint,
     sync_folder,
+    write_together,
 )
-from grpo_fused.trainer.run.errors import OtherRankError, TrainingError, any_rank, explain
 from grpo_fused.trainer.run.loading import absolute_base
 from grpo_fused.trainer.run.resume_checks import check_same_run, run_metadata
 from grpo_fused.trainer.run.safe_loading import as_data
@@ -332,22 +332,17 @@ def write_folder(accelerator: Accelerator, final: Path, write: Callable[[Path], 
     Raises:
         TrainingError: the folder could not be written; the unfinished one is deleted.
     """
-    main, error, reason = accelerator.is_main_process, None, "on another rank"
-    partial = final.with_name(f"{final.name}{PARTIAL}")
-    try:
+    main, partial = accelerator.is_main_process, final.with_name(f"{final.name}{PARTIAL}")
+
+    def write_and_rename():
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         write(partial)
         if main:
             sync_folder(partial)
             replace_folder(partial, final)
-    except Exception as raised:  # safetensors raises exceptions of its own
-        error, reason = raised, explain(raised, final.parent)
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-    if any_rank(accelerator, error is not None):
-        kind = TrainingError if error else OtherRankError
-        raise kind(f"{final} could not be written ({reason})") from error
+
+    write_together(accelerator, partial, write_and_rename, f"{final} could not be written")
 
 
 @contextlib.contextmanager
