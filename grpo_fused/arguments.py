@@ -159,19 +159,22 @@ def make_tokens(
 
 
 SOFTMAXES = ("support", "vocabulary")
+OVER = tuple(f"{term}_over" for term in OverSupport._fields)  # keywords
 
 
 def make_over(options):
     """`OverSupport` from keywords, of which log-probabilities have entropy_over alone."""
-    chosen = {}
-    for term in OverSupport._fields:
-        name = f"{term}_over"
+    chosen = []
+    for name in OVER:
         value = getattr(options, name, "vocabulary")
         check_choice(name, value, SOFTMAXES)
-        chosen[term] = value == "support" and options.support is not None
-    if getattr(options, "kl_over", None) == "support" and options.support is None:
+        chosen.append(value == "support")
+    chosen = OverSupport(*chosen)
+    if options.support is not None:
+        return chosen
+    if chosen.kl:
         raise ValueError('kl_over="support" requires a support, got None')
-    return OverSupport(**chosen)
+    return OverSupport()
 
 
 def make_support(source, layout, sequences, support):
@@ -199,13 +202,14 @@ def make_scales(source, logit_scale, logit_softcap):
     return Scales(logit_scale, logit_softcap)
 
 
-def make_values(layout, sequences, advantages, normalizer, options, corrects=True):
+def make_values(layout, sequences, advantages, normalizer, options, coefficients, corrects):
     """`TokenValues` of a loss, and the rollout ratio (B,) or (B, T), or None.
 
     Args:
         advantages: (B,) or (B, T).
         normalizer: a rule, or None for reduction="none".
-        options: keywords of `grpo_loss`, checked.
+        options: keywords of `grpo_loss`.
+        coefficients: its beta and entropy_coef, checked.
         corrects: whether the rollout ratio multiplies the policy term.
     """
     ratio = layout.value(options.importance_sampling_ratio)
@@ -215,22 +219,23 @@ def make_values(layout, sequences, advantages, normalizer, options, corrects=Tru
         "num_sequences_in_batch": options.num_sequences_in_batch,
         "max_completion_length": options.max_completion_length,
     }
+    beta, entropy_coef = coefficients
     rule = "token-sum" if normalizer is None else normalizer
     coefficient = ratio if corrects and ratio is not None else 1.0
     policy = rule_weight(sequences, rule, coefficient, **given)
-    kl = Weight(options.beta, policy.items, policy.divisor)
+    kl = Weight(beta, policy.items, policy.divisor)
     if options.kl_normalizer not in (None, rule):
-        kl = rule_weight(sequences, options.kl_normalizer, options.beta, **given)
-    if not isinstance(options.beta, torch.Tensor) and options.beta == 0:
+        kl = rule_weight(sequences, options.kl_normalizer, beta, **given)
+    if not isinstance(beta, torch.Tensor) and beta == 0:
         kl = Weight(0.0, 1.0, 1.0)
     name, entropy = "num_entropy_items_in_batch", None
     items = check_divisor(name, getattr(options, name), sequences, at_least=0)
-    if isinstance(options.entropy_coef, torch.Tensor) or options.entropy_coef != 0:
+    if isinstance(entropy_coef, torch.Tensor) or entropy_coef != 0:
         if normalizer is None:
             items = 1.0
         elif items is None:
             items = sequences.total
-        entropy = Weight(options.entropy_coef, items, 1.0)
+        entropy = Weight(entropy_coef, items, 1.0)
     policy_mask = layout.value(options.policy_mask)
     return TokenValues(advantages, policy_mask, policy, kl, entropy), ratio
 

@@ -70,16 +70,15 @@ def compute_loss(source, mask, advantages, options, log_ratio_bounds=None):
     if not of_logps:
         scales = arguments.make_scales(source, options.logit_scale, options.logit_softcap)
         grad_scale = validation.check_scale(source, "grad_scale", options.grad_scale, nonzero=True)
-    options = options._replace(
-        beta=validation.check_scale(source, "beta", options.beta),
-        entropy_coef=validation.check_scale(source, "entropy_coef", options.entropy_coef),
-    )
-    if options.ref_logps is None and (isinstance(options.beta, Tensor) or options.beta != 0):
+    beta = validation.check_scale(source, "beta", options.beta)
+    entropy_coef = validation.check_scale(source, "entropy_coef", options.entropy_coef)
+    if options.ref_logps is None and (isinstance(beta, Tensor) or beta != 0):
         raise ValueError("ref_logps is needed unless beta is 0, got None")
     corrects = not getattr(objective, "uses_correction", False)
     normalizer = None if options.reduction == "none" else options.normalizer or row.normalizer
+    coefficients = (beta, entropy_coef)
     weights, ratio = arguments.make_values(
-        layout, sequences, tokens.advantages, normalizer, options, corrects
+        layout, sequences, tokens.advantages, normalizer, options, coefficients, corrects
     )
     entropy = weights.entropy is not None
     if of_logps:

@@ -87,7 +87,7 @@ def resolve(resolved, function, options):
     Raises:
         TypeError: a keyword that the function of that name does not have.
     """
-    unknown = [name for name in options if name not in resolved._fields]
+    unknown = options.keys() - resolved._field_defaults.keys()
     if unknown:
         name = min(unknown)
         near = nearest(name, resolved._fields)

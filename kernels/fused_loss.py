@@ -21,6 +21,8 @@ from .softmax import (
 from .support import add_kept_gradient, kept_columns, kept_statistics, token_arguments
 from .token_loss import has_gradient, token_constants, token_loss
 
+FLAGS = (tl.constexpr(False), tl.constexpr(True))  # made once, not with every launch
+
 
 @triton.jit
 def _choose(SECOND: tl.constexpr, first, second):
@@ -165,10 +167,10 @@ def fused_loss(logits, tokens, scales, formula, outputs):
         objective=OBJECTIVES[formula.objective],
         params=tuple(formula.params),
         kl_estimator=KL_ESTIMATORS[formula.kl_estimator],
-        bias_correction=tl.constexpr(formula.bias_correction),
+        bias_correction=FLAGS[formula.bias_correction],
         grad_scale=argument(formula.grad_scale),
-        over=formula.over._make(map(tl.constexpr, formula.over)),
-        uses_sampling=tl.constexpr(formula.uses_sampling),
+        over=formula.over._make([FLAGS[flag] for flag in formula.over]),
+        uses_sampling=FLAGS[formula.uses_sampling],
     )
     launch_rows(
         _fused_loss_kernel,

@@ -134,9 +134,10 @@ def add_kept_gradient(
 
 def token_arguments(tokens, dlogits=None):
     """`Tokens` as kernels take them; with a gradient to write, the support has its memory."""
-    support, tokens = tokens.support, arguments(tokens._replace(support=None))
+    support = tokens.support
     if support is None:
-        return tokens
+        return arguments(tokens)
+    tokens = arguments(tokens._replace(support=None))
     starts, stops, ids = map(aligned, support)
     logits = ids
     if dlogits is not None:
