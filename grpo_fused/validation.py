@@ -179,14 +179,15 @@ def check_tokens(source, layout, tensors):
             continue
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a tensor, got {tensor!r}")
-        wanted = [shape]
-        if name in PER_SEQUENCE:
-            wanted = [(number,), (number, 1), shape]
-        elif name in ("advantages", "temperature"):
-            wanted = [(number,), shape]
-        if tensor.shape not in wanted:
-            choice, found = " or ".join(map(str, wanted)), tuple(tensor.shape)
-            raise ValueError(f"{name} must have shape {choice} for ids {shape}, got {found}")
+        found, others = tensor.shape, ()
+        if found != shape:
+            if name in PER_SEQUENCE:
+                others = ((number,), (number, 1))
+            elif name in ("advantages", "temperature"):
+                others = ((number,),)
+            if found not in others:
+                choice, found = " or ".join(map(str, (*others, shape))), tuple(found)
+                raise ValueError(f"{name} must have shape {choice} for ids {shape}, got {found}")
         if name in FLOATING and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
         check_device(source, name, tensor)
@@ -227,6 +228,8 @@ def check_ids(source, mask):
 
 def check_scale(source, name, value, positive=False, nonzero=False):
     """Check a scalar; return a float, or a detached 0-d tensor on the device of the input."""
+    if type(value) is float and 0.0 < value < math.inf:  # a default, most times
+        return value
     if isinstance(value, torch.Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got {tuple(value.shape)}")

@@ -178,7 +178,7 @@ def argument(value):
 def arguments(bundle):
     """A bundle of inputs as kernels take it."""
     # Most fields are None or a float, which are arguments as they are.
-    return bundle._make([v if v is None or isinstance(v, float) else argument(v) for v in bundle])
+    return bundle._make([v if v is None or type(v) is float else argument(v) for v in bundle])
 
 
 def launch_rows(function, logits, *args, dlogits=None, persistent=False, min_blocks_per_sm=0):

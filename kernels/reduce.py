@@ -141,7 +141,7 @@ def reduce(outputs, active, loss, sums, metrics):
     functions, tables = _tables()
     results = Results(loss, sums, metrics)
     num_tokens = outputs.loss.numel()
-    blocks = triton.cdiv(num_tokens, BLOCK)
+    blocks = -(-num_tokens // BLOCK)  # triton.cdiv takes 3 us
     if blocks <= ONE_STAGE:
         args = (outputs, active, num_tokens, functions, None, results, tables)
         launch_small(_reduce_kernel, 1, loss, *args, BLOCK=BLOCK, num_warps=8)

@@ -67,4 +67,5 @@ def token_weights(values, index, outputs):
     )
     num_tokens = like.numel()
     args = (values, index, like.shape[-1], num_tokens, outputs)
-    launch_small(_token_weights_kernel, triton.cdiv(num_tokens, BLOCK), like, *args, BLOCK=BLOCK)
+    blocks = -(-num_tokens // BLOCK)
+    launch_small(_token_weights_kernel, blocks, like, *args, BLOCK=BLOCK)
