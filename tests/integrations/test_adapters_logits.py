@@ -6,17 +6,13 @@ import pytest
 import torch
 from adapters import (
     BETA,
-    HIGH,
-    LOW,
     SLIME,
     assert_same,
     clipped,
     fake_megatron,
-    fake_nemo_rl,
     k3,
     load,
     log_softmax_of,
-    nemo_batch,
     slime_batch,
     sum_of_sample_mean,
 )
@@ -65,42 +61,6 @@ def test_slime_with_context_parallelism_raises():
     with pytest.raises(ValueError, match="must be 1"):
         args = SimpleNamespace(**SLIME | {"context_parallel_size": 2})
         load("slime").fused_policy_loss(args, data, logits, torch.sum)
-
-
-@pytest.mark.parametrize("beta", [0.0, BETA])
-@pytest.mark.parametrize("kind", ["FusedPGLossFn", "PGLossFnFromLogps"])
-def test_nemo_rl(kind, beta, monkeypatch):
-    """Call the loss as NeMo-RL's wrapper does: by keywords that depend on input_type."""
-    inputs, types = fake_nemo_rl(monkeypatch)
-    loss_fn = getattr(load("nemo_rl"), kind)(LOW, HIGH, 1.5, beta)
-
-    logits, data = nemo_batch()
-    ids, mask, old, ref = (
-        data[name]
-        for name in (
-            "input_ids",
-            "token_mask",
-            "prev_logprobs",
-            "reference_policy_logprobs",
-        )
-    )
-    advantages = data["advantages"]
-    logits.requires_grad_(True)
-    logps = log_softmax_of(logits[:, :-1], ids[:, 1:])
-    given = {"logits": logits}
-    if loss_fn.input_type is inputs.LOGPROB:
-        given = {"next_token_logprobs": log_softmax_of(logits[:, :-1], ids[:, 1:]).float()}
-    counts = {"global_valid_seqs": torch.tensor(9.0), "global_valid_toks": torch.tensor(50.0)}
-    loss, metrics = loss_fn(data=data, **counts, **given)
-    where = mask[:, 1:] * data["sample_mask"][:, None]
-    # NeMo-RL's KL has the gradient of the sampling probability too, since 2026-06-24.
-    kl = torch.exp(logps - logps.detach()) * k3(logps, ref[:, 1:])
-    terms = clipped(logps, old[:, 1:], advantages[:, 1:], cap=1.5) + beta * kl
-    assert_same(loss, (terms * where).sum() / 50, logits)
-    ratio = (torch.exp(logps - old[:, 1:]) * where).sum() / 50
-    assert metrics["probs_ratio"] == pytest.approx(ratio.item(), rel=1e-5)
-    assert metrics["loss"] == loss.item() and metrics["num_valid_samples"] == 4
-    assert loss_fn.loss_type is types.TOKEN_LEVEL
 
 
 def test_loop():
