@@ -104,6 +104,7 @@ def slime_batch(padding):
         "advantages": of_responses(),
         "log_probs": [a + b for a, b in zip(own, of_responses(0.5), strict=True)],
         "ref_log_probs": [a + b for a, b in zip(own, of_responses(0.3), strict=True)],
+        "rollout_log_probs": [a + b for a, b in zip(own, of_responses(0.4), strict=True)],
     }
 
 
@@ -115,7 +116,16 @@ SLIME = {
     "eps_clip_high": HIGH,
     "eps_clip_c": 1.5,
     "rollout_temperature": 0.7,
+    "rollout_top_p": 1.0,
+    "use_rollout_logprobs": False,
+    "use_opsm": False,
+    "use_tis": False,
+    "tis_clip_low": 0.0,
+    "tis_clip": 1.2,
+    "custom_tis_function_path": None,
     "use_kl_loss": True,
+    "kl_loss_type": "k3",
+    "use_unbiased_kl": False,
     "kl_loss_coef": BETA,
     "entropy_coef": 0.02,
 }
