@@ -294,7 +294,8 @@ def policy_loss(
         if config is None:
             raise ValueError("config must be the configuration of the actor, got None")
         configured = recipe(config)
-        weights, told = rollout_is_weights, {}
+        weights: torch.Tensor | None = rollout_is_weights
+        told: dict[str, float] = {}
         if configured.correct is not None:
             corrected = configured.correct(log_prob.detach(), old_log_prob, response_mask)
             response_mask, weights, told = corrected

@@ -49,15 +49,15 @@ def prime_rl_terms(kind, logps, old, ref, advantages):
     log_ratio, advantages = logps - old, 0.7 * advantages
     moved = (logps.exp() - old.exp()).detach()
     kept = moved.abs() <= 0.1
-    if kind == "default_loss":
+    if kind == "dppo_loss":
         kept = torch.where(advantages > 0, moved <= 0.1, moved >= -0.05)
     assert kept.any() and not kept.all()
     return -advantages * kept * log_ratio.exp() + 0.02 * log_ratio**2
 
 
 PRIME_RL = {
-    "ipo_loss": {"ipo_threshold": 0.1, "adv_tau": 0.7, "kl_tau": 0.02},
-    "default_loss": {"dppo_mask_low": 0.05, "dppo_mask_high": 0.1, "adv_tau": 0.7, "kl_tau": 0.02},
+    "ipo_loss": {"eps": 0.1, "adv_tau": 0.7, "kl_tau": 0.02},
+    "dppo_loss": {"dppo_mask_low": 0.05, "dppo_mask_high": 0.1, "adv_tau": 0.7, "kl_tau": 0.02},
     "clipped_loss": {"epsilon_low": LOW, "epsilon_high": HIGH, "beta": BETA},
 }
 
