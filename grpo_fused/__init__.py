@@ -29,6 +29,7 @@ from grpo_fused.losses.off_policy_objectives import (
     Ipo,
     RolloutIs,
 )
+from grpo_fused.losses.penalty import kl_penalty
 from grpo_fused.losses.sequence_objectives import Fipo, Gmpo, Topr, Vespo
 from grpo_fused.losses.weights import token_weights
 from grpo_fused.ppo import (
@@ -74,6 +75,7 @@ __all__ = [
     "gae_advantages",
     "grpo_loss",
     "grpo_loss_from_logps",
+    "kl_penalty",
     "kl_rewards",
     "linear_grpo_loss",
     "linear_selective_log_softmax",

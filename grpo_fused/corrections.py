@@ -70,8 +70,8 @@ def rollout_weights(
         https://fengyao.notion.site/off-policy-rl.
         When Speed Kills Stability (level "sequence", mode "mask"),
         https://richardli.xyz/rl-collapse.
-        NeMo-RL's seq-mask-tis keeps the weights of tokens, where those of level "sequence_mean" and
-        mode "mask" are not 0.
+        seq-mask-tis of NeMo-RL and OpenRLHF keeps the weights of tokens, where those of level
+        "sequence_mean" and mode "mask" are not 0.
     """
     check_choice("level", level, LEVELS)
     check_choice("mode", mode, MODES)

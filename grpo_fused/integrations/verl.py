@@ -15,6 +15,8 @@ divisors and metrics are those of verl. Each loss corresponds to verl's loss of 
     grpo_fused_clip_cov   ClipCov with policy_loss.clip_cov_*, which draws nothing at random
     grpo_fused_kl_cov     KlCov with policy_loss.kl_cov_ratio, ppo_kl_coef
     grpo_fused_vespo      Vespo, which verl does not have
+    grpo_fused_bypass_mode    Clip over the rollout, or PolicyGradient with its importance weights,
+                          by policy_loss.rollout_correction.loss_type
 
 verl computes log-probabilities and entropies before it calls a loss; `verl_kernels` replaces those
 functions.
@@ -22,6 +24,7 @@ functions.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,6 +46,7 @@ from grpo_fused import (
     grpo_loss_from_logps,
 )
 from grpo_fused.checks import check_choice
+from grpo_fused.integrations.verl_bypass import Correction, correct, correction_options
 from grpo_fused.losses.objectives import Objective
 from grpo_fused.selections import large_covariances
 from grpo_fused.sequences import Padded
@@ -97,6 +101,8 @@ class Recipe(NamedTuple):
             of a tensor = the clip ratio of the objective.
         lower: the same for actor/pg_clipfrac_lower.
         kl: log-ratios -> the values of which actor/ppo_kl is the mean.
+        correct: (log_prob, old_log_prob, response_mask) -> `Correction`, whose mask and weights
+            replace those of the call; None = no correction.
     """
 
     objective: Objective
@@ -107,6 +113,7 @@ class Recipe(NamedTuple):
     upper: Callable[[Told], torch.Tensor | None] = _clipped_by_objective
     lower: Callable[[Told], torch.Tensor] = _never_clipped
     kl: Callable[[torch.Tensor], torch.Tensor] = torch.neg
+    correct: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Correction] | None = None
 
 
 def clip_ratios(config: "ActorConfig") -> tuple[float, float]:
@@ -230,11 +237,23 @@ def vespo(config: "ActorConfig") -> Recipe:
     return Recipe(Vespo(), upper=_never_clipped)
 
 
+def bypass_mode(config: "ActorConfig") -> Recipe:
+    options = correction_options(config)
+    if options.get("loss_type", "ppo_clip") == "reinforce":
+        recipe = Recipe(PolicyGradient(), limit=math.inf, upper=_never_clipped)
+        return recipe._replace(correct=partial(correct, options))
+
+    def without_weights(*arguments):  # the clipped ratio is one over the rollout itself
+        return correct(options, *arguments)._replace(weights=None)
+
+    return vanilla(config)._replace(correct=without_weights)
+
+
 RECIPES: dict[str, Callable[["ActorConfig"], Recipe]] = {
     recipe.__name__: recipe
     for recipe in (
         *(vanilla, gspo, sapo, cispo, geo_mean, gpg),
-        *(dppo_tv, dppo_kl, dro, clip_cov, kl_cov, vespo),
+        *(dppo_tv, dppo_kl, dro, clip_cov, kl_cov, vespo, bypass_mode),
     )
 }
 
@@ -252,8 +271,9 @@ def policy_loss(
         rollout_is_weights) -> (loss, metrics), as verl calls it. Tensors are (B, T); masked values
         may be anything. The loss is () float32, a differentiable 0 if no token is active. The
         metrics are the floats actor/pg_clipfrac, actor/ppo_kl and actor/pg_clipfrac_lower, which
-        take one device-to-host copy. It raises ValueError without a config, for an unknown
-        loss_agg_mode, for a missing global divisor if dp_size > 1, and as `grpo_loss_from_logps`.
+        take one device-to-host copy, and those of a correction. It raises ValueError without a
+        config, for an unknown loss_agg_mode, for a missing global divisor if dp_size > 1, and as
+        `grpo_loss_from_logps`.
 
     Example:
         register_policy_loss("my_sapo")(policy_loss(lambda config: Recipe(Sapo(0.9, 1.2))))
@@ -274,8 +294,12 @@ def policy_loss(
         if config is None:
             raise ValueError("config must be the configuration of the actor, got None")
         configured = recipe(config)
+        weights: torch.Tensor | None = rollout_is_weights
+        told: dict[str, float] = {}
+        if configured.correct is not None:
+            corrected = configured.correct(log_prob.detach(), old_log_prob, response_mask)
+            response_mask, weights, told = corrected
         sequences = Padded(response_mask.shape, response_mask)
-        weights = rollout_is_weights
         if weights is not None and isinstance(configured.objective, Gmpo):
             # The ratio of GMPO is a geometric mean over tokens; so is its correction.
             weights = sequences.mean(weights.float().clamp(min=1e-10).log()).exp()
@@ -294,7 +318,8 @@ def policy_loss(
             normalizer=normalizer,
             **divisors,
         )
-        return out.loss * dp_size, metrics(configured, out, old_log_prob, advantages, sequences)
+        told = told | metrics(configured, out, old_log_prob, advantages, sequences)
+        return out.loss * dp_size, told
 
     return loss
 

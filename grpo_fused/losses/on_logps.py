@@ -37,7 +37,7 @@ class LogpsFormula(NamedTuple):
         return self.bias_correction or self.objective.couples != "sequence"
 
 
-class _Derivative(torch.autograd.Function):
+class Derivative(torch.autograd.Function):
     """A value with a given derivative in x."""
 
     @staticmethod
@@ -71,7 +71,7 @@ def _log_ratios(logps, tokens, formula, sequences):
     """
     if tokens.old_logps is None:
         zero = torch.where(logps.isnan(), logps, 0.0).detach()
-        log_ratio = _Derivative.apply(logps, zero, torch.ones_like(logps))
+        log_ratio = Derivative.apply(logps, zero, torch.ones_like(logps))
     else:
         log_ratio = logps - tokens.old_logps
     log_ratio = level_log_ratio = sequences.select(log_ratio)
@@ -81,7 +81,7 @@ def _log_ratios(logps, tokens, formula, sequences):
         of_sequences = reduce(log_ratio)
         level_log_ratio = spread = sequences.spread(of_sequences).expand_as(log_ratio)
     if formula.level == "sequence_token":
-        level_log_ratio = _Derivative.apply(log_ratio, spread.detach(), torch.ones_like(spread))
+        level_log_ratio = Derivative.apply(log_ratio, spread.detach(), torch.ones_like(spread))
     if formula.log_ratio_bounds is not None:
         level_log_ratio = level_log_ratio.clamp(*formula.log_ratio_bounds)
     return log_ratio, level_log_ratio, of_sequences
@@ -126,7 +126,7 @@ def _penalty(logps, level_log_ratio, tokens, formula):
         value, slope, _ = estimator(difference)
     # Weighted before autograd sees them: 0 times an infinite derivative would be NaN.
     terms = (weighted(tokens.w_kl, term) for term in (value, slope))
-    penalty = _Derivative.apply(logps, *terms)
+    penalty = Derivative.apply(logps, *terms)
     if formula.bias_correction and not of_own_token:
         value, off = value * ratio.detach(), tokens.w_kl == 0.0
         if isinstance(off, torch.Tensor):

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adapters import (
-    HIGH,
-    LOW,
+    NEMO_RL,
     SLIME,
     fake_megatron,
     fake_nemo_rl,
@@ -79,16 +78,16 @@ def check_nemo_rl(rank):
         logits = divisible(rank, logits).requires_grad_()
         part = logits.detach().clone().requires_grad_()
         counts = {"global_valid_seqs": torch.tensor(9.0), "global_valid_toks": torch.tensor(50.0)}
-        options = (LOW, HIGH, 1.5, 0.1)
-        whole, want = losses.FusedPGLossFn(*options)(data=data, **counts, logits=logits)
+        config = SimpleNamespace(**NEMO_RL | {"ratio_clip_c": 1.5})
+        whole, want = losses.FusedPGLossFn(config)(data=data, **counts, logits=logits)
         columns = columns_of(rank, logits)
-        loss = losses.MegatronPGLossFn(*options)
+        loss = losses.MegatronPGLossFn(config)
         shard, metrics = loss(data=data, **counts, logits=part[..., columns])
         assert metrics["probs_ratio"] == pytest.approx(want["probs_ratio"], rel=1e-5)
         gradient = compare(rank, whole, shard, logits, part)
         mesh = init_device_mesh("cpu", (rank.size,), mesh_dim_names=("tp",))
         placed = distribute_tensor(logits.detach(), mesh, [Shard(-1)]).requires_grad_()
-        shard, _ = losses.FusedPGLossFn(*options)(data=data, **counts, logits=placed)
+        shard, _ = losses.FusedPGLossFn(config)(data=data, **counts, logits=placed)
         (got,) = torch.autograd.grad(shard, placed)
         assert relative_error(got.full_tensor(), gradient) < 4e-6
 

@@ -104,6 +104,7 @@ def slime_batch(padding):
         "advantages": of_responses(),
         "log_probs": [a + b for a, b in zip(own, of_responses(0.5), strict=True)],
         "ref_log_probs": [a + b for a, b in zip(own, of_responses(0.3), strict=True)],
+        "rollout_log_probs": [a + b for a, b in zip(own, of_responses(0.4), strict=True)],
     }
 
 
@@ -115,7 +116,16 @@ SLIME = {
     "eps_clip_high": HIGH,
     "eps_clip_c": 1.5,
     "rollout_temperature": 0.7,
+    "rollout_top_p": 1.0,
+    "use_rollout_logprobs": False,
+    "use_opsm": False,
+    "use_tis": False,
+    "tis_clip_low": 0.0,
+    "tis_clip": 1.2,
+    "custom_tis_function_path": None,
     "use_kl_loss": True,
+    "kl_loss_type": "k3",
+    "use_unbiased_kl": False,
     "kl_loss_coef": BETA,
     "entropy_coef": 0.02,
 }
@@ -132,6 +142,30 @@ def sum_of_sample_mean(data):
     return reduce
 
 
+# The defaults of ClippedPGLossConfig but for the clips and the coefficient of the KL.
+NEMO_RL = {
+    "disable_ppo_ratio": False,
+    "token_level_loss": True,
+    "sequence_level_importance_ratios": False,
+    "ratio_clip_min": LOW,
+    "ratio_clip_max": HIGH,
+    "ratio_clip_c": None,
+    "reference_policy_kl_penalty": BETA,
+    "reference_policy_kl_type": "k3",
+    "kl_input_clamp_value": 20.0,
+    "kl_output_clamp_value": 10.0,
+    "use_kl_in_reward": False,
+    "use_importance_sampling_correction": False,
+    "truncated_importance_sampling_type": None,
+    "truncated_importance_sampling_ratio": None,
+    "truncated_importance_sampling_ratio_min": None,
+    "use_on_policy_kl_approximation": False,
+    "force_on_policy_ratio": False,
+    "use_cispo": False,
+    "positive_example_nll_weight": 0.0,
+}
+
+
 def nemo_batch():
     """(logits, data) of NeMo-RL."""
     _, old, ref, advantages, mask = make_tokens(T=7)
@@ -141,7 +175,9 @@ def nemo_batch():
     own = log_softmax_of(logits[:, :-1], ids[:, 1:])
     shifts = (0.5 * old[:, 1:], 0.3 * ref[:, 1:])
     old[:, 1:], ref[:, 1:] = (own + shift for shift in shifts)
+    sampled = old + 0.2 * torch.randn(old.shape, generator=generator)
     return logits, {
+        "generation_logprobs": sampled,
         "input_ids": ids,
         "token_mask": mask.long(),
         "sample_mask": torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]),
@@ -156,7 +192,9 @@ def fake_nemo_rl(monkeypatch):
     inputs = enum.Enum("LossInputType", {"LOGIT": "logit", "LOGPROB": "logprob"})
     types = enum.Enum("LossType", {"TOKEN_LEVEL": "token", "SEQUENCE_LEVEL": "sequence"})
     interfaces = "nemo_rl.algorithms.loss.interfaces"
-    make_fake(monkeypatch, interfaces, LossInputType=inputs, LossType=types)
+    normalizers = enum.Enum("MetricNormalizer", {"TOKENS": "tokens", "NONE": "none"})
+    names = {"LossInputType": inputs, "LossType": types, "MetricNormalizer": normalizers}
+    make_fake(monkeypatch, interfaces, **names)
     return inputs, types
 
 

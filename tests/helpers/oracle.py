@@ -188,6 +188,27 @@ def _kl(d, estimator):
     return values[estimator]
 
 
+def kl_penalty(logp, ref, estimator, old=None, corrects=False, max_difference=None, max_kl=None):
+    """The bounded KL of one token, 0-d float64; old = None is logp itself, without its gradient.
+
+    verl's kl_penalty_forward and NeMo-RL's calculate_kl: both clamps stop gradients, that of the
+    ratio too; verl's straight-through gradient of k2, which "+" has, is stopped by neither.
+    """
+    d = ref - logp
+    held = d if max_difference is None else torch.clamp(d, -max_difference, max_difference)
+    rho = _exp(logp - (logp.detach() if old is None else old)) if corrects else torch.ones_like(d)
+    outside = bool(held != d)
+    value = (rho.detach() if outside else rho) * _kl(held, estimator)
+    if max_kl is not None:
+        outside = outside or abs(value.item()) > max_kl
+        value = torch.clamp(value, -max_kl, max_kl)
+    if outside:
+        value = value.detach()
+        if estimator.endswith("+"):
+            value = value + rho.detach() * (d * d - (d * d).detach()) / 2
+    return value
+
+
 def _objective(name, knobs, logps, log_ratios, ratios, advantages, W, sampling, chosen):
     """The objective of every active token of a sequence, to be minimised, as a list."""
     if name == "Gmpo":  # GMPO: geometric mean of the ratios, clipped one by one in log space

@@ -12,11 +12,8 @@ from adapters import (
     assert_same,
     clipped,
     fake_megatron,
-    fake_nemo_rl,
-    k3,
     load,
     log_softmax_of,
-    nemo_batch,
     slime_batch,
     sum_of_sample_mean,
 )
@@ -29,78 +26,84 @@ def megatron(monkeypatch):
     fake_megatron(monkeypatch, None)
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "gspo"])
+CASES = {
+    "grpo": {},
+    "gspo": {"advantage_estimator": "gspo", "eps_clip_c": None},
+    "cispo": {"advantage_estimator": "cispo"},
+    "over the sampler": {"use_rollout_logprobs": True, "use_unbiased_kl": True},
+    "tis": {"use_tis": True, "tis_clip_low": 0.8},
+    "low_var_kl": {"kl_loss_type": "low_var_kl", "use_unbiased_kl": True},
+    "k1": {"kl_loss_type": "k1"},
+    "without KL": {"use_kl_loss": False, "entropy_coef": 0.0},
+    "on policy": {},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("padding", [0, 6])
-def test_slime(estimator, padding):
+def test_slime(case, padding):
     logits, data = slime_batch(padding)
     logits.requires_grad_(True)
-
+    data["ref_log_probs"][1] -= 5.0  # beyond the bound of low_var_kl: a value of 10 has d = -11
+    data["ref_log_probs"][2] += 3.0  # or d = 2.6
+    if case == "on policy":
+        del data["log_probs"]
+    args = SimpleNamespace(**SLIME | CASES[case])
     reduce = sum_of_sample_mean(data)
-    options = {"eps_clip_c": None} if estimator == "gspo" else {}
-    args = SimpleNamespace(**SLIME | options | {"advantage_estimator": estimator})
     loss, log = load("slime").fused_policy_loss(args, data, logits, reduce)
 
-    terms, end, ratios = [], 0, []
+    terms, end, ratios, penalties, entropies = [], 0, [], [], []
     lists = ("unconcat_tokens", "total_lengths", "response_lengths")
     for i, (ids, total, n) in enumerate(zip(*(data[name] for name in lists), strict=True)):
         end += total
         rows = logits[0, end - n - 1 : end - 1] / 0.7
         logps, mask = log_softmax_of(rows, ids[-n:]), data["loss_masks"][i]
-        old, log_p = data["log_probs"][i], torch.log_softmax(rows.double(), -1)
+        trained = data["log_probs"][i] if "log_probs" in data else logps.detach()
+        rollout, log_p = data["rollout_log_probs"][i], torch.log_softmax(rows.double(), -1)
+        old = (rollout if args.use_rollout_logprobs else trained).double()
         ratios.append(old - logps)
-        own = logps
-        if estimator == "gspo":
+        own, advantages = logps, data["advantages"][i]
+        if case == "gspo":
             own = old + (((logps - old) * mask).sum() / mask.sum()).expand_as(logps)
-        loss_i = clipped(own, old, data["advantages"][i], cap=args.eps_clip_c)
-        loss_i = loss_i + BETA * k3(logps, data["ref_log_probs"][i])
-        terms.append(loss_i + 0.02 * (log_p.exp() * log_p).sum(-1))
-    assert_same(loss, reduce(torch.cat(terms)), logits)
+        loss_i = clipped(own, old, advantages, cap=args.eps_clip_c)
+        if case == "cispo":
+            weight = torch.exp(logps - old).detach().clamp(1 - LOW, 1 + HIGH)
+            loss_i = -weight * advantages * logps
+        if args.use_tis:
+            loss_i = loss_i * torch.exp(trained.double() - rollout).clamp(0.8, 1.2)
+        ratio = torch.exp(logps - old) if args.use_unbiased_kl else 1.0
+        d = data["ref_log_probs"][i].double() - logps
+        penalties.append(ratio * (-d if args.kl_loss_type == "k1" else torch.exp(d) - d - 1))
+        if args.kl_loss_type == "low_var_kl":
+            assert i != 2 or (penalties[i] > 10).any()
+            penalties[i] = penalties[i].clamp(-10, 10)
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+        terms.append(loss_i - args.entropy_coef * entropies[i])
+    wanted, kl = reduce(torch.cat(terms)), reduce(torch.cat(penalties))
+    if args.use_kl_loss:
+        wanted = wanted + BETA * kl
+        assert log["kl_loss"].item() == pytest.approx(kl.item(), rel=1e-5)
+    assert_same(loss, wanted, logits)
     assert not log["loss"].requires_grad and log["loss"] == loss
-    expected = reduce(torch.cat(ratios)).item()
-    assert log["ppo_kl"].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    expected = {"ppo_kl": reduce(torch.cat(ratios)), "entropy_loss": reduce(torch.cat(entropies))}
+    for name, value in expected.items():
+        assert log[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5)
 
 
-def test_slime_with_context_parallelism_raises():
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("context_parallel_size", 2),
+        ("rollout_top_p", 0.9),
+        ("use_opsm", True),
+        ("custom_tis_function_path", "my.function"),
+    ],
+)
+def test_slime_refuses_what_the_adapter_does_not_have(name, value):
     logits, data = slime_batch(0)
-    with pytest.raises(ValueError, match="must be 1"):
-        args = SimpleNamespace(**SLIME | {"context_parallel_size": 2})
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+        args = SimpleNamespace(**SLIME | {name: value})
         load("slime").fused_policy_loss(args, data, logits, torch.sum)
-
-
-@pytest.mark.parametrize("beta", [0.0, BETA])
-@pytest.mark.parametrize("kind", ["FusedPGLossFn", "PGLossFnFromLogps"])
-def test_nemo_rl(kind, beta, monkeypatch):
-    """Call the loss as NeMo-RL's wrapper does: by keywords that depend on input_type."""
-    inputs, types = fake_nemo_rl(monkeypatch)
-    loss_fn = getattr(load("nemo_rl"), kind)(LOW, HIGH, 1.5, beta)
-
-    logits, data = nemo_batch()
-    ids, mask, old, ref = (
-        data[name]
-        for name in (
-            "input_ids",
-            "token_mask",
-            "prev_logprobs",
-            "reference_policy_logprobs",
-        )
-    )
-    advantages = data["advantages"]
-    logits.requires_grad_(True)
-    logps = log_softmax_of(logits[:, :-1], ids[:, 1:])
-    given = {"logits": logits}
-    if loss_fn.input_type is inputs.LOGPROB:
-        given = {"next_token_logprobs": log_softmax_of(logits[:, :-1], ids[:, 1:]).float()}
-    counts = {"global_valid_seqs": torch.tensor(9.0), "global_valid_toks": torch.tensor(50.0)}
-    loss, metrics = loss_fn(data=data, **counts, **given)
-    where = mask[:, 1:] * data["sample_mask"][:, None]
-    # NeMo-RL's KL has the gradient of the sampling probability too, since 2026-06-24.
-    kl = torch.exp(logps - logps.detach()) * k3(logps, ref[:, 1:])
-    terms = clipped(logps, old[:, 1:], advantages[:, 1:], cap=1.5) + beta * kl
-    assert_same(loss, (terms * where).sum() / 50, logits)
-    ratio = (torch.exp(logps - old[:, 1:]) * where).sum() / 50
-    assert metrics["probs_ratio"] == pytest.approx(ratio.item(), rel=1e-5)
-    assert metrics["loss"] == loss.item() and metrics["num_valid_samples"] == 4
-    assert loss_fn.loss_type is types.TOKEN_LEVEL
 
 
 def test_loop():

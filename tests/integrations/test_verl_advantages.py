@@ -14,6 +14,7 @@ from verl.trainer.ppo import core_algos  # noqa: E402
 
 from grpo_fused import (  # noqa: E402
     gae_advantages,
+    kl_penalty,
     kl_rewards,
     multi_reward_advantages,
     outcome_advantages,
@@ -113,6 +114,26 @@ def test_kl_rewards(estimator):
     want = torch.where(mask, rewards.double() - 0.2 * penalty, 0.0)
     got = kl_rewards(rewards, logps, ref_logps, mask, beta=0.2, kl_estimator=estimator)
     assert relative_error(got, want) < 1e-7
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+@pytest.mark.parametrize("name", ["kl", "abs", "mse", "low_var_kl"])
+def test_kl_penalty(name, plus):
+    """verl's names, with differences beyond both of its bounds; value and gradient."""
+    differences = torch.tensor([-40.0, -15.0, -8.0, -1.0, -0.2, 0.0, 0.3, 2.0, 2.7, 15.0, 40.0])
+    theirs = torch.linspace(-3.0, -0.1, 11).double().requires_grad_()
+    ours = theirs.detach().float().requires_grad_()
+    want = core_algos.kl_penalty(theirs, theirs.detach() + differences, name + plus)
+    estimator = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(name, name)
+    bounds = {"max_difference": 20.0, "max_kl": 10.0} if estimator == "k3" else {}
+    estimator += plus if estimator != "k2" else ""
+    ref_logps = (theirs.detach() + differences).float()
+    got = kl_penalty(ours, ref_logps, kl_estimator=estimator, **bounds)
+    upstream = torch.linspace(-1.0, 2.0, 11)
+    want.backward(upstream.double())
+    got.backward(upstream)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.98, 1.0)])

@@ -36,6 +36,7 @@ QUICK_TESTS = {
     "products": "linear_products -k 'triton and (bf16 or of_exact)'",
     "samplers": "support_inputs -k 'samplers or a_change'",
     "advantages": "advantages multi_advantages",
+    "penalty": "kl_penalty",
     "ppo": "ppo value_loss",
     "memory": "memory",
     "sums": "reduce",
@@ -56,6 +57,7 @@ SLOW_TESTS = {
     "memory": "memory",
     "whole": LOSSES,
     "advantages": "advantages multi_advantages ppo edges",
+    "penalty": "kl_penalty",
     "ppo": "ppo value_loss edges",
     "head": (
         "linear linear_penalties linear_cost linear_use linear_compile linear_products "
@@ -74,6 +76,7 @@ KILLERS = {
     "grpo_fused/support.py": ("samplers kept", "torch"),
     "grpo_fused/selections.py": ("selections family", "torch"),
     "grpo_fused/losses/kl.py": ("divergence family bounds", "torch"),
+    "grpo_fused/losses/penalty.py": ("penalty", "penalty"),
     "grpo_fused/losses/weights.py": ("weights family bounds", "torch"),
     "grpo_fused/losses/on_logps.py": ("family bounds", "torch"),
     "grpo_fused/losses/metrics.py": ("family bounds", "torch"),
