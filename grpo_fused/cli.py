@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 VERSION = f"grpo-fused {__version__}"
 TRAIN_EXTRA = ("accelerate", "datasets", "matplotlib", "pydantic", "tqdm", "transformers", "yaml")
-TRAIN_USAGE = """usage: grpo-fused train CONFIG.yaml [--name value ...]
+TRAIN_USAGE = """usage: grpo-fused train|evaluate CONFIG.yaml [--name value ...]
 
-Trains a causal language model by GRPO or another loss of the family; docs/trainer has examples.
+`train` trains a causal language model by GRPO or another loss of the family; docs/trainer has
+examples. `evaluate` scores the model on eval_data and prints the means, a line of JSON.
 CONFIG.yaml contains `name: value` lines; options on the command line take precedence. Without
 CONFIG.yaml all options come from the command line. `--objective.epsilon_low 0.1` sets one entry of
 a mapping. Paths are relative to the current folder, those in CONFIG.yaml too. Set
@@ -36,11 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True)
     add_demo(commands)
     commands.add_parser("train", help="train a language model with the settings of a config file")
+    commands.add_parser("evaluate", help="score a model on eval_data with the settings of a config")
     env = commands.add_parser("env", help="print versions, and what works with them")
     env.set_defaults(run=print_environment)
     try:
-        if argv[:1] == ["train"]:  # its options are dataclass fields, imported by `train`
-            return train(argv[1:])
+        if argv[:1] in (["train"], ["evaluate"]):  # options are dataclass fields, imported there
+            return with_config(*argv)
         # Names may be spelled with _, as fields of a config, or with -.
         argv = [_dashed(word) if word.startswith("--") else word for word in argv]
         options = vars(parser.parse_args(argv))
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         report_error("grpo-fused", "interrupted")
         return 130
+    except BrokenPipeError:  # of `| head`; what is not written yet would raise at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _dashed(word: str) -> str:
@@ -126,17 +131,17 @@ def demo(parser: argparse.ArgumentParser, **options) -> int:
     return run_reporting("grpo-fused demo", lambda: run_demo(chosen))
 
 
-def train(arguments: list[str]) -> int:
-    """Runs `grpo-fused train`.
+def with_config(command: str, *given: str) -> int:
+    """Runs `grpo-fused train` or `grpo-fused evaluate`.
 
     Returns:
-        0; 1 for an error during training; 2 for an invalid config; 128 + the signal that stopped
-        training.
+        0; 1 for an error; 2 for an invalid config; 128 + the signal that stopped training.
     """
+    arguments = list(given)
     if arguments == ["--version"]:
         print(VERSION)
         return 0
-    if lacks_extra("train"):
+    if lacks_extra(command):
         return 1
     from grpo_fused.trainer.run.options import format_options, load_options
     from grpo_fused.trainer.run.report import report_error
@@ -146,18 +151,22 @@ def train(arguments: list[str]) -> int:
         print(TRAIN_USAGE + format_options(TrainConfig))
         return 0 if arguments else 2
     path = None if arguments[0].startswith("--") else arguments.pop(0)
+    names = {word.partition("=")[0].replace("-", "_") for word in arguments}
+    if command == "evaluate" and "__eval_steps" not in names:
+        arguments += ["--eval_steps", "1"]  # which eval_data requires
     try:
         config = load_options(TrainConfig, path, arguments)
     except ValueError as error:
-        report_error("grpo-fused train", error)
+        report_error(f"grpo-fused {command}", error)
         return 2
-    from grpo_fused.trainer.run.command import train
+    from grpo_fused.trainer.run.command import evaluate_model, train
 
-    return run_reporting("grpo-fused train", lambda: train(config))
+    run = train if command == "train" else evaluate_model
+    return run_reporting(f"grpo-fused {command}", lambda: run(config))
 
 
-def run_reporting(command: str, action: "Callable[[], TrainResult]") -> int:
-    """Trains; errors and warnings take a line each, in the name of the command.
+def run_reporting(command: str, action: "Callable[[], TrainResult | None]") -> int:
+    """Runs a command; errors and warnings take a line each, in its name.
 
     Returns:
         0; 1 for an error; 128 + the signal that stopped training.
@@ -167,13 +176,13 @@ def run_reporting(command: str, action: "Callable[[], TrainResult]") -> int:
 
     try:
         with plain_warnings(command):
-            signal = action().signal
+            result = action()
     except (ValueError, FloatingPointError, OSError, TrainingError) as error:
         if os.environ.get("GRPO_FUSED_TRACEBACK"):
             raise
         report_error(command, error)
         return 1
-    return 128 + signal if signal else 0
+    return 128 + result.signal if result is not None and result.signal else 0
 
 
 def print_environment() -> int:

@@ -89,6 +89,9 @@ def advantages_of(
         own: the same as lists, with its scores.
         rewards: total rewards of the batch over all ranks.
         each: those of the K functions, (..., K).
+
+    Raises:
+        ValueError: outcomes of groups of one, whose advantages are 0.
     """
     config, ranks, (rollout, scores) = trainer.config, trainer.ranks, own
     device, first = trainer.accelerator.device, ranks.index * trainer.rows_per_rank
@@ -98,6 +101,11 @@ def advantages_of(
         steps, widths = zip(*ranks.gather_objects(steps_and_width), strict=True)
         advantages = step_advantages(sum(steps, []), max(widths), config)
         return advantages[mine, : steps_and_width[1]]
+    if config.num_generations == 1:
+        raise ValueError(
+            "num_generations must be at least 2 for rewards of whole completions, whose advantage "
+            "in a group of one is 0, got 1; rewards of steps train with 1"
+        )
     lengths = None
     if config.baseline == "length":
         counts = batch.completion_mask.sum(1).float()

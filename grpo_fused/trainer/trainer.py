@@ -52,10 +52,9 @@ from grpo_fused.trainer.run.summary import RunSummary, TrainResult
 from grpo_fused.trainer.run.validation import (
     check_accelerator,
     check_config,
+    check_first_row,
     check_model,
-    check_output_dir,
     check_refreshed,
-    check_trackers,
     count_rows_per_rank,
     create_output_dir,
     make_accelerator,
@@ -132,8 +131,6 @@ class GRPOTrainer:
         accelerator: Accelerator | None = None,
     ):
         check_config(config)
-        check_trackers(config.report_to)
-        check_output_dir(config.output_dir)
         warn_without_token(config)
         self.config = config
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
@@ -161,6 +158,7 @@ class GRPOTrainer:
         self.ranks.check_options(config, peft_config)
         self.rows_per_rank = count_rows_per_rank(config, self.ranks.size)
         self.tokenizer, self.sampler = tokenizer, Sampler(tokenizer, model, config)
+        check_first_row(self)
         critic = load_critic(model, config) if config.has_own_critic else None
         if peft_config is not None:
             from peft import get_peft_model

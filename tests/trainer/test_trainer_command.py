@@ -402,7 +402,8 @@ def test_a_failing_reward_stops_the_run_with_its_line(files, tmp_path, capsys, n
 def test_help_and_no_arguments(capsys):
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("usage: grpo-fused train CONFIG.yaml") and "--learning_rate" in text
+    assert text.startswith("usage: grpo-fused train|evaluate CONFIG.yaml")
+    assert "--learning_rate" in text
     assert "Paths are relative to the current folder, those in CONFIG.yaml too." in text
     assert cli.main(["train"]) == 2
     with pytest.raises(SystemExit):

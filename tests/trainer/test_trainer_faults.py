@@ -11,7 +11,15 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration
 from peft import LoraConfig
-from trainer_runs import ROWS, MemoryLog, RewardScores, partial_credit, trainer_of, weights_of
+from trainer_runs import (
+    ROWS,
+    MemoryLog,
+    Rewards,
+    RewardScores,
+    partial_credit,
+    trainer_of,
+    weights_of,
+)
 
 from grpo_fused import GRPOTrainer, GRPOTrainerConfig
 from grpo_fused.demo import make_model, make_tokenizer
@@ -134,11 +142,18 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_group_of_one_warns_and_does_not_train(tmp_path):
-    with pytest.warns(UserWarning, match="num_generations is 1"):
-        trainer, records = trainer_of(tmp_path, num_generations=1)
+def test_a_group_of_one(tmp_path):
+    """Its advantages of whole completions are 0; rewards of steps train."""
+    trainer, _ = trainer_of(tmp_path / "whole", num_generations=1)
+    with pytest.raises(ValueError, match="num_generations must be at least 2"):
+        trainer.train()
+
+    def steps(completion_ids):
+        return [[(i, float(token)) for i, token in enumerate(ids)] for ids in completion_ids]
+
+    trainer, records = trainer_of(tmp_path / "steps", rewards=Rewards(steps), num_generations=1)
     trainer.train()
-    assert records[4]["grad_norm"] == 0 and records[4]["reward_std"] == 0
+    assert records[4]["grad_norm"] > 0
 
 
 def fails(*_):

@@ -11,6 +11,8 @@ from grpo_fused.trainer.run.errors import TrainingError, locate, shorten
 
 # Arguments of a reward function that do not have one value per completion.
 NO_COLUMNS = ("trainer_state", "log_metric", "log_extra")
+# Arguments that the trainer has besides the columns of the data.
+OF_TRAINER = ("prompts", "completions", "completion_ids", *NO_COLUMNS)
 
 
 def call_all(functions: dict[str, Callable], arguments: dict[str, Any]) -> dict[str, Any]:

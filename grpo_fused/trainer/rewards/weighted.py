@@ -1,14 +1,14 @@
 """Scores completions with several reward functions and combines the scores with weights."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo_fused.trainer.rewards.calls import call_all
+from grpo_fused.trainer.rewards.calls import OF_TRAINER, call_all, select_arguments
 from grpo_fused.trainer.rewards.lookup import find_reward
 from grpo_fused.trainer.rewards.results import (
     NO_SCORE,
@@ -146,6 +146,16 @@ class Rewards:
                 f"reward_weights must be one finite number per reward, {len(found)}, got {weights}"
             )
         self.trainer_state: TrainerState | None = None
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Checks that data with these columns has what every function requires.
+
+        Raises:
+            ValueError: naming the function and the column.
+        """
+        functions = getattr(self, "functions", {})  # none with a `__call__` of one's own
+        for name, function in functions.items():
+            select_arguments(name, function, dict.fromkeys([*columns, *OF_TRAINER]))
 
     def __call__(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo_fused.checks import nearest
+from grpo_fused.trainer.run.errors import shorten
 
 COLUMN = "chat_template_kwargs"  # of a row, and the option of this name
 RESERVED = (  # arguments of `apply_chat_template` that the sampler sets, or whose result it reads
@@ -79,10 +80,15 @@ def encode_chat(
     """Tokenizes a chat; a last turn of the assistant is continued, any other answered.
 
     Raises:
-        ValueError: the template does not mention an argument.
+        ValueError: the tokenizer has no template; the template does not mention an argument.
     """
     if arguments:
         check_template(tokenizer, arguments)
+    elif tokenizer.chat_template is None:
+        raise ValueError(
+            "prompt must be text, because the tokenizer has no chat template (system_prompt makes "
+            f"a chat of a text), got {shorten(messages)}"
+        )
     return tokenizer.apply_chat_template(
         messages,
         **last_turn(messages),

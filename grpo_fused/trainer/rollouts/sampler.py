@@ -1,6 +1,7 @@
 """Sampling completions of prompts with the `generate` method of a transformers model."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class Sampler:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, config: GRPOTrainerConfig
     ):
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer, self.config, self.told_unknown = tokenizer, config, False
         self.vocabulary = model.config.get_text_config().vocab_size
         self.eos_ids = find_eos_ids(tokenizer, model)
         self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -99,6 +100,14 @@ class Sampler:
             ids = ids[-self.config.max_prompt_length :]
         if not ids:
             raise ValueError(f"prompt must have at least one token, got {prompt!r}")
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids and not self.told_unknown:
+            self.told_unknown = True
+            warnings.warn(
+                "the tokenizer does not know some characters of the prompts, and reads them as "
+                f"{self.tokenizer.unk_token}: {shorten(prompt)}",
+                stacklevel=2,
+            )
         max_completion_length = self.config.max_completion_length
         if self.context and len(ids) + max_completion_length > self.context:
             raise ValueError(

@@ -1,6 +1,9 @@
 """The command `grpo-fused train`: builds a trainer from a config and trains."""
 
+import json
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from grpo_fused.trainer.reward_training import RewardTraining
 from grpo_fused.trainer.rewards import Rewards
 from grpo_fused.trainer.rewards.reward_model import RewardModel
 from grpo_fused.trainer.run.data import load_rows
+from grpo_fused.trainer.run.evaluation import evaluate
 from grpo_fused.trainer.run.loading import has_adapter, load_model, quantized_options
 from grpo_fused.trainer.run.report import record
 from grpo_fused.trainer.run.sources import Rows, has_subsets, is_hub_name
@@ -50,7 +54,8 @@ def make_trainer(config: TrainConfig) -> GRPOTrainer:
         options = distributed | quantized_options(config.quantization, dtype)
         model = load_model(config.model, dtype, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {config.model} cannot be loaded: {error}") from error
+        where = "" if Path(config.model).is_dir() else " (there is no such folder)"
+        raise ValueError(f"model {config.model} cannot be loaded{where}: {error}") from error
     return GRPOTrainer(
         model,
         rewards,
@@ -94,6 +99,19 @@ def train(config: TrainConfig) -> TrainResult:
         if result.signal:
             record(last_line(result, config))  # or a launcher reports a failure without a cause
     return result
+
+
+def evaluate_model(config: TrainConfig) -> None:
+    """Prints the means of `evaluate` for the model of a config, a line of JSON, and writes nothing.
+
+    Raises:
+        ValueError: there is no eval_data; as `make_trainer`.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    trainer = make_trainer(replace(config, report_to=[]))
+    means = evaluate(trainer)
+    if trainer.accelerator.is_main_process:
+        print(json.dumps(means))
 
 
 def make_rewards(config: TrainConfig) -> Rewards:

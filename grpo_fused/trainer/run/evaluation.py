@@ -5,7 +5,7 @@ import torch
 from grpo_fused.trainer.collect import score
 from grpo_fused.trainer.run.data import split_columns
 from grpo_fused.trainer.run.errors import together
-from grpo_fused.trainer.run.metrics import completions_table
+from grpo_fused.trainer.run.metrics import completions_table, mean_metrics
 from grpo_fused.trainer.run.state import random_states, set_random_states, share_random_states
 
 
@@ -17,8 +17,9 @@ def evaluate(trainer) -> dict[str, float]:
     completions_steps, a table of the first rows shows what the model makes of them at this step.
 
     Returns:
-        Means over all ranks, as "eval/...": reward, each reward function, completion length. A
-        mean is NaN if no completion has a score.
+        Means over all ranks, as "eval/...": reward, each reward function, completion length, and
+        what functions gave to `log_metric`, the numbers of repeated rows included. A mean is NaN if
+        no completion has a score.
     """
     config, accelerator, ranks = trainer.config, trainer.accelerator, trainer.ranks
     num_rows = len(trainer.eval_data)
@@ -26,7 +27,8 @@ def evaluate(trainer) -> dict[str, float]:
     mine = range(ranks.index, padded, ranks.size)
     device = accelerator.device
     sums, counts, table = 0.0, 0.0, []
-    table_rows = config.completions_rows if config.completions_steps else 0
+    logged: dict[str, list[float]] = {}
+    table_rows = config.completions_rows if config.completions_steps and trainer.run_log else 0
     states = random_states(device)
     try:
         for start in range(0, len(mine), config.eval_batch_size):
@@ -52,10 +54,13 @@ def evaluate(trainer) -> dict[str, float]:
             counted = torch.tensor([i < num_rows for i in part]) & ~matrix.isnan()
             sums = sums + matrix.where(counted, 0.0).sum(1)
             counts = counts + counted.sum(1)
+            for name, numbers in scores.metrics.items():
+                logged.setdefault(name, []).extend(numbers)
     finally:
         set_random_states(states, device)
     if table:
         trainer.run_log.completions(f"eval-{trainer.step}", table)
     sums, counts = ranks.sum(torch.stack([sums, counts]).to(device)).cpu()
-    means = (sums / counts).tolist()
-    return {f"eval/{name}": mean for name, mean in zip(values, means, strict=True)}
+    means = mean_metrics(ranks.gather_objects([logged]))
+    means |= zip(values, (sums / counts).tolist(), strict=True)
+    return {f"eval/{name}": mean for name, mean in means.items()}

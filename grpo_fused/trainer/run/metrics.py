@@ -1,6 +1,6 @@
 """Metrics of a rollout and of an optimizer step, combined over all ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -64,13 +64,18 @@ def rollout_metrics(
     }
     for name, values in zip(names, each.unbind(1), strict=True):
         combined[f"rewards/{name}"] = values.nanmean()
-    logged = {}
-    for of_rank in ranks.gather_objects([scores.metrics for _, scores in rounds]):
+    combined |= mean_metrics(ranks.gather_objects([scores.metrics for _, scores in rounds]))
+    return {name: float(value) for name, value in combined.items()}, rewards, each
+
+
+def mean_metrics(logged: Iterable[Iterable[dict[str, list[float]]]]) -> dict[str, float]:
+    """Returns the means of numbers by name, over dicts of every rank."""
+    joined: dict[str, list[float]] = {}
+    for of_rank in logged:
         for of_round in of_rank:
             for name, values in of_round.items():
-                logged[name] = [*logged.get(name, ()), *values]
-    combined |= {name: sum(values) / len(values) for name, values in logged.items()}
-    return {name: float(value) for name, value in combined.items()}, rewards, each
+                joined.setdefault(name, []).extend(values)
+    return {name: sum(values) / len(values) for name, values in joined.items()}
 
 
 def _columns(rollout, scores, names):

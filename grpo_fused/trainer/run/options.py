@@ -105,7 +105,9 @@ def format_options(cls: type, width: int = 100) -> str:
     """Formats the fields of a dataclass for a help text: name, type, description, default."""
     hints = get_type_hints(cls)
     lines = []
-    for this in fields(cls):
+    # Options of the command itself come first: model, data and rewards are among them.
+    own = [this for this in fields(cls) if this.name in cls.__annotations__]
+    for this in [*own, *(this for this in fields(cls) if this not in own)]:
         default = this.default
         if default is MISSING:
             default = None if this.default_factory is MISSING else this.default_factory()
@@ -114,7 +116,11 @@ def format_options(cls: type, width: int = 100) -> str:
         choices = this.metadata.get("choices")
         if choices:
             text += f"; one of {', '.join(choices)}"
-        text += f" (default: {'none' if default is None else default})"
+        if default == "" and hints[this.name] is str:
+            text += " (required)"
+        else:
+            shown = repr(default) if isinstance(default, str) and not default.strip() else default
+            text += f" (default: {'none' if default is None else shown})"
         lines += textwrap.wrap(text, width - 8, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
 

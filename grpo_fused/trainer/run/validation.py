@@ -1,7 +1,6 @@
 """Checks of the settings, model, data and accelerator before the first training step."""
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 
 from grpo_fused.trainer.run.config import GRPOTrainerConfig
+from grpo_fused.trainer.run.data import is_stream, split_columns
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -125,15 +125,32 @@ def check_model(model, config) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Checks that a config is one of this trainer's.
+    """Checks that a config is one of this trainer's, and that its logs can be written.
 
     Raises:
-        ValueError: naming its type.
+        ValueError: naming its type, or the option.
     """
     if not isinstance(config, GRPOTrainerConfig):
         hint = "; GRPOTrainerConfig(**config) makes one" if isinstance(config, dict) else ""
         got = type(config).__name__
         raise ValueError(f"config must be a GRPOTrainerConfig, got {got}{hint}")
+    check_trackers(config.report_to)
+    check_output_dir(config.output_dir)
+
+
+def check_first_row(trainer) -> None:
+    """Checks that the first row can be tokenized and has the columns that rewards require.
+
+    A rollout_fn may do both otherwise; reading a stream would move it.
+
+    Raises:
+        ValueError: as `Sampler.encode` and `Rewards.check_columns`.
+    """
+    if trainer.rollout_fn is not None or is_stream(trainer.data):
+        return
+    prompts, columns = split_columns([trainer.data[0]])
+    trainer.sampler.encode(prompts, columns)
+    trainer.rewards.check_columns(columns)
 
 
 def count_rows_per_rank(config, num_ranks: int) -> int:
@@ -153,12 +170,6 @@ def count_rows_per_rank(config, num_ranks: int) -> int:
         raise ValueError(
             f"minibatches must divide the {rows} sequences of each of {num_ranks} ranks, "
             f"got {config.minibatches}"
-        )
-    if config.num_generations == 1 and config.algorithm == "grpo":
-        warnings.warn(
-            "num_generations is 1: the advantage of an outcome reward in a group of one is 0, so "
-            "only process rewards train the model",
-            stacklevel=3,
         )
     return rows
 
