@@ -35,8 +35,9 @@ coverage: .venv/ready
 zero3: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/deepspeed \
 	  deepspeed hjson py-cpuinfo einops msgpack ninja
-	GRPO_FUSED_ZERO3=1 PYTHONPATH=build/deepspeed PATH=$$PWD/build/deepspeed/bin:$$PATH \
-	  $(BIN)/python -m pytest tests/parallel/test_ranks.py
+	export GRPO_FUSED_ZERO3=1 PYTHONPATH=build/deepspeed PATH=$$PWD/build/deepspeed/bin:$$PATH && \
+	  $(BIN)/python -m pytest tests/parallel/test_ranks.py && \
+	  $(BIN)/python -m pytest --slow tests/integrations/test_trl_newer.py -k zero3
 
 # Rollouts from real vLLM servers, in an environment of their own; figures go to runs/vllm.json.
 test-vllm: .venv/ready .venv-vllm/ready
