@@ -100,6 +100,14 @@ def test_newer_versions_are_compared(folder, tmp_path, monkeypatch, losses_of_tr
     assert len(losses_of_trl) == 1, "the comparison was turned off"
 
 
+def test_micro_batches_of_one_sequence_are_compared(folder, tmp_path, monkeypatch, losses_of_trl):
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 1}
+    monkeypatch.setenv(SWITCH, "1")
+    options |= {"steps_per_generation": 4, "num_iterations": 1}
+    assert not run(FusedGRPOTrainer, folder, tmp_path, **options).warnings
+    assert len(losses_of_trl) == 1
+
+
 def doubled(self, model, inputs):
     return 2 * compute_loss(self, model, inputs)
 
