@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo demo-lm test test-all test-vllm coverage zero3 mutate bench aot trl-matrix lint docs ci-local clean
+.PHONY: demo demo-lm test test-all test-vllm coverage zero3 mutate bench aot trl-matrix trl-upstream lint docs ci-local clean
 
 demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
@@ -35,8 +35,9 @@ coverage: .venv/ready
 zero3: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/deepspeed \
 	  deepspeed hjson py-cpuinfo einops msgpack ninja
-	GRPO_FUSED_ZERO3=1 PYTHONPATH=build/deepspeed PATH=$$PWD/build/deepspeed/bin:$$PATH \
-	  $(BIN)/python -m pytest tests/parallel/test_ranks.py
+	export GRPO_FUSED_ZERO3=1 PYTHONPATH=build/deepspeed PATH=$$PWD/build/deepspeed/bin:$$PATH && \
+	  $(BIN)/python -m pytest tests/parallel/test_ranks.py && \
+	  $(BIN)/python -m pytest --slow tests/integrations/test_trl_newer.py -k zero3
 
 # Rollouts from real vLLM servers, in an environment of their own; figures go to runs/vllm.json.
 test-vllm: .venv/ready .venv-vllm/ready
@@ -61,6 +62,10 @@ aot: .venv/ready
 
 trl-matrix: .venv/ready
 	$(BIN)/python tests/integrations/trl_matrix.py --docs docs/integrations/trl.md
+
+# TRL's own tests with its trainers and with ours; CHECKOUT is a folder with TRL's tests and scripts.
+trl-upstream: .venv/ready
+	$(BIN)/python tests/integrations/trl_upstream.py $(CHECKOUT)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

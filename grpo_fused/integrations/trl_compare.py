@@ -24,7 +24,7 @@ class Comparison:
     hidden states at the first micro-batch whose gradient is not 0. Random state, metrics and
     attributes of the trainer are afterwards what they were.
 
-    The sequences are two if the batch allows it, of different lengths: with one, a mean over
+    The sequences are two, of different lengths if the batch allows it: with equal ones, a mean over
     sequences and one over tokens are the same number. Their old log-probabilities are moved so that
     one of them is off policy on the side that a clip stops.
 
@@ -198,7 +198,11 @@ class Comparison:
 
 
 def two_sequences(inputs, trainer):
-    """Inputs of the sequence with the largest advantage, and one of its sign and another length."""
+    """Inputs of the sequence with the largest advantage, and one of its sign and another length.
+
+    Without such a one they are the first one's, twice: TRL gathers numbers per sequence, and a rank
+    with fewer of them would end the run.
+    """
     mask, advantages = inputs["completion_mask"], inputs["advantages"]
     lengths, number = mask.sum(1), len(mask)
     values = advantages if advantages.dim() == 1 else (advantages * mask).sum(1)
@@ -208,7 +212,7 @@ def two_sequences(inputs, trainer):
     apart = torch.where(alike, (lengths - lengths[first]).abs() + 1, 0)
     apart[first] = 0
     second = int(apart.argmax())
-    rows = [first, second] if apart[second] > 0 else [first]
+    rows = [first, second if apart[second] > 0 else first]
 
     def of_rows(value):
         per_sequence = isinstance(value, torch.Tensor) and value.dim() and len(value) == number

@@ -100,6 +100,14 @@ def test_newer_versions_are_compared(folder, tmp_path, monkeypatch, losses_of_tr
     assert len(losses_of_trl) == 1, "the comparison was turned off"
 
 
+def test_micro_batches_of_one_sequence_are_compared(folder, tmp_path, monkeypatch, losses_of_trl):
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 1}
+    monkeypatch.setenv(SWITCH, "1")
+    options |= {"steps_per_generation": 4, "num_iterations": 1}
+    assert not run(FusedGRPOTrainer, folder, tmp_path, **options).warnings
+    assert len(losses_of_trl) == 1
+
+
 def doubled(self, model, inputs):
     return 2 * compute_loss(self, model, inputs)
 
@@ -262,22 +270,48 @@ def test_the_sequences_of_the_comparison():
     assert chosen["advantages"].tolist() == pytest.approx([1.5, 0.2])
     assert chosen["num_items_in_batch"] is inputs["num_items_in_batch"]
     alone = two_sequences({"completion_mask": mask[:2], "advantages": advantages[:2]}, None)
-    assert alone["advantages"].tolist() == [-1.0]
+    assert alone["advantages"].tolist() == [-1.0, -1.0], "as many as on other ranks"
     moved = drift(mask[2:4], advantages[2:4], total=False)
     assert moved[0].max() < 0 and moved[1].max() > 0.5, "a clip stops the second one alone"
     sums = (drift(mask[:2], -advantages[:2], total=True) * mask[:2]).sum(1)
     assert sums.abs().max() < 0.6
 
 
+NO_ZERO3 = "GRPO_FUSED_ZERO3" not in os.environ
+
+
 @pytest.mark.slow
-def test_two_ranks_agree(folder, tmp_path):
-    """Where one rank's TRL has another loss, both leave it to TRL."""
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ddp",
+        "fsdp2",
+        pytest.param("zero3", marks=pytest.mark.skipif(NO_ZERO3, reason="make zero3")),
+    ],
+)
+def test_two_ranks_agree(folder, tmp_path, kind):
+    """Both leave the loss to TRL where one rank's TRL has another, or ours fails; else neither."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    command += [trl_newer_ranks.__file__, str(folder), str(tmp_path)]
+    command += [trl_newer_ranks.__file__, kind, str(folder), str(tmp_path)]
+    command += ["stock", "same", "other", "failing"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", SWITCH: "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    messages = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
-    assert messages[0] == messages[1] and "our loss differs from its own by 50.00%" in messages[0]
-    assert (tmp_path / "losses-of-trl").read_text() == "2", "in both steps"
+    messages = {
+        "stock": [],
+        "same": [],
+        "other": ["our loss differs from its own by 50.00%, and the gradient by 50.00%"],
+        "failing": ["our loss failed with RuntimeError: no objective"],
+    }
+    stock = torch.load(tmp_path / "stock-0.pt")
+    for case, expected in messages.items():
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{case}-{rank}.pt")
+            assert len(found["warnings"]) == len(expected), found["warnings"]
+            assert all(map(str.endswith, found["warnings"], expected)), found["warnings"]
+            assert found["losses_of_trl"] == (0 if case == "same" else 4), "of each micro-batch"
+            if case == "other":
+                continue
+            for row, like in zip(found["log"], stock["log"], strict=True):
+                assert row == pytest.approx(like, abs=BOUND, rel=BOUND)
