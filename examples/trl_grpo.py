@@ -10,6 +10,7 @@ CPU. The same script for TRL alone differs only in the import that is marked bel
 import sys
 import tempfile
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
@@ -27,6 +28,7 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
         tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], padding_side="left")
     else:
+        torch.manual_seed(0)
         tokenizer = make_tokenizer()
         model = make_model(tokenizer)
     trainer = GRPOTrainer(

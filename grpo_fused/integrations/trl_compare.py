@@ -32,6 +32,7 @@ class Comparison:
         trainer: a `FusedHead`.
 
     Attributes:
+        is_asked_for: whether GRPO_FUSED_COMPARE is 1; agreement is then printed.
         is_open: whether something is still to be compared, and not being compared right now.
         runs_trl: whether TRL's own loss is being computed, which needs TRL's own log-probabilities.
 
@@ -45,7 +46,8 @@ class Comparison:
         if switch not in ("", "0", "1"):
             raise ValueError(f"{SWITCH} must be 0 or 1, got {switch!r}")
         self.trainer, self.is_comparing, self.runs_trl = trainer, False, False
-        self.scores_open = self.losses_open = switch == "1" or (IS_NEWER and switch != "0")
+        self.is_asked_for = switch == "1"
+        self.scores_open = self.losses_open = self.is_asked_for or (IS_NEWER and switch != "0")
 
     @property
     def is_open(self) -> bool:
@@ -117,6 +119,13 @@ class Comparison:
             return (
                 f"{start} on two sequences our loss differs from its own by {loss:.2%}, "
                 f"and the gradient by {gradient:.2%}"
+            )
+        if moved and self.is_asked_for and self.trainer.accelerator.is_main_process:
+            loss, gradient = apart
+            print(
+                f"{SWITCH}=1: the loss agrees with that of trl {VERSION}, relative differences "
+                f"{loss:.1e} (loss) and {gradient:.1e} (gradient)",
+                flush=True,
             )
         return None
 
