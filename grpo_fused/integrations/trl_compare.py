@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -125,7 +126,7 @@ class Comparison:
             print(
                 f"{SWITCH}=1: the loss agrees with that of trl {VERSION}, relative differences "
                 f"{loss:.1e} (loss) and {gradient:.1e} (gradient)",
-                flush=True,
+                file=sys.stderr,
             )
         return None
 

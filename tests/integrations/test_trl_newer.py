@@ -84,11 +84,11 @@ def test_newer_versions_warn_once(monkeypatch, version):
 def test_the_comparison_leaves_no_trace(folder, tmp_path, monkeypatch, losses_of_trl, capsys):
     """To the bit the run without: random state, metrics and the trainer are as they were."""
     plain = run(FusedGRPOTrainer, folder, tmp_path)
-    assert not losses_of_trl and SWITCH not in capsys.readouterr().out
+    assert not losses_of_trl and SWITCH not in capsys.readouterr().err
     monkeypatch.setenv(SWITCH, "1")
     compared = run(FusedGRPOTrainer, folder, tmp_path)
     assert losses_of_trl == ["FusedGRPOTrainer"] and not compared.warnings
-    assert capsys.readouterr().out.count(f"{SWITCH}=1: the loss agrees with that of trl") == 1
+    assert capsys.readouterr().err.count(f"{SWITCH}=1: the loss agrees with that of trl") == 1
     assert differences(compared, plain) == dict.fromkeys(differences(compared, plain), 0.0)
 
 
