@@ -101,12 +101,4 @@ LAZY = {"GRPOTrainer": "grpo_fused.trainer", "GRPOTrainerConfig": "grpo_fused.tr
 def __getattr__(name):
     if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = import_module(LAZY[name])
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == __name__:
-            raise
-        raise ImportError(
-            f'grpo_fused.{name} needs the extra "train": pip install "grpo-fused[train]" ({error})'
-        ) from error
-    return getattr(module, name)
+    return getattr(import_module(LAZY[name]), name)
