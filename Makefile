@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo demo-lm test test-all test-vllm coverage zero3 mutate bench aot trl-matrix lint docs ci-local clean
+.PHONY: demo demo-lm test test-all test-vllm coverage zero3 mutate bench aot trl-matrix compatibility lint docs ci-local clean
 
 demo: .venv/ready
 	$(BIN)/grpo-fused demo --output-dir runs/demo
@@ -61,6 +61,11 @@ aot: .venv/ready
 
 trl-matrix: .venv/ready
 	$(BIN)/python tests/integrations/trl_matrix.py --docs docs/integrations/trl.md
+
+# Environments with older and newer Pythons and packages; a Python that is missing is downloaded.
+compatibility: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ci]"
+	$(BIN)/python tests/packaging/compatibility.py --docs docs/compatibility.md
 
 lint: .venv/ready
 	$(BIN)/ruff check .
