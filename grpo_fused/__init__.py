@@ -3,6 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+try:
+    import grpo_fused.kernels  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "this grpo_fused lies in a checkout, apart from its kernels: import the installed package "
+        "from another folder, or link them with `pip install -e .`"
+    ) from error
+
 from grpo_fused.advantages import (
     mask_truncated,
     multi_reward_advantages,
@@ -103,12 +111,4 @@ LAZY = {"GRPOTrainer": "grpo_fused.trainer", "GRPOTrainerConfig": "grpo_fused.tr
 def __getattr__(name):
     if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = import_module(LAZY[name])
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == __name__:
-            raise
-        raise ImportError(
-            f'grpo_fused.{name} needs the extra "train": pip install "grpo-fused[train]" ({error})'
-        ) from error
-    return getattr(module, name)
+    return getattr(import_module(LAZY[name]), name)

@@ -176,7 +176,10 @@ EXPERTS |= {"moe_intermediate_size": 8, "n_routed_experts": 4}
 def test_loss_of_the_router(name):
     """Beside the head, as the model's own forward computes it; its gradient reaches the router."""
     model = tiny(name, **EXPERTS)
-    assert why_not_fused(model) is None and why_no_router_loss(model) is None
+    reason = why_no_router_loss(model)
+    if name == "granitemoe" and "has 0 as load-balancing loss" in (reason or ""):
+        pytest.skip(f"transformers of this version: {reason}")
+    assert why_not_fused(model) is None and reason is None
     input_ids, *tokens = batch()
     mask = torch.ones_like(input_ids)
     mask[:2, 0] = 0
@@ -194,6 +197,19 @@ def test_loss_of_the_router(name):
     found = {name: g for name, g in gradients(model).items() if g.any()}
     assert found.keys() == wanted.keys() and wanted
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("nothing", [0, None])
+def test_a_router_without_a_loss(nothing, monkeypatch):
+    """As that of GraniteMoe in transformers 5.0: its function has no logits to make one of."""
+    function = "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func"
+
+    def load_balancing_loss(gate_logits, num_experts, top_k, attention_mask):
+        return nothing
+
+    monkeypatch.setattr(function, load_balancing_loss)
+    reason = why_no_router_loss(tiny("mixtral", **EXPERTS))
+    assert f"MixtralForCausalLM has {nothing} as load-balancing loss" in reason
 
 
 def test_a_model_without_a_router():

@@ -236,17 +236,3 @@ def test_no_text_has_the_marks_of_a_merge():
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")):
         lines = path.read_text().splitlines()
         assert not [x for x in lines if x.startswith(("<<<<<<<", ">>>>>>>"))], path
-
-
-def test_the_trainer_without_its_extra_says_which_one():
-    code = (
-        "import sys\n"
-        "sys.modules['accelerate'] = None\n"  # as if it were not installed
-        "import grpo_fused\n"
-        "try:\n"
-        "    grpo_fused.GRPOTrainer\n"
-        "except ImportError as error:\n"
-        "    print(error)\n"
-    )
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert 'grpo_fused.GRPOTrainer needs the extra "train": pip install' in found.stdout
