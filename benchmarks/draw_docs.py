@@ -57,10 +57,11 @@ def draw_summary(path):
     """Time and peak memory of one case against eager PyTorch, torch.compile, Liger and TRL."""
     results = lines.read(RESULTS)
     (info,) = [b["extra_info"] for b in results["benchmarks"] if b["extra_info"]["case"] == CASE]
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.1), layout="constrained")
+    # One above the other, so that a phone shows both.
+    figure, (top, bottom) = pyplot().subplots(2, 1, figsize=(5.6, 5.2), layout="constrained")
     names = list(SHOWN)[::-1]
     colours = [BLUE if name == "fused" else GREY for name in names]
-    for axes, key in ((left, "ms"), (right, "peak_bytes")):
+    for axes, key in ((top, "ms"), (bottom, "peak_bytes")):
         label, scale = plots.FIGURES[key]
         values = [info["providers"][name][key] * scale for name in names]
         bars = axes.barh([SHOWN[name] for name in names], values, color=colours)
@@ -69,13 +70,12 @@ def draw_summary(path):
         axes.margins(x=0.14)
         axes.set_xticks([])
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-    right.set_yticklabels([])
     _, T, V = info["shape"]
     heading = report.heading(results, info)
     machine, versions = heading.split("; ")[0], ", ".join(heading.split("; ")[1:4])
     figure.suptitle(
         f"Loss and gradients of an LM head, float32, {info['active_rows']} of 4 x {T} tokens "
-        f"active, H = {info['H']}, V = {V:,}\nmeasured on a CPU: {machine}; {versions}",
+        f"active,\nH = {info['H']}, V = {V:,}; measured on a CPU: {machine};\n{versions}",
         fontsize=9,
     )
     save(figure, path)

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,17 @@ HEAVY |= {"pandas", "peft", "pyarrow", "pydantic", "scipy", "sympy", "tensorboar
 HEAVY |= {"transformers", "trl", "verl", "yaml"}
 IMPORTED = "import sys, torch; before = set(sys.modules); import {}; "
 IMPORTED += "print(*set(sys.modules) - before)"
+
+
+def test_an_import_from_a_checkout_says_what_to_do(tmp_path):
+    """There `grpo_fused` lies apart from its kernels, and a plain install does not help."""
+    (tmp_path / "grpo_fused").mkdir()
+    shutil.copy(ROOT / "grpo_fused" / "__init__.py", tmp_path / "grpo_fused")
+    hidden = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f)]"
+    command = [sys.executable, "-c", f"{hidden}; import grpo_fused"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "ImportError: this grpo_fused lies in a checkout" in done.stderr
+    assert "pip install -e ." in done.stderr
 
 
 def test_importing_the_package_imports_nothing_heavy():
