@@ -44,8 +44,8 @@ EQUIVALENT = {
         "1f6678c2-e16c objectives.Objective.__init_subclass__ `1 -> 2` number += 1",
     ],
     "items are clamped to 1 at least": [
-        "94ea49b1-aa46 arguments.make_values `1.0 -> 0.0` items = 1.0",
-        "bb11baf7-15e5 arguments.make_values `1.0 -> 0.0` kl = Weight(0.0, 1.0, 1.0)",
+        "94ea49b1-5456 arguments.make_values `1.0 -> 0.0` items = 1.0",
+        "bb11baf7-750b arguments.make_values `1.0 -> 0.0` kl = Weight(0.0, 1.0, 1.0)",
         "a82a2e6c-e5a2 weights.rule_weight `1.0 -> 0.0` ...ight(coefficient, 1.0, number * length)",
         "4bb38058-00de weights.rule_weight `1.0 -> 0.0` return Weight(coefficient, 1.0, number)",
         "902001d2-8bba weights.rule_weight `1.0 -> 0.0` return Weight(coefficient, 1.0, 1.0)",
@@ -171,7 +171,7 @@ EQUIVALENT = {
         "fb070009-6c59 fused_loss._fused_loss_kernel `IsNot -> Is` if (outputs.dlogits is not None",
     ],
     "values per token have two dimensions": [
-        "d9a995b2-843a token_weights.token_weights `USub dropped` ... like.shape[-1], num_tokens,",
+        "d9a995b2-c663 token_weights.token_weights `USub dropped` ... like.shape[-1], num_tokens,",
         "59a2bf7e-3b84 chunks._per_token `0 -> 1` ...ce(values, torch.Tensor) and values.dim() > 0",
         "ed852798-3361 order.tokens_with_gradient `0 -> 1` ...olicy) and tokens.w_policy.dim() > 0",
     ],

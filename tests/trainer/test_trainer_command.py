@@ -293,7 +293,7 @@ def test_sigterm_of_a_launcher_and_its_ranks(files, tmp_path):
         ({"rewards": ""}, 2, "rewards is required, got []"),
         ({"data": "nowhere.jsonl"}, 1, "no such file or folder: nowhere.jsonl"),
         ({"rewards": "nowhere.py:f"}, 1, "there is no file nowhere.py"),
-        ({"model": "{files}/none"}, 1, "/none cannot be loaded: "),
+        ({"model": "{files}/none"}, 1, "/none cannot be loaded (there is no such folder): "),
         ({"rewards": "{files}/rewards.py:wrong"}, 1, "reward wrong must return one value per com"),
         ({"rewards": "{files}/rewards.py:fails"}, 1, "reward fails failed at rewards.py:"),
         ({"data_columns": "{prompt: question}"}, 1, "has no column question, only prompt, an"),
