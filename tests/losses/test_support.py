@@ -191,8 +191,15 @@ def test_rows_of_masked_tokens_mean_nothing(implementation, device):
         assert torch.equal(found.loss, out.loss) and torch.equal(same, gradient)
 
 
-@pytest.mark.parametrize("entropy_over", ["support", "vocabulary"])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("entropy_over", "inplace"),
+    [
+        ("support", True),
+        ("vocabulary", False),
+        pytest.param("support", False, marks=pytest.mark.slow),
+        pytest.param("vocabulary", True, marks=pytest.mark.slow),
+    ],
+)
 def test_log_probabilities_with_any_upstream_gradient(
     entropy_over, inplace, implementation, device
 ):
