@@ -19,7 +19,13 @@ def test_a_column_that_a_reward_requires(tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, rewards=Rewards(right))
     rows = [row | {"solution": row["answer"]} for row in ROWS]
-    for options in ({"data": rows}, {"rollout_fn": lambda *_: {}}, {"data": stream_of(ROWS)}):
+    mixed = [*ROWS[:1], *rows]  # a column of other rows than the first
+    for options in (
+        {"data": rows},
+        {"data": mixed},
+        {"rollout_fn": lambda *_: {}},
+        {"data": stream_of(ROWS)},
+    ):
         trainer_of(tmp_path, rewards=Rewards(right), **options)
 
 

@@ -139,18 +139,20 @@ def check_config(config: Any) -> None:
 
 
 def check_first_row(trainer) -> None:
-    """Checks that the first row can be tokenized and has the columns that rewards require.
+    """Checks that the first row can be tokenized, and that rows have what rewards require.
 
-    A rollout_fn may do both otherwise; reading a stream would move it.
+    Rows of a list may differ in their columns, and count together. A rollout_fn may do both
+    otherwise; reading a stream would move it.
 
     Raises:
         ValueError: as `Sampler.encode` and `Rewards.check_columns`.
     """
     if trainer.rollout_fn is not None or is_stream(trainer.data):
         return
-    prompts, columns = split_columns([trainer.data[0]])
-    trainer.sampler.encode(prompts, columns)
-    trainer.rewards.check_columns(columns)
+    first = [trainer.data[0]]
+    trainer.sampler.encode(*split_columns(first))
+    rows = trainer.data if isinstance(trainer.data, list) else first
+    trainer.rewards.check_columns(split_columns(rows)[1])
 
 
 def count_rows_per_rank(config, num_ranks: int) -> int:
