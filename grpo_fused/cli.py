@@ -53,9 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         report_error("grpo-fused", "interrupted")
         return 130
-    except BrokenPipeError:  # of `| head`; what is not written yet would raise at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # of `| head`; what is not written yet would raise at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        raise  # of a connection
 
 
 def _dashed(word: str) -> str:

@@ -68,3 +68,12 @@ def test_a_reader_that_stops(monkeypatch):
     with os.fdopen(write, "w", buffering=1) as pipe:
         monkeypatch.setattr("sys.stdout", pipe)
         assert cli.main(["train", "--help"]) == 141
+
+
+def test_a_connection_that_breaks_is_no_reader_that_stops(monkeypatch):
+    def breaks(*_):
+        raise BrokenPipeError("server")
+
+    monkeypatch.setattr(cli, "with_config", breaks)
+    with pytest.raises(BrokenPipeError, match="server"):
+        cli.main(["train", "config.yaml"])
