@@ -53,13 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         report_error("grpo-fused", "interrupted")
         return 130
-    except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # of `| head`; what is not written yet would raise at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        raise  # of a connection
 
 
 def _dashed(word: str) -> str:
@@ -152,7 +145,11 @@ def with_config(command: str, *given: str) -> int:
     from grpo_fused.trainer.run.train_config import TrainConfig
 
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print(TRAIN_USAGE + format_options(TrainConfig))
+        try:
+            print(TRAIN_USAGE + format_options(TrainConfig), flush=True)
+        except BrokenPipeError:  # of `| head`; what is not written yet would raise at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         return 0 if arguments else 2
     path = None if arguments[0].startswith("--") else arguments.pop(0)
     names = {word.partition("=")[0].replace("-", "_") for word in arguments}
